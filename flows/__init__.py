@@ -1,0 +1,1 @@
+"""Prefect and the command line: they start and watch, and compute nothing."""

@@ -1,0 +1,112 @@
+"""Everything that is asked before the first stage: what can't work is refused while nothing has been done yet."""
+
+import difflib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.packages import check_packages
+from schemas.config_file import load_config
+from schemas.errors import ConfigError, RefusedError
+from schemas.pipeline_config import PipelineConfig
+from schemas.run import RESOLVED_CONFIG_NAME, STAGES
+
+TRAINER_STAGES = ("train", "evaluate", "promote")
+ALL_STAGES = (*STAGES, *TRAINER_STAGES)
+
+Overrides = Mapping[str, Any] | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the pipeline: what it is to do, and the lock that it holds."""
+
+    config: PipelineConfig
+    stages: tuple[str, ...]
+    lock: int | None
+
+
+@contextmanager
+def open_run(
+    config_path: str | Path,
+    overrides: Overrides | None = None,
+    *,
+    first: str | None = None,
+    last: str | None = None,
+) -> Iterator[Run]:
+    """Check everything, take the run root, write its resolved config; the lock is held until the block ends.
+
+    Raises the errors of schemas/errors.py.
+    """
+    check_packages()
+    config = load_config(Path(config_path), overrides or ())
+    stages = chosen_stages(first, last)
+    check_before_start(config, stages)
+    with hold(config) as lock:
+        yield Run(config, stages, lock)
+
+
+@contextmanager
+def hold(config: PipelineConfig) -> Iterator[int | None]:
+    """Hold the run root of a config and leave the resolved config in it, for children and for people."""
+    from pipelines.storage import hold_run_root, write_json
+
+    with hold_run_root(config.run_root, wait_seconds=config.engine.lock_wait_seconds) as lock:
+        write_json(config.run_root / RESOLVED_CONFIG_NAME, config.model_dump(mode="json"))
+        yield lock
+
+
+def chosen_stages(first: str | None, last: str | None) -> tuple[str, ...]:
+    """The stages from `first` to `last`, both included; None is the story's beginning and end."""
+    begin = stage_number(first) if first else 0
+    end = stage_number(last) if last else len(ALL_STAGES) - 1
+    if begin > end:
+        raise ConfigError(f"stage {first!r} comes after {last!r}: the order is {', '.join(ALL_STAGES)}")
+    return ALL_STAGES[begin : end + 1]
+
+
+def stage_number(name: str) -> int:
+    """Place of a stage in the story. Raises ConfigError with the nearest name."""
+    if name not in ALL_STAGES:
+        near = difflib.get_close_matches(name, ALL_STAGES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(ALL_STAGES)}"
+        raise ConfigError(f"unknown stage {name!r}; {hint}")
+    return ALL_STAGES.index(name)
+
+
+def check_before_start(config: PipelineConfig, stages: Sequence[str]) -> None:
+    """Refuse now what would fail hours later: no tokenizer, no torch, settings that can't go together, no disk."""
+    from pipelines.stage import check_free_disk
+
+    if "split" in stages:
+        _check_tokenizer(config)
+    if any(stage in stages for stage in TRAINER_STAGES):
+        _check_trainer(config)
+    check_free_disk(config)
+
+
+def _check_tokenizer(config: PipelineConfig) -> None:
+    if config.model is None:
+        raise ConfigError(
+            "'model.path' is missing: the stage split needs its tokenizer; set it, or stop earlier with "
+            "--until holdout"
+        )
+    from pipelines.split import preflight
+
+    preflight(config)
+
+
+def _check_trainer(config: PipelineConfig) -> None:
+    if config.model is None:
+        raise ConfigError("'model.path' is missing: name the folder of the model to train")
+    if importlib.util.find_spec("torch") is None:
+        raise RefusedError(
+            "torch is not installed, training needs it: pip install 'sft-pipeline[train]', or stop at the "
+            "shards with --until pack"
+        )
+    from trainer.support import check_supported
+
+    check_supported(config)

@@ -1,0 +1,1 @@
+"""Readers, one file a family of input: raw record -> Conversation or Drop."""

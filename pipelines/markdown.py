@@ -1,0 +1,141 @@
+"""Small pieces of Markdown that several stages need: code fences, code spans, and what must be escaped.
+
+Grammar: CommonMark 0.31 (https://spec.commonmark.org/0.31.2/), tables and strikethrough as in GFM.
+"""
+
+import html
+import re
+from collections.abc import Callable
+
+_FENCE_LINE = re.compile(r"^([ \t>]*)((?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
+_BACKTICKS = re.compile(r"`+")
+_CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_LINK_LIKE = re.compile(r"!?\[[^\[\]\n]*\](?=[(\[])|^\[[^\[\]\n]*\](?=:)", re.MULTILINE)
+_BLOCK_START = re.compile(
+    r"^(?:(?P<heading>\#{1,6})(?=\s|$)"
+    r"|(?P<bullet>[-+*])(?=\s|$)"
+    r"|\d{1,9}(?P<number>[.)])(?=\s|$)"
+    r"|(?P<quote>>)"
+    r"|(?P<rule>[-=_*])(?=[-=_* ]*$)"
+    r"|(?P<fence>```|~~~))",
+    re.MULTILINE,
+)
+
+
+def fenced_blocks(text: str) -> list[tuple[int, int]]:
+    """Spans [start, end) of fenced code with its fence lines, inside lists and quotes too.
+
+    A fence that nobody closes runs to the end of the text, as CommonMark says. Indented code is not looked for:
+    in chats four spaces are more often a nested list.
+    """
+    blocks: list[tuple[int, int]] = []
+    if "```" not in text and "~~~" not in text:
+        return blocks
+    opened: re.Match[str] | None = None
+    for line in _FENCE_LINE.finditer(text):
+        if opened is None:
+            if line[3][0] == "~" or "`" not in line[4]:
+                opened = line
+        elif line[3].startswith(opened[3]) and not line[2] and not line[4].strip():
+            blocks.append((opened.start(), line.end()))
+            opened = None
+    if opened is not None:
+        blocks.append((opened.start(), len(text)))
+    return blocks
+
+
+def map_prose(text: str, function: Callable[[str], str]) -> str:
+    """`function` applied to everything outside fenced code."""
+    blocks = fenced_blocks(text)
+    if not blocks:
+        return function(text)
+    pieces, position = [], 0
+    for start, end in blocks:
+        pieces += [function(text[position:start]), text[start:end]]
+        position = end
+    pieces.append(function(text[position:]))
+    return "".join(pieces)
+
+
+def without_code(text: str) -> str:
+    """The text with fenced code and code spans replaced by a blank."""
+    if "`" not in text and "~~~" not in text:
+        return text
+    for start, end in reversed(fenced_blocks(text)):
+        text = f"{text[:start]} {text[end:]}"
+    return _CODE_SPAN.sub(" ", text)
+
+
+def fenced_code(code: str, language: str) -> str:
+    """A fenced block whose content is `code` to the byte; one final newline more where it had none."""
+    runs = [len(run) for run in _BACKTICKS.findall(code)]
+    fence = "`" * max(3, 1 + max(runs, default=0))
+    end_of_code = "" if code.endswith("\n") or not code else "\n"
+    return f"{fence}{language}\n{code}{end_of_code}{fence}"
+
+
+def code_span(code: str) -> str:
+    """Inline code; the delimiter is one that the code does not hold."""
+    runs = {len(run) for run in _BACKTICKS.findall(code)}
+    length = next(n for n in range(1, len(runs) + 2) if n not in runs)
+    padded = code[0] == "`" or code[-1] == "`" or (code[0] == code[-1] == " " and code.strip(" ") != "")
+    pad = " " if padded else ""
+    return f"{'`' * length}{pad}{code}{pad}{'`' * length}"
+
+
+def positions_to_escape(run: str, *, emphasis: str, code: str, line_starts: bool) -> set[int]:
+    """Places in the text of one paragraph where CommonMark would read a character as markup.
+
+    `emphasis` and `code` are characters that stand in `run` for real emphasis and for real code spans. Lines are
+    separated by "\\n". With `line_starts` false (headings, table cells) no block can begin here.
+    A literal "<" is never among them: chat renderers show raw HTML in prose as text, so models write it unescaped.
+    """
+    places: set[int] = set()
+    has_emphasis = any(mark in run for mark in emphasis)
+    if "*" in run:
+        places |= _active_delimiters(run, "*", has_emphasis)
+    if "_" in run:
+        places |= _active_delimiters(run, "_", False)
+    if "~~" in run:
+        places |= {place for m in re.finditer("~~+", run) for place in range(*m.span())}
+    if "`" in run and (run.count("`") > 1 or any(mark in run for mark in code)):
+        places |= {place for place, character in enumerate(run) if character == "`"}
+    if "[" in run:
+        places |= {run.index("[", m.start()) for m in _LINK_LIKE.finditer(run)}
+    if "\\" in run:
+        places |= {m.start() for m in re.finditer(r"\\(?=[!-/:-@\[-`{-~]|\n)", run)}
+    if "&" in run:
+        places |= {m.start() for m in _ENTITY.finditer(run) if html.unescape(m[0]) != m[0]}
+    if line_starts:
+        places |= {m.start(m.lastgroup or 0) for m in _BLOCK_START.finditer(run)}
+    return places
+
+
+def _active_delimiters(run: str, delimiter: str, has_emphasis: bool) -> set[int]:
+    """Places of `delimiter` runs that can open or close emphasis, if any opener has a closer behind it."""
+    active: list[range] = []
+    opened = paired = False
+    for match in re.finditer(re.escape(delimiter) + "+", run):
+        before = run[match.start() - 1] if match.start() else " "
+        after = run[match.end()] if match.end() < len(run) else " "
+        can_open, can_close = _flanking(before, after, delimiter)
+        if can_open or can_close:
+            active.append(range(*match.span()))
+        paired = paired or (opened and can_close)
+        opened = opened or can_open
+    if not (paired or (has_emphasis and active)):
+        return set()
+    return {place for places in active for place in places}
+
+
+def _flanking(before: str, after: str, delimiter: str) -> tuple[bool, bool]:
+    """Whether a delimiter run may open and may close emphasis (CommonMark 6.2)."""
+    space_before, space_after = before.isspace(), after.isspace()
+    mark_before, mark_after = bool(_PUNCTUATION.match(before)), bool(_PUNCTUATION.match(after))
+    left = not space_after and (not mark_after or space_before or mark_before)
+    right = not space_before and (not mark_before or space_after or mark_after)
+    if delimiter == "_":
+        return left and (not right or mark_before), right and (not left or mark_after)
+    return left, right

@@ -1,0 +1,364 @@
+"""Near-duplicates: sets of word 3-grams as 64-bit hashes, and an exact join of them by Jaccard similarity.
+
+The join is the prefix filter (Chaudhuri et al. 2006, AllPairs 2007) with the positional filter (PPJoin 2008):
+if |A ∩ B| >= t·|A|, then the |A| - ceil(t·|A|) + 1 rarest grams of A hold one of B's, so only rows that share
+such a gram are compared, and all of these are counted in full. Nothing is estimated: recall and precision are 1
+(up to equal 64-bit hashes of different grams). One process; made for up to about half a million rows.
+"""
+
+import hashlib
+import re
+import unicodedata
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.conversation import Message, utf8
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+Hashes: TypeAlias = npt.NDArray[np.uint64]
+Wanted: TypeAlias = Callable[[Ints, Ints], Bools]
+"""Given rows left[i] and right[i]: which of these pairs the caller wants to have compared."""
+
+WORDS_IN_GRAM = 3
+GRAMS_TYPE = pa.large_list(pa.uint64())
+
+_MAX_BLOCK_ROWS = 512  # pairs inside a block are all compared: a template's first block costs 512²/2 once
+_MAX_BLOCK_GRAMS = 2**16  # bounds the block's table of rows x different grams
+_MAX_EXPANDED = 2**22  # pairs or grams that stand in memory at a time
+_MAX_REMEMBERED_WORDS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class GramSets:
+    """Set i is hashes[starts[i]:starts[i + 1]], ascending, each once; starts has one more element than sets."""
+
+    starts: Ints
+    hashes: Hashes
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def sizes(self) -> Ints:
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Verified pairs of rows; three columns of one length."""
+
+    left: Ints
+    right: Ints
+    jaccard: Floats
+
+
+# --- from a chat to its set ---------------------------------------------------------------------------------
+
+# Scripts written without spaces: there a "word" is a character. Han with kana, bopomofo, their punctuation and
+# full-width forms; Thai, Lao, Tibetan, Myanmar, Khmer. Korean has spaces.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3000-\u312f\u31a0-\u31bf\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+)
+_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+
+CONTENT_EXTRAS = ("function_call", "reasoning_content", "thinking", "tool_calls")
+"""Extras that are part of what was said: two calls with empty text and different arguments differ."""
+
+
+def normalise(text: str) -> str:
+    """NFC with white space folded: what two saves of one page have in common."""
+    composed = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return " ".join(composed.split())
+
+
+def compared_text(messages: Iterable[Message], *, said: Callable[[Message], str]) -> str:
+    """The user and assistant turns in one string; `said` gives a turn's text."""
+    return " ".join(said(message) for message in messages if message.role in ("user", "assistant"))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words; single characters in scripts that have no spaces."""
+    lower = text.lower()
+    if lower.isascii() or not _HAS_UNSPACED.search(lower):
+        return lower.split()
+    return _WORD.findall(lower)
+
+
+class _WordHashes(dict[str, int]):
+    """blake2b-64 of each word, remembered: `hash` differs from process to process, library hashes by version."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _MAX_REMEMBERED_WORDS:
+            self.clear()
+        value = int.from_bytes(hashlib.blake2b(utf8(word), digest_size=8).digest(), "little")
+        self[word] = value
+        return value
+
+
+def gram_sets(texts: Iterable[str]) -> GramSets:
+    """Sets of hashed word 3-grams. A text of fewer than 3 words is one gram, one without words the empty set."""
+    word_hash = _WordHashes().__getitem__
+    hashes, num_words = array("Q"), array("q")
+    for text in texts:
+        before = len(hashes)
+        hashes.extend(map(word_hash, words(text)))
+        num_words.append(len(hashes) - before)
+    return _sets_of_words(np.array(hashes, np.uint64), np.array(num_words, np.int64))
+
+
+def _sets_of_words(hashes: Hashes, num_words: Ints) -> GramSets:
+    """Grams of consecutive words inside each text; absent words of a short text count as 0."""
+    num_grams = np.where(num_words > 0, np.maximum(num_words - (WORDS_IN_GRAM - 1), 1), 0)
+    text_ends = np.cumsum(num_words)
+    first = ragged(text_ends - num_words, num_grams)
+    end = np.repeat(text_ends, num_grams)
+    grams = np.zeros(len(first), np.uint64)
+    padded = np.append(hashes, np.uint64(0))
+    for step in range(WORDS_IN_GRAM):
+        word = np.where(first + step < end, padded[np.minimum(first + step, len(hashes))], np.uint64(0))
+        grams = mixed(grams + word)
+    return _distinct(grams, num_grams)
+
+
+def _distinct(grams: Hashes, num_grams: Ints) -> GramSets:
+    ends = np.cumsum(num_grams)
+    for start, end in zip((ends - num_grams).tolist(), ends.tolist(), strict=True):
+        grams[start:end].sort()
+    keep = np.ones(len(grams), bool)
+    keep[1:] = grams[1:] != grams[:-1]
+    keep[(ends - num_grams)[num_grams > 0]] = True
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
+    return GramSets(starts=kept_before[np.concatenate([[0], ends])], hashes=grams[keep])
+
+
+def mixed(values: Hashes) -> Hashes:
+    """The finaliser of splitmix64 (Steele et al. 2014) behind its increment: a bijection of 64 bits."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def to_column(sets: GramSets) -> pa.LargeListArray:
+    return pa.LargeListArray.from_arrays(pa.array(sets.starts), pa.array(sets.hashes))
+
+
+def from_column(column: pa.ChunkedArray) -> GramSets:
+    """Reads a column of GRAMS_TYPE without nulls; chunks may be slices."""
+    lists = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], GRAMS_TYPE)
+    starts = lists.offsets.to_numpy() if len(lists) else np.zeros(1, np.int64)
+    values = lists.values.to_numpy()[starts[0] : starts[-1]]
+    return GramSets(starts=starts - starts[0], hashes=values)
+
+
+def concatenated(first: GramSets, second: GramSets) -> GramSets:
+    starts = np.concatenate([first.starts, second.starts[1:] + first.starts[-1]])
+    return GramSets(starts=starts, hashes=np.concatenate([first.hashes, second.hashes]))
+
+
+# --- joins ----------------------------------------------------------------------------------------------------
+
+
+def greedy_survivors(sets: GramSets, order: Ints, *, threshold: float, wanted: Wanted) -> tuple[Ints, Floats]:
+    """Walks rows in `order`; one that is near an earlier survivor is dropped, else it survives.
+
+    Returns per row the first survivor in `order` that it is near to (-1: the row survives) and their Jaccard.
+    So each dropped row was compared with its own survivor; similarity is never passed on from row to row:
+    transitive closure has made 2 rows out of 859,092. Only survivors are indexed, hence a template shared by
+    k rows costs k comparisons, not k².
+    """
+    index = PrefixIndex(sets, threshold=threshold)
+    rank = np.empty(len(sets), np.int64)
+    rank[order] = np.arange(len(order))
+    survivor, jaccard = np.full(len(sets), -1, np.int64), np.zeros(len(sets))
+    for start, end in runs(sets.sizes[order], limit=_MAX_BLOCK_GRAMS, max_items=_MAX_BLOCK_ROWS):
+        block = order[start:end]
+        _settle(index.probe(block, wanted), rank, survivor, jaccard)
+        rest = block[survivor[block] < 0]
+        index.enter(rest)
+
+        def inside(left: Ints, right: Ints, start: int = start) -> Bools:
+            return (rank[right] >= start) & (rank[right] < rank[left]) & wanted(left, right)
+
+        _settle(index.probe(rest, inside), rank, survivor, jaccard)
+        index.leave(rest)
+        index.enter(rest[survivor[rest] < 0])
+    return survivor, jaccard
+
+
+def _settle(found: Iterable[Pairs], rank: Ints, survivor: Ints, jaccard: Floats) -> None:
+    """Walks the pairs by rank of the later, then of the earlier row; the first survivor met takes the row."""
+    pairs = _joined(found)
+    for i in np.lexsort((rank[pairs.right], rank[pairs.left])).tolist():
+        left, right = pairs.left[i], pairs.right[i]
+        if survivor[left] < 0 and survivor[right] < 0:
+            survivor[left], jaccard[left] = right, pairs.jaccard[i]
+
+
+def near_pairs(sets: GramSets, *, threshold: float, wanted: Wanted) -> Iterator[Pairs]:
+    """All pairs (left > right) with Jaccard >= threshold that are wanted; a generator, so that `wanted` may
+    look at what the caller has learned from the pairs before."""
+    index = PrefixIndex(sets, threshold=threshold)
+    for start, end in runs(sets.sizes, limit=_MAX_BLOCK_GRAMS, max_items=_MAX_BLOCK_ROWS):
+        block = np.arange(start, end)
+        index.enter(block)
+        yield from index.probe(block, lambda left, right: (right < left) & wanted(left, right))
+
+
+def _joined(found: Iterable[Pairs]) -> Pairs:
+    slices = list(found)
+    empty = np.empty(0, np.int64)
+    return Pairs(
+        left=np.concatenate([empty, *(pairs.left for pairs in slices)]),
+        right=np.concatenate([empty, *(pairs.right for pairs in slices)]),
+        jaccard=np.concatenate([np.empty(0), *(pairs.jaccard for pairs in slices)]),
+    )
+
+
+class PrefixIndex:
+    """Which rows hold a rare gram; rows are entered in blocks, others probe for those near to them.
+
+    An entry is (row, gram of its prefix, position in the prefix); entries of a row lie together. Postings of a
+    gram are a slice with room for all its entries, `filled` says how many are in.
+    """
+
+    def __init__(self, sets: GramSets, *, threshold: float) -> None:
+        self.sets, self.threshold, self.sizes = sets, threshold, sets.sizes
+        rows, grams, positions = _prefixes(sets, threshold)
+        _, ids, counts = np.unique(grams, return_inverse=True, return_counts=True)
+        shared = counts[ids] > 1  # a gram of one prefix alone never makes a pair: most entries go here
+        self.entry_row, self.entry_position = rows[shared], positions[shared]
+        _, self.entry_gram, counts = np.unique(ids[shared], return_inverse=True, return_counts=True)
+        self.row_starts = np.searchsorted(self.entry_row, np.arange(len(sets) + 1))
+        self.gram_starts = np.cumsum(counts) - counts
+        self.filled = np.zeros(len(counts), np.int64)
+        self.postings = np.empty(len(self.entry_row), np.int64)
+
+    def enter(self, rows: Ints) -> None:
+        entries = self._entries(rows)
+        entries = entries[np.argsort(self.entry_gram[entries], kind="stable")]
+        grams, first, counts = np.unique(self.entry_gram[entries], return_index=True, return_counts=True)
+        place = np.arange(len(entries)) - np.repeat(first, counts)
+        self.postings[place + np.repeat(self.gram_starts[grams] + self.filled[grams], counts)] = entries
+        self.filled[grams] += counts
+
+    def leave(self, rows: Ints) -> None:
+        """Takes back the newest `enter`, which must have been of the same rows."""
+        grams, counts = np.unique(self.entry_gram[self._entries(rows)], return_counts=True)
+        self.filled[grams] -= counts
+
+    def probe(self, rows: Ints, wanted: Wanted) -> Iterator[Pairs]:
+        """Verified pairs (left of `rows`, right entered); at most one block of rows at a time is efficient."""
+        for left, right in self._candidates(rows, wanted):
+            for start, end in runs(self.sizes[right], limit=_MAX_EXPANDED):
+                yield self._verified(left[start:end], right[start:end])
+
+    def _entries(self, rows: Ints) -> Ints:
+        return ragged(self.row_starts[rows], self.row_starts[rows + 1] - self.row_starts[rows])
+
+    def _candidates(self, rows: Ints, wanted: Wanted) -> Iterator[tuple[Ints, Ints]]:
+        """Different pairs that share a gram of both prefixes and can still reach the threshold."""
+        entries = self._entries(rows)
+        expanded = np.concatenate([[0], np.cumsum(self.filled[self.entry_gram[entries]])])
+        row_ends = np.cumsum(self.row_starts[rows + 1] - self.row_starts[rows])
+        row_weights = np.diff(expanded[np.concatenate([[0], row_ends])])
+        for start, end in runs(row_weights, limit=_MAX_EXPANDED):
+            first = row_ends[start - 1] if start else 0
+            left, right = self._meetings(entries[first : row_ends[end - 1]])
+            chosen = wanted(left, right)
+            pairs = np.unique(left[chosen] * len(self.sets) + right[chosen])
+            yield pairs // len(self.sets), pairs % len(self.sets)
+
+    def _meetings(self, entries: Ints) -> tuple[Ints, Ints]:
+        grams = self.entry_gram[entries]
+        left_entry = np.repeat(entries, self.filled[grams])
+        right_entry = self.postings[ragged(self.gram_starts[grams], self.filled[grams])]
+        left, right = self.entry_row[left_entry], self.entry_row[right_entry]
+        left_position, right_position = self.entry_position[left_entry], self.entry_position[right_entry]
+        left_size, right_size = self.sizes[left], self.sizes[right]
+        # Grams before a shared one can meet only each other, grams behind it too: the most that can be common.
+        behind = np.minimum(left_size - left_position, right_size - right_position)
+        most = np.minimum(left_position, right_position) + behind
+        possible = most >= self.threshold * (left_size + right_size - most) - 1e-6
+        return left[possible], right[possible]
+
+    def _verified(self, left: Ints, right: Ints) -> Pairs:
+        common = _num_common(self.sets, left, right)
+        jaccard = common / (self.sizes[left] + self.sizes[right] - common)
+        near = jaccard >= self.threshold
+        return Pairs(left=left[near], right=right[near], jaccard=jaccard[near])
+
+
+def _prefixes(sets: GramSets, threshold: float) -> tuple[Ints, Hashes, Ints]:
+    """(row, gram, position) of each row's rarest grams, by row.
+
+    The order of grams is (class of frequency, hash) in one number. Any fixed order is right; rare first is fast.
+    Frequencies are of hash buckets and logarithmic above 127, and 8 bits of the hash give way to the class:
+    that may join two grams to one here and cost a comparison, never a pair.
+    """
+    length = sets.sizes - np.ceil(threshold * sets.sizes - 1e-9).astype(np.int64) + 1
+    length = np.where(sets.sizes > 0, length, 0)
+    bucket_bits = np.uint64(64 - min(26, max(10, len(sets.hashes).bit_length() + 1)))
+    bucket_counts = np.zeros(1 << (64 - int(bucket_bits)), np.int64)
+    for start in range(0, len(sets.hashes), _MAX_EXPANDED):
+        buckets = (sets.hashes[start : start + _MAX_EXPANDED] >> bucket_bits).astype(np.int64)
+        bucket_counts += np.bincount(buckets, minlength=len(bucket_counts))
+    rare = np.where(bucket_counts < 128, bucket_counts, 72 + 8 * np.log2(np.maximum(bucket_counts, 1)))
+    classes = np.minimum(rare, 255).astype(np.uint64) << np.uint64(56)
+    chosen = [np.empty(0, np.uint64)]
+    for first, end in runs(sets.sizes, limit=_MAX_EXPANDED):
+        starts = sets.starts[first : end + 1] - sets.starts[first]
+        hashes = sets.hashes[sets.starts[first] : sets.starts[end]]
+        ordered = classes[hashes >> bucket_bits] | (hashes & np.uint64(2**56 - 1))
+        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            ordered[start:stop].sort()
+        chosen.append(ordered[ragged(starts[:-1], length[first:end])])
+    rows = np.repeat(np.arange(len(sets)), length)
+    return rows, np.concatenate(chosen), ragged(np.zeros(len(sets), np.int64), length)
+
+
+def _num_common(sets: GramSets, left: Ints, right: Ints) -> Ints:
+    """|left[i] ∩ right[i]| of each pair; few different rows on the left, no empty ones on the right."""
+    rows, row_number = np.unique(left, return_inverse=True)
+    different, gram_number = np.unique(
+        sets.hashes[ragged(sets.starts[rows], sets.sizes[rows])], return_inverse=True
+    )
+    holds = np.zeros((len(rows), len(different)), bool)
+    holds[np.repeat(np.arange(len(rows)), sets.sizes[rows]), gram_number] = True
+    sizes = sets.sizes[right]
+    asked = sets.hashes[ragged(sets.starts[right], sizes)]
+    place = np.minimum(np.searchsorted(different, asked), max(len(different) - 1, 0))
+    hit = (different[place] == asked) & holds[np.repeat(row_number, sizes), place]
+    counted = np.concatenate([[0], np.cumsum(hit)])
+    return np.diff(counted[np.concatenate([[0], np.cumsum(sizes)])])
+
+
+# --- slices of uneven length -----------------------------------------------------------------------------------
+
+
+def ragged(starts: Ints, lengths: Ints) -> Ints:
+    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...: indices of many slices."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def runs(weights: npt.NDArray[Any], *, limit: int, max_items: int | None = None) -> Iterator[tuple[int, int]]:
+    """Consecutive [start, end) whose weights sum to at most `limit`, or that hold a single item."""
+    total = np.cumsum(weights)
+    start = 0
+    while start < len(weights):
+        before = total[start - 1] if start else 0
+        end = max(int(np.searchsorted(total, before + limit, side="right")), start + 1)
+        end = min(end, start + max_items) if max_items else end
+        yield start, end
+        start = end

@@ -1,0 +1,296 @@
+"""What every stage shares: keys, reuse of finished parts, drops, limits, the manifest.
+
+A stage's folder is rewritten in place without ever being half: new parts get names of their own (by key), the
+old manifest names the old files until the new one is renamed over it, and only then are old files removed.
+A part that was finished before a kill is found again by its sidecar `.entry-<key>.json`.
+"""
+
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines import executors
+from pipelines.storage import (
+    TEMPORARY_PREFIX,
+    check_file,
+    json_digest,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from schemas.errors import InputError, IntegrityError, LimitError
+from schemas.pipeline_config import PipelineConfig
+from schemas.run import MANIFEST_NAME, STAGE_FOLDERS, TIMING_NAME, FileEntry, Manifest, PartEntry
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """How far a stage is; parts that are taken over from an earlier run count as done."""
+
+    stage: str
+    num_parts_done: int
+    num_parts: int
+    num_rows_done: int
+
+
+Progress = Callable[[StageProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What a stage did."""
+
+    manifest: Manifest
+    num_parts_run: int
+    num_parts_reused: int
+    seconds: float
+
+    @property
+    def skipped(self) -> bool:
+        """True when nothing had changed."""
+        return self.num_parts_run == 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartTask:
+    """Work on one part, as it is sent to a worker. `payload` is what the stage's work function needs."""
+
+    stage: str
+    config: PipelineConfig
+    folder: Path
+    key: str
+    label: str
+    payload: Any
+
+
+@dataclass(slots=True)
+class StageRun:
+    """One stage of one run: where it writes, and what it found there."""
+
+    name: str
+    config: PipelineConfig
+    version: int
+    sections: dict[str, object]
+    versions: dict[str, str]
+    progress: Progress | None = None
+    num_parts_run: int = 0
+    num_parts_reused: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        """The stage's folder in the run root."""
+        return self.config.run_root / STAGE_FOLDERS[self.name]
+
+    def key(self, *what: object) -> str:
+        """Digest of this stage's code version, config and libraries together with `what`."""
+        return json_digest([self.name, self.version, self.sections, self.versions, *what])
+
+    def skip(self, key: str) -> StageResult | None:
+        """The earlier result, if the folder already holds exactly this work with all its files."""
+        manifest = read_manifest(self.folder)
+        if manifest is None or manifest.key != key:
+            return None
+        try:
+            for entry in all_files(manifest):
+                check_file(self.folder, entry)
+        except IntegrityError:
+            return None  # the damaged part is made again; see run_parts
+        sweep(self.folder, manifest)
+        return StageResult(manifest, 0, len(manifest.parts), time.monotonic() - self.started)
+
+    def run_parts(self, work: Callable[[PartTask], PartEntry], tasks: Sequence[PartTask]) -> list[PartEntry]:
+        """Entries in the order of the tasks; finished ones are taken over, the others worked on."""
+        check_free_disk(self.config)
+        known = self._known_entries()
+        entries: dict[int, PartEntry] = {}
+        for index, task in enumerate(tasks):
+            entry = known.get(task.key[:32]) or read_sidecar(self.folder, task.key)
+            if entry is not None and is_whole(self.folder, entry):
+                entries[index] = entry
+        self.num_parts_reused += len(entries)
+        todo = [index for index in range(len(tasks)) if index not in entries]
+        self._report(entries, len(tasks))
+        results = executors.run_tasks(
+            work,
+            [tasks[index] for index in todo],
+            num_workers=self.config.engine.workers,
+            label=part_label,
+        )
+        for done, entry in results:
+            entries[todo[done]] = entry
+            self.num_parts_run += 1
+            self._report(entries, len(tasks))
+        return [entries[index] for index in range(len(tasks))]
+
+    def finish(
+        self, key: str, parts: Sequence[PartEntry], *, inputs: dict[str, str], **extra: Any
+    ) -> StageResult:
+        """Check the limits, write the manifest, remove what it does not name.
+
+        `extra` are further fields of the manifest (files, counts). Raises LimitError.
+        """
+        manifest = Manifest(
+            stage=self.name,
+            stage_version=self.version,
+            key=key,
+            inputs=inputs,
+            config=self.sections,
+            versions=self.versions,
+            parts=tuple(parts),
+            num_rows_in=sum(part.num_rows_in for part in parts),
+            num_rows_out=sum(part.num_rows_out for part in parts),
+            num_pieces_cut=sum(part.num_pieces_cut for part in parts),
+            drops=_sum_counts(part.drops for part in parts),
+            counts=_sum_counts(part.counts for part in parts) | extra.pop("counts", {}),
+            **extra,
+        )
+        check_limits(manifest, self.config)
+        write_manifest(self.folder, manifest)
+        seconds = time.monotonic() - self.started
+        self._write_timing(seconds)
+        sweep(self.folder, manifest)
+        return StageResult(manifest, self.num_parts_run, self.num_parts_reused, seconds)
+
+    def _known_entries(self) -> dict[str, PartEntry]:
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            return {}
+        features = [file for file in manifest.files if file.path.startswith("features/")]
+        known = {Path(file.path).stem: feature_entry(Path(file.path).stem, "", file) for file in features}
+        return known | {part.key[:32]: part for part in manifest.parts}
+
+    def _report(self, entries: dict[int, PartEntry], num_parts: int) -> None:
+        if self.progress is not None:
+            num_rows = sum(entry.num_rows_in for entry in entries.values())
+            self.progress(StageProgress(self.name, len(entries), num_parts, num_rows))
+
+    def _write_timing(self, seconds: float) -> None:
+        # Beside the manifest, not in it: the manifest is byte-equal for equal work.
+        timing = {
+            "seconds": round(seconds, 3),
+            "workers": self.config.engine.workers or os.cpu_count(),
+            "host": socket.gethostname(),
+            "parts_run": self.num_parts_run,
+            "parts_reused": self.num_parts_reused,
+        }
+        write_json(self.folder / TIMING_NAME, timing)
+
+
+def part_label(task: PartTask) -> str:
+    """The name of a part in messages."""
+    return f"{task.stage} {task.label}"
+
+
+def all_files(manifest: Manifest) -> Iterable[FileEntry]:
+    """Every file that a manifest names."""
+    for part in manifest.parts:
+        yield from part.kept
+        if part.dropped is not None:
+            yield part.dropped
+    yield from manifest.files
+
+
+def features_name(key: str) -> str:
+    """Where a part's features lie in the stage's folder."""
+    return f"features/{key[:32]}.arrow"
+
+
+def feature_entry(key: str, label: str, file: FileEntry) -> PartEntry:
+    """Features as a part: taken over from the manifest's files by their name."""
+    rows = file.num_rows
+    return PartEntry(
+        key=key, label=label, kept=(file,), dropped=None, num_rows_in=rows, num_rows_out=rows, drops={}
+    )
+
+
+def sidecar_path(folder: Path, key: str) -> Path:
+    """Where a finished part says so until the manifest does."""
+    return folder / f".entry-{key[:32]}.json"
+
+
+def write_sidecar(folder: Path, entry: PartEntry) -> None:
+    """The last write of a part."""
+    write_json(sidecar_path(folder, entry.key), entry.model_dump(mode="json"))
+
+
+def read_sidecar(folder: Path, key: str) -> PartEntry | None:
+    """The entry of a part that was finished by a run which ended before its manifest."""
+    path = sidecar_path(folder, key)
+    return PartEntry.model_validate(read_json(path)) if path.exists() else None
+
+
+def is_whole(folder: Path, entry: PartEntry) -> bool:
+    """Whether all files of a part are on the disk as they were written."""
+    files = (*entry.kept, entry.dropped) if entry.dropped is not None else entry.kept
+    try:
+        for file in files:
+            check_file(folder, file)
+    except IntegrityError:
+        return False
+    return True
+
+
+def sweep(folder: Path, manifest: Manifest) -> None:
+    """Remove everything in a finished folder that its manifest does not name."""
+    named = {entry.path for entry in all_files(manifest)} | {MANIFEST_NAME, TIMING_NAME}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.relative_to(folder).as_posix() not in named:
+            path.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what a killed run left half-written; the caller holds the run root."""
+    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+        path.unlink(missing_ok=True)
+
+
+def check_free_disk(config: PipelineConfig) -> None:
+    """Raises LimitError before a stage starts that would fill the disk."""
+    config.run_root.mkdir(parents=True, exist_ok=True)
+    free_gib = shutil.disk_usage(config.run_root).free / GIB
+    if free_gib < config.engine.min_free_gib:
+        raise LimitError(
+            f"{config.run_root} has {free_gib:.2f} GiB free, engine.min_free_gib asks for "
+            f"{config.engine.min_free_gib}: free some space or move run_root"
+        )
+
+
+def check_limits(manifest: Manifest, config: PipelineConfig) -> None:
+    """Raises LimitError when nothing is left, or more was dropped than the config allows."""
+    num_dropped = sum(manifest.drops.values())
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.drops.items())) or "none"
+    if manifest.num_rows_out == 0:
+        raise LimitError(
+            f"{manifest.stage}: no row of {manifest.num_rows_in} is left; drops by reason: {reasons}"
+        )
+    if num_dropped > config.engine.max_drop_share * manifest.num_rows_in:
+        raise LimitError(
+            f"{manifest.stage}: {num_dropped} of {manifest.num_rows_in} rows dropped, engine.max_drop_share "
+            f"allows {config.engine.max_drop_share:.0%}; drops by reason: {reasons}"
+        )
+
+
+def needs_model(config: PipelineConfig, stage: str) -> None:
+    """Raises InputError when a stage needs the model section and there is none."""
+    if config.model is None:
+        raise InputError(f"{stage} needs a tokenizer: set model.path in the config")
+
+
+def _sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))

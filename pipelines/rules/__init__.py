@@ -1,0 +1,1 @@
+"""Filter rules, one file a family: row -> row or Drop."""

@@ -1,0 +1,237 @@
+"""What a worker does with one part: read it, run the stage's pure function, write what is kept and dropped."""
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.parts import PartTask, feature_entry, features_name, write_sidecar
+from pipelines.storage import (
+    check_file,
+    file_entry,
+    parquet_file,
+    read_rows,
+    read_table,
+    write_arrow,
+    write_drops,
+    write_rows,
+)
+from schemas.conversation import Conversation, Drop
+from schemas.dataset import DROPS, ROWS, SPLITS
+from schemas.errors import WorkerError
+from schemas.run import FileEntry, PartEntry
+
+Dropped = list[tuple[Conversation, Drop]]
+
+
+def merge_part(task: PartTask) -> PartEntry:
+    """Raw records -> rows. Payload: (PartRange, ordinal offsets)."""
+    from pipelines import merge
+
+    part, offsets = task.payload
+    dropped: Dropped = []
+    rows = _sift(merge.read_part(part, task.config, ordinal_offsets=offsets), dropped)
+    return _write_part(task, rows, dropped)
+
+
+def step_part(task: PartTask) -> PartEntry:
+    """Rows -> rows by the stage's row step. Payload: (input folder, FileEntry)."""
+    folder, entry = task.payload
+    step = prepared(task)
+    dropped: Dropped = []
+    rows = _sift(((row, _apply(step, row, task)) for row in read_rows(check_file(folder, entry))), dropped)
+    return _write_part(task, rows, dropped)
+
+
+def features_part(task: PartTask) -> PartEntry:
+    """Rows -> the table that the stage decides by. Payload: (input folder, FileEntry)."""
+    folder, file = task.payload
+    module = importlib.import_module(f"pipelines.{task.stage}")
+    table = module.features(read_rows(check_file(folder, file)), task.config)
+    path = task.folder / features_name(task.key)
+    num_rows = write_arrow(path, table)
+    entry = feature_entry(task.key, task.label, file_entry(path, folder=task.folder, num_rows=num_rows))
+    write_sidecar(task.folder, entry)
+    return entry
+
+
+def verdict_part(task: PartTask) -> PartEntry:
+    """Rows -> sides and drops. Payload: (input folder, FileEntry, sides, drops by row number).
+
+    `sides` is None (all stay) or one side a row, None where dropped; no row is parsed on the way.
+    """
+    folder, entry, sides, drops = task.payload
+    table = read_table(check_file(folder, entry))
+    kept = tuple(
+        _write_table(task, side, _on_side(table, sides, drops, side))
+        for side in ([""] if sides is None else SPLITS)
+    )
+    dropped = _write_dropped(task, table, drops)
+    files = tuple(file for file in kept if file.num_rows)
+    return _entry(task, files, dropped, table.num_rows, Counter(drop.reason for drop in drops.values()))
+
+
+def split_part(task: PartTask) -> PartEntry:
+    """Rows of one side -> examples. Payload: (input folder, FileEntry, side)."""
+    from pipelines.shards import examples_to_batch
+
+    folder, entry, side = task.payload
+    step = prepared(task)
+    examples: list[Any] = []
+    dropped: Dropped = []
+    counts: Counter[str] = Counter()
+    num_pieces_cut = 0
+    for row in read_rows(check_file(folder, entry)):
+        result = _apply(step, row, task)
+        if isinstance(result, Drop):
+            dropped.append((row, result))
+            continue
+        examples.extend(result.examples)
+        num_pieces_cut += len(result.examples) - 1
+        counts.update(result.counts)
+    path = task.folder / f"parts/{side}-{task.key[:32]}.arrow"
+    write_arrow(path, pa.Table.from_batches([examples_to_batch(examples)]))
+    kept = file_entry(path, folder=task.folder, num_rows=len(examples))
+    return _entry(
+        task,
+        (kept,),
+        _dropped_file(task, dropped),
+        len(examples) - num_pieces_cut + len(dropped),
+        Counter(drop.reason for _, drop in dropped),
+        num_pieces_cut=num_pieces_cut,
+        counts=dict(counts),
+    )
+
+
+def prepared(task: PartTask) -> Callable[[Conversation], Any]:
+    """The stage's row step, prepared once per worker: it may hold a language model or a tokenizer."""
+    what = (task.stage, task.config.model_dump_json())
+    if what not in _prepared:
+        _prepared.clear()
+        _prepared[what] = importlib.import_module(f"pipelines.{task.stage}").prepare(task.config)
+    return _prepared[what]
+
+
+_prepared: dict[tuple[str, str], Callable[[Conversation], Any]] = {}
+
+
+def _apply(step: Callable[[Conversation], Any], row: Conversation, task: PartTask) -> Any:
+    try:
+        return step(row)
+    except Exception as error:
+        raise WorkerError(
+            f"{task.stage}: row {row.row_id} ({row.source} record {row.record}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _sift(
+    results: Iterable[tuple[Conversation, Conversation | Drop | None]], dropped: Dropped
+) -> Iterable[Conversation]:
+    for row, result in results:
+        if isinstance(result, Drop):
+            dropped.append((row, result))
+        else:
+            yield row if result is None else result
+
+
+def _write_part(task: PartTask, rows: Iterable[Conversation], dropped: Dropped) -> PartEntry:
+    repairs: Counter[str] = Counter()
+    path = task.folder / f"part-{task.key[:32]}.parquet"
+    num_rows = write_rows(path, _counted(rows, repairs))
+    kept = file_entry(path, folder=task.folder, num_rows=num_rows)
+    drops = Counter(drop.reason for _, drop in dropped)
+    return _entry(
+        task, (kept,), _dropped_file(task, dropped), num_rows + len(dropped), drops, counts=dict(repairs)
+    )
+
+
+def _counted(rows: Iterable[Conversation], repairs: Counter[str]) -> Iterable[Conversation]:
+    for row in rows:
+        repairs.update(row.meta.get("repairs", {}))
+        yield row
+
+
+def _dropped_file(task: PartTask, dropped: Dropped) -> FileEntry | None:
+    if not dropped:
+        return None
+    path = task.folder / f"dropped-{task.key[:32]}.parquet"
+    return file_entry(path, folder=task.folder, num_rows=write_drops(path, dropped, stage=task.stage))
+
+
+def _entry(
+    task: PartTask,
+    kept: tuple[FileEntry, ...],
+    dropped: FileEntry | None,
+    num_rows_in: int,
+    drops: Mapping[str, int],
+    *,
+    num_pieces_cut: int = 0,
+    counts: dict[str, int] | None = None,
+) -> PartEntry:
+    entry = PartEntry(
+        key=task.key,
+        label=task.label,
+        kept=kept,
+        dropped=dropped,
+        num_rows_in=num_rows_in,
+        num_rows_out=sum(file.num_rows for file in kept),
+        num_pieces_cut=num_pieces_cut,
+        drops=dict(sorted(drops.items())),
+        counts=dict(sorted((counts or {}).items())),
+    )
+    write_sidecar(task.folder, entry)
+    return entry
+
+
+def _on_side(
+    table: pa.Table, sides: list[str | None] | None, drops: Mapping[int, Drop], side: str
+) -> pa.Table:
+    keep = [row not in drops and (sides is None or sides[row] == side) for row in range(table.num_rows)]
+    return table.filter(pa.array(keep, pa.bool_()))
+
+
+def _write_table(task: PartTask, side: str, table: pa.Table) -> FileEntry:
+    path = task.folder / side / f"part-{task.key[:32]}.parquet"
+    if side and not table.num_rows:
+        return FileEntry(path=path.relative_to(task.folder).as_posix(), num_bytes=0, sha256="", num_rows=0)
+    with parquet_file(path, ROWS) as write:
+        write(table.select(ROWS.names).cast(ROWS))
+    return file_entry(path, folder=task.folder, num_rows=table.num_rows)
+
+
+def _write_dropped(task: PartTask, table: pa.Table, drops: Mapping[int, Drop]) -> FileEntry | None:
+    if not drops:
+        return None
+    rows = sorted(drops)
+    taken = table.select(ROWS.names).take(pa.array(rows, pa.int64()))
+    columns = {
+        "stage": [task.stage] * len(rows),
+        "reason": [drops[row].reason for row in rows],
+        "detail": [drops[row].detail for row in rows],
+        "survivor": [drops[row].survivor for row in rows],
+    }
+    for name, values in columns.items():
+        taken = taken.append_column(name, pa.array(values, pa.large_string()))
+    path = task.folder / f"dropped-{task.key[:32]}.parquet"
+    with parquet_file(path, DROPS) as write:
+        num_rows = write(taken.cast(DROPS))
+    return file_entry(path, folder=task.folder, num_rows=num_rows)
+
+
+def rows_digest(values: Iterable[object]) -> str:
+    """Digest of verdicts on one part's rows, in row order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(repr(value).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def row_ids(folder: Path, entry: FileEntry) -> list[str]:
+    """The row ids of a written part."""
+    table = read_table(check_file(folder, entry))
+    return [str(value) for value in pc.cast(table["row_id"], pa.string()).to_pylist()]

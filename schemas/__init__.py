@@ -1,0 +1,1 @@
+"""What rows, configs and runs are: the leaf that every other room imports."""

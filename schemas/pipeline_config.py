@@ -1,0 +1,158 @@
+"""Settings of the data stages. Field descriptions are the reference that docs and `init` print."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from schemas.training_config import EvaluateConfig, ModelConfig, PromoteConfig, TrainConfig
+
+
+class Section(BaseModel):
+    """A section of the config file: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    name: str
+    """Short name of this source; part of every row id, so keep it when files move."""
+    path: str
+    """A file, a folder or a glob; relative to the config file. .json .jsonl .parquet, also .gz and .zst."""
+    format: Literal["auto", "sharegpt", "alpaca", "messages"] = "auto"
+    """auto looks at each record."""
+    answers: Literal["auto", "html", "text"] = "auto"
+    """Whether assistant turns are HTML; auto looks at each answer. User turns are always plain text."""
+    set: Literal["any", "train"] = "any"
+    """train: rows of this source are never held out (identity data)."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_word(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
+        return name
+
+
+class MergeConfig(Section):
+    max_record_bytes: int = Field(default=64 * 2**20, gt=0)
+    """A longer record is dropped as record_too_large, unparsed."""
+    part_bytes: int = Field(default=8 * 2**20, gt=0)
+    """Aimed size of the raw bytes of a part; borders are content-defined."""
+    max_decompressed_ratio: int = Field(default=200, gt=0)
+    """A compressed file that grows by more than this factor is refused as a bomb."""
+
+
+class CleanConfig(Section):
+    converter: Literal["html-to-markdown", "markdownify"] = "html-to-markdown"
+    """Which library writes the Markdown, behind the same pre-pass."""
+    images: Literal["keep", "alt", "drop"] = "drop"
+    """Pictures in answers: as Markdown, as their alt text, or not at all."""
+    unfinished: Literal["keep", "drop"] = "drop"
+    """Answers whose markup says that they were cut off while being written."""
+    max_message_bytes: int = Field(default=2 * 2**20, gt=0)
+    """A longer HTML answer is dropped as html_too_large."""
+    max_depth: int = Field(default=256, gt=0)
+    """HTML nested deeper is dropped as html_too_deep: converters lose or crash on it."""
+
+
+class FilterConfig(Section):
+    keep_languages: list[str] = Field(default_factory=list)
+    """ISO 639-1 codes; empty keeps all. A chat stays if its main language is in the list."""
+    skip_languages: list[str] = Field(default_factory=list)
+    """ISO 639-1 codes whose chats are dropped."""
+    min_language_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of letters the main language must have before keep/skip may judge by it."""
+    min_chars: int = Field(default=1, ge=0)
+    """Fewest characters of all assistant turns together."""
+    max_chars: int = Field(default=4_000_000, gt=0)
+    """Most characters of a chat."""
+    max_turns: int = Field(default=10_000, gt=0)
+    alternation: Literal["repair", "drop"] = "repair"
+    """Wrong role order: merge neighbours of one role and cut unpaired ends, or drop the chat."""
+    max_digit_run: int = Field(default=0, ge=0)
+    """Drop chats with one digit repeated more often than this; 0 is off."""
+
+
+class DedupConfig(Section):
+    exact: bool = True
+    branches: bool = True
+    """A chat that another one repeats and extends is dropped in favour of the longer one."""
+    near: bool = True
+    near_threshold: float = Field(default=0.8, gt=0, le=1)
+    """Jaccard similarity of word 3-grams from which two chats count as one."""
+
+
+class HoldoutConfig(Section):
+    validation: float = Field(default=0.02, ge=0, lt=0.5)
+    """Share of chats for the loss during training."""
+    test: float = Field(default=0.02, ge=0, lt=0.5)
+    """Share of chats for the promotion gate."""
+    seed: int = 0
+    near_threshold: float = Field(default=0.8, gt=0, le=1)
+    """A new row this similar to a held-out row goes to its side."""
+
+
+class SplitConfig(Section):
+    max_tokens: int = Field(default=2048, gt=8)
+    """Longest example, in tokens of the rendered chat."""
+    overlong_round: Literal["drop"] = "drop"
+    """What happens to a single round that is longer than max_tokens."""
+    repeat_system: bool = True
+    """Each piece of a cut chat starts with the chat's system message."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """Which turns are trained: all assistant turns, or only the last one."""
+    chat_template: str | None = None
+    """Path of a Jinja file to use in place of the tokenizer's own template."""
+    shard_rows: int = Field(default=8192, gt=0)
+    """Rows in a record batch of the shards."""
+    max_straddle_share: float = Field(default=0.001, ge=0, le=1)
+    """Refuse when more spans than this begin or end inside a token."""
+
+
+class PackConfig(Section):
+    capacity: int | None = Field(default=None, gt=8)
+    """Tokens in a bin; default: split.max_tokens."""
+    seed: int = 0
+
+
+class EngineConfig(Section):
+    workers: int = Field(default=0, ge=0)
+    """Worker processes; 0 takes the number of cores, 1 works in this process."""
+    lock_wait_seconds: float = Field(default=30, ge=0)
+    """How long a new run waits for one that holds the run root."""
+    max_drop_share: float = Field(default=1.0, ge=0, le=1)
+    """Fail when a stage drops a larger share of its rows."""
+    min_free_gib: float = Field(default=0.5, ge=0)
+    """Fail before a stage starts when less disk is free."""
+
+
+class PipelineConfig(Section):
+    """The whole config file."""
+
+    run_root: Path
+    """Folder of everything that a run writes; relative to the config file."""
+    sources: list[SourceConfig] = Field(min_length=1)
+    merge: MergeConfig = MergeConfig()
+    clean: CleanConfig = CleanConfig()
+    filter: FilterConfig = FilterConfig()
+    dedup: DedupConfig = DedupConfig()
+    holdout: HoldoutConfig = HoldoutConfig()
+    split: SplitConfig = SplitConfig()
+    pack: PackConfig = PackConfig()
+    model: ModelConfig | None = None
+    """Needed from stage 6 on: its tokenizer makes the shards."""
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @field_validator("sources")
+    @classmethod
+    def _names_are_unique(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named {twice[0]!r}: give each its own name")
+        return sources

@@ -1,0 +1,45 @@
+"""Shared by all tests: quiet libraries, hypothesis without a deadline, real data where it lies beside us."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# Files are written in most properties: a deadline would measure the disk.
+settings.register_profile("sft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sft")
+
+ROOT = Path(__file__).parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"
+SMOLLM = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what needs data or a model that is not on this machine."""
+    present = {
+        "real_data": (REAL_DATA.is_dir(), f"real data is absent: no folder {REAL_DATA}"),
+        "real_tokenizers": (REAL_DATA.is_dir(), f"real tokenizers are absent: no folder {REAL_DATA}"),
+        "smollm": (SMOLLM.is_dir(), "the demo's model is absent: run `make demo-model`"),
+    }
+    for item in items:
+        for marker, (is_there, reason) in present.items():
+            if item.get_closest_marker(marker) is not None and not is_there:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of published data beside the checkout; only for tests marked real_data or real_tokenizers."""
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """Folder of the demo's model; only for tests marked smollm."""
+    return SMOLLM

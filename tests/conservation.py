@@ -1,0 +1,104 @@
+"""No row vanishes: recomputed from the files alone. Imports nothing of the product.
+
+    python tests/conservation.py RUN_ROOT
+
+Opens kept, dropped and piece files and compares multisets of row ids stage by stage:
+rows in + pieces cut = rows out + drops, for each stage, row by row.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FOLDERS = ("01_merged", "02_cleaned", "03_filtered", "04_deduplicated", "05_held_out")
+
+
+def check_run_root(run_root: Path) -> dict[str, dict[str, int]]:
+    """Counts by folder; raises AssertionError naming what is missing or too much."""
+    counts = {}
+    before: Counter[str] | None = None
+    for folder in FOLDERS:
+        kept, dropped = parquet_ids(run_root / folder, "part"), parquet_ids(run_root / folder, "dropped")
+        if before is not None:
+            assert kept + dropped == before, f"{folder}: {difference(before, kept + dropped)}"
+        counts[folder] = {"kept": kept.total(), "dropped": dropped.total()}
+        before = kept
+    assert before is not None
+    counts["06_shards"] = check_shards(run_root / "06_shards", before)
+    check_manifests(run_root, counts)
+    check_plan(run_root)
+    return counts
+
+
+def parquet_ids(folder: Path, prefix: str) -> Counter[str]:
+    ids: Counter[str] = Counter()
+    for path in sorted(folder.rglob(f"{prefix}-*.parquet")):
+        ids.update(pq.read_table(path, columns=["row_id"])["row_id"].to_pylist())
+    return ids
+
+
+def check_shards(folder: Path, before: Counter[str]) -> dict[str, int]:
+    """Every row is dropped once, or stands in the shards as pieces 0..n-1 of rising message ranges."""
+    dropped = parquet_ids(folder, "dropped")
+    pieces: dict[str, list[tuple[int, int, int]]] = {}
+    num_examples = 0
+    for path in sorted(folder.glob("*/data-*.arrow")):
+        table = read_stream(path)
+        num_examples += table.num_rows
+        columns = ("row_id", "piece", "first_message", "end_message")
+        for row_id, *piece in zip(*(table[name].to_pylist() for name in columns), strict=True):
+            pieces.setdefault(row_id, []).append(tuple(piece))
+    assert Counter(pieces.keys()) + dropped == before, difference(before, Counter(pieces.keys()) + dropped)
+    for row_id, found in pieces.items():
+        assert [piece for piece, _, _ in found] == list(range(len(found))), (row_id, found)
+        for (_, _, end), (_, first, _) in zip(found, found[1:], strict=False):
+            assert first >= end, f"{row_id}: pieces overlap or go back: {found}"
+    cut = num_examples - len(pieces)
+    return {"kept": num_examples, "dropped": dropped.total(), "pieces_cut": cut}
+
+
+def check_manifests(run_root: Path, counts: dict[str, dict[str, int]]) -> None:
+    """What the manifests say is what the files hold."""
+    for folder, found in counts.items():
+        manifest = json.loads((run_root / folder / "manifest.json").read_text())
+        assert manifest["num_rows_out"] == found["kept"], folder
+        assert sum(manifest["drops"].values()) == found["dropped"], folder
+        assert manifest["num_pieces_cut"] == found.get("pieces_cut", 0), folder
+        left = manifest["num_rows_in"] + manifest["num_pieces_cut"]
+        assert left == found["kept"] + found["dropped"], folder
+
+
+def check_plan(run_root: Path) -> None:
+    """Every example stands in each epoch's plan exactly once, without overlap, within the capacity."""
+    for path in sorted((run_root / "07_plan").glob("*.arrow")):
+        split = path.name.split("-epoch-")[0]
+        num_examples = sum(
+            read_stream(p).num_rows for p in sorted((run_root / "06_shards" / split).glob("data-*.arrow"))
+        )
+        plan = read_stream(path)
+        assert sorted(plan["example"].to_pylist()) == list(range(num_examples)), path
+        end_of_bin: dict[int, int] = {}
+        for number, offset, length in zip(
+            *(plan[name].to_pylist() for name in ("bin", "offset", "num_tokens")), strict=True
+        ):
+            assert offset == end_of_bin.get(number, 0), path
+            end_of_bin[number] = offset + length
+
+
+def read_stream(path: Path) -> pa.Table:
+    with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        return reader.read_all()
+
+
+def difference(before: Counter[str], after: Counter[str]) -> str:
+    lost, extra = before - after, after - before
+    return f"lost {lost.total()} rows {list(lost)[:3]}, extra {extra.total()} rows {list(extra)[:3]}"
+
+
+if __name__ == "__main__":
+    for folder, counted in check_run_root(Path(sys.argv[1])).items():
+        print(f"{folder:16} " + "  ".join(f"{name} {number}" for name, number in counted.items()))

@@ -1,0 +1,129 @@
+"""What is on the disk is old or new, never half; what was damaged is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines import storage
+from schemas.conversation import Conversation, Drop, Message
+from schemas.dataset import DROPS, ROWS
+from schemas.errors import BusyError, IntegrityError
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+messages = st.builds(
+    Message,
+    st.sampled_from(["system", "user", "assistant", "tool"]),
+    texts,
+    st.dictionaries(texts, texts, max_size=2),
+)
+conversations = st.builds(
+    Conversation, texts, texts, st.integers(0, 2**40), st.lists(messages, max_size=4), st.just({"id": "x"})
+)
+
+
+@given(rows=st.lists(conversations, max_size=5))
+def test_rows_come_back_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Conversation]
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "part.parquet"
+    assert storage.write_rows(path, rows) == len(rows)
+    assert list(storage.read_rows(path)) == rows
+
+
+def test_columns_are_the_documented_ones_and_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+    row = Conversation("id", "chats/a.json", 3, [Message("user", "hello")], {"b": 1, "a": 2})
+    again = Conversation("id", "chats/a.json", 3, [Message("user", "hello")], {"a": 2, "b": 1})
+    storage.write_rows(tmp_path / "a.parquet", [row])
+    storage.write_rows(tmp_path / "b.parquet", [again])
+    storage.write_drops(tmp_path / "c.parquet", [(row, Drop("too_short", "1 of 4"))], stage="filter")
+    assert pq.read_schema(tmp_path / "a.parquet").equals(ROWS)
+    assert pq.read_schema(tmp_path / "c.parquet").equals(DROPS)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    storage.write_json(path, {"old": 1})
+    with pytest.raises(ValueError, match="not JSON"), storage.durable_file(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError("not JSON")
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_file_is_refused_before_its_first_use(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "part.parquet"
+    storage.write_rows(path, [Conversation("id", "s/f", 0, [Message("user", "hello")])])
+    entry = storage.file_entry(path, folder=tmp_path, num_rows=1)
+    assert storage.check_file(tmp_path, entry) == path
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="part.parquet"):
+        storage.check_file(tmp_path, entry)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipelines.storage import hold_run_root
+with hold_run_root(Path(sys.argv[1]), wait_seconds=0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_by_the_name_of_the_first_and_goes_on_after_its_death(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match=str(holder.pid)):
+            with storage.hold_run_root(tmp_path, wait_seconds=0.2):
+                pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with storage.hold_run_root(tmp_path, wait_seconds=5):
+        assert (tmp_path / "run.lock").exists()
+
+
+CHILD = """
+import time
+from pipelines.storage import exit_with_parent
+exit_with_parent()
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_child_ends_when_the_parents_end_of_the_pipe_closes() -> None:
+    read_end, write_end = os.pipe()
+    environment = os.environ | {storage.PARENT_FD_VARIABLE: str(read_end)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], pass_fds=[read_end], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    os.close(read_end)
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "up\n"
+        started = time.monotonic()
+        os.close(write_end)
+        assert child.wait(timeout=10) == 1
+        assert time.monotonic() - started < 5

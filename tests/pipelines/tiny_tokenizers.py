@@ -1,0 +1,159 @@
+"""Tiny tokenizers of the kinds that real models use, trained in this process in a few milliseconds.
+
+One per family of `FAMILIES`; each has every control token that the chat templates of the tests write.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+
+CONTROL_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|end_of_turn|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|start_of_role|>",
+    "<|end_of_role|>",
+    "<|end_of_text|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+    "[INST]",
+    "[/INST]",
+)
+"""Special tokens beside BOS, EOS and UNK."""
+
+PLAIN_ADDED_TOKENS = ("<tool_call>", "<think>")
+"""Added tokens that are not special, as several models have."""
+
+_CORPUS = (
+    "Hello world, how are you today? I am fine, thank you.",
+    "The capital of France is Paris. The answer is 42, and the question is not known.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+    "user assistant system USER: ASSISTANT: ### Instruction: ### Response: Human: Assistant:",
+    "Größe, naïve café, élève; 你好，世界。今天天气很好。 こんにちは мир привет",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z",
+    "0 1 2 3 4 5 6 7 8 9 . , : ; ! ? ( ) [ ] { } < > | / \\ \" ' - _ + = * & % $ # @ ~ ^ `",
+)
+
+
+def _corpus() -> Iterator[str]:
+    for _ in range(3):
+        yield from _CORPUS
+
+
+def _add_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_ADDED_TOKENS])
+    return tokenizer
+
+
+def byte_level_bpe() -> Tokenizer:
+    """As GPT-2, Llama 3, Qwen: bytes, no unknown token. Its post-processor trims offsets, as GPT-2's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=[BOS, EOS, UNK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return _add_tokens(tokenizer)
+
+
+def metaspace_bpe(prepend_scheme: str = "first") -> Tokenizer:
+    """As Mistral and Llama 2: pieces with a mark for spaces, unknown characters as bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=[UNK, BOS, EOS, *byte_pieces], show_progress=False
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    return _add_tokens(_without_added(tokenizer, byte_pieces))
+
+
+def legacy_metaspace_bpe() -> Tokenizer:
+    """As Llama 2 was converted first: a normalizer writes a space before the text after each control token."""
+    tokenizer = metaspace_bpe()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = None
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As T5 and many Asian models: NFKC, unigram pieces. `</s>` is a piece that plain text could reach."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=[UNK, BOS, EOS], unk_token=UNK, show_progress=False
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    return _add_tokens(tokenizer)
+
+
+FAMILIES: dict[str, Callable[[], Tokenizer]] = {
+    "byte_level_bpe": byte_level_bpe,
+    "metaspace_bpe": metaspace_bpe,
+    "legacy_metaspace_bpe": legacy_metaspace_bpe,
+    "unigram": unigram,
+}
+
+
+def _without_added(tokenizer: Tokenizer, pieces: list[str]) -> Tokenizer:
+    # The trainer makes special tokens of what it is told to keep; byte pieces are ordinary vocabulary.
+    import json
+
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in pieces]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+@cache
+def _trained(family: str) -> str:
+    return FAMILIES[family]().to_str()
+
+
+def tiny_tokenizer(family: str, chat_template: str | None = None) -> Any:
+    """A fresh `PreTrainedTokenizerFast` of one of the families."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(family)),
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        chat_template=chat_template,
+    )

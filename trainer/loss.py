@@ -1,0 +1,165 @@
+"""Cross entropy of the trained tokens, without ever holding the logits of a whole row.
+
+Positions are picked before the LM head, so prompts and padding cost no head work, and the head runs over chunks
+of them. The sum is what a step needs: its divisor, the step's sum of weights, is known from the plan, so the
+result does not depend on how a step is cut into micro-batches.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from schemas.errors import RefusedError
+from trainer.attention import packing_arguments, unwrapped
+from trainer.data import MicroBatch, Plan, ShardReader, micro_batches
+
+LOGITS_PER_CHUNK = 1 << 26
+"""Most logits in memory at once: 256 MiB in fp32."""
+
+
+def token_losses(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """Unweighted loss in nats of each trained token: float32 [N], differentiable where gradients are on.
+
+    `model` is a causal language model, in a PEFT wrapper or not, that uses packed attention, on the device of
+    the micro-batch. Raises RefusedError for a model without a plain LM head.
+    """
+    hidden = hidden_states(model, micro_batch).index_select(0, micro_batch.target_positions)
+    return head_losses(model, hidden, micro_batch.targets)
+
+
+def summed_loss(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """Sum over the trained tokens of weight x loss: a float32 scalar."""
+    return (token_losses(model, micro_batch) * micro_batch.weights).sum()
+
+
+def hidden_states(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """What the LM head would see: [T, hidden size]."""
+    backbone = unwrapped(model).base_model
+    output = backbone(
+        input_ids=micro_batch.input_ids,
+        position_ids=micro_batch.position_ids,
+        use_cache=False,
+        **packing_arguments(micro_batch),
+    )
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def head_losses(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses of rows that are already picked: `hidden` [N, hidden size], `targets` [N] -> float32 [N]."""
+    causal_lm = unwrapped(model)
+    head = causal_lm.get_output_embeddings()
+    if head is None:
+        raise RefusedError(
+            f"{type(causal_lm).__name__} has no LM head; use a model for causal language modelling"
+        )
+    adjust = _logit_adjustment(causal_lm.config.get_text_config())
+    num_rows = max(LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size, 1)
+    chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
+    if not torch.is_grad_enabled():
+        losses = [_chunk_losses(head, adjust, rows, ids) for rows, ids in chunks]
+    elif _is_frozen_linear(head) and adjust is None:
+        losses = [_FrozenHeadLoss.apply(rows, head.weight, head.bias, ids) for rows, ids in chunks]
+    else:
+        losses = [
+            checkpoint(_chunk_losses, head, adjust, rows, ids, use_reentrant=False) for rows, ids in chunks
+        ]
+    return torch.cat(losses)
+
+
+Adjustment = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _chunk_losses(
+    head: torch.nn.Module, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    logits = head(hidden)
+    logits = adjust(logits) if adjust is not None else logits
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _is_frozen_linear(head: torch.nn.Module) -> bool:
+    return type(head) is torch.nn.Linear and not any(weight.requires_grad for weight in head.parameters())
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Linear head and cross entropy in one, for a head that is not trained.
+
+    A token's gradient is (softmax - one-hot) @ weight times the incoming scalar, so it is computed while the
+    logits are at hand and nothing of vocabulary size is kept; recomputing would cost a third head product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        logits = F.linear(hidden, weight, bias).float()
+        log_sums = logits.logsumexp(dim=-1)
+        losses = log_sums - logits.gather(1, targets[:, None]).squeeze(1)
+        probabilities = logits.sub_(log_sums[:, None]).exp_()
+        probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+        ctx.save_for_backward(probabilities.to(weight.dtype) @ weight)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (unit_gradient,) = ctx.saved_tensors
+        scaled = unit_gradient * grad_outputs[0][:, None]
+        return scaled.to(unit_gradient.dtype), None, None, None
+
+
+def _logit_adjustment(config: Any) -> Adjustment | None:
+    """What some families do to logits after the head: Gemma caps them, Cohere and Granite scale them."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return None if factor == 1.0 else lambda logits: logits * factor
+
+
+# Loss of a whole split --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLoss:
+    """Loss over a held-out split. `loss` is weighted, in nats a token; bits per byte count every trained token."""
+
+    loss: float
+    bits_per_byte: float
+    num_trained_tokens: int
+
+
+@torch.no_grad()
+def split_loss(
+    model: torch.nn.Module,
+    reader: ShardReader,
+    plan: Plan,
+    *,
+    device: torch.device,
+    bins_per_micro_step: int = 1,
+) -> SplitLoss:
+    """Loss of the model over every bin of a plan, in evaluation mode; leaves the model in the mode it had."""
+    was_training = model.training
+    model.eval()
+    nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0
+    batches = micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=bins_per_micro_step)
+    for _, batch in batches:
+        if batch.num_trained_tokens == 0:
+            continue
+        losses = token_losses(model, batch.to(device)).double().cpu()
+        nats += float(losses.sum())
+        weighted += float((losses * batch.weights).sum())
+        weight_sum += float(batch.weights.double().sum())
+        num_trained_tokens += batch.num_trained_tokens
+    model.train(was_training)
+    num_bytes = int(reader.num_trained_bytes[plan.examples].sum())
+    return SplitLoss(
+        loss=weighted / weight_sum if weight_sum else math.nan,
+        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
+        num_trained_tokens=num_trained_tokens,
+    )

@@ -1,0 +1,1 @@
+"""Ways to choose what is trained, one file each."""

@@ -1,0 +1,196 @@
+"""Model and tokenizer from a local folder or the local hub cache: safetensors only, no remote code, no network."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from schemas.errors import ConfigError, InputError, RefusedError
+from schemas.pipeline_config import PipelineConfig
+from schemas.training_config import ModelConfig
+from trainer.attention import use_packed_attention
+from trainer.support import model_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+
+
+def load_base_model(
+    model: ModelConfig, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model with packed attention, all weights from safetensors; device and dtype default to the config's.
+
+    Raises InputError when a weight is missing or only pickles are there, RefusedError when the architecture
+    can't be trained packed.
+    """
+    folder = check_model_folder(model)
+    device = device if device is not None else resolve_device(model)
+    dtype = dtype if dtype is not None else resolve_dtype(model, device)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": device} if device.type == "cuda" else None,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    lost = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    if lost:
+        raise InputError(
+            f"{folder}: {len(lost)} weights of {type(loaded).__name__} are missing or of another shape, "
+            f"first {lost[0]}; they would be random: use a complete model folder"
+        )
+    loaded.config.use_cache = False
+    use_packed_attention(loaded)
+    return loaded
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
+    """A trained adapter over a loaded base model, for evaluation: nothing is trainable."""
+    from peft import PeftModel
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not an adapter: {name} is missing; train first")
+    # Upcast adapters would compute in fp32 what was trained in the model's own dtype.
+    return PeftModel.from_pretrained(model, folder, is_trainable=False, autocast_adapter_dtype=False)
+
+
+def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerBase":
+    """The tokenizer that made the shards, with the chat template of split.chat_template where one is named."""
+    model = needed_model(config)
+    name = model.tokenizer if model.tokenizer is not None else model.path
+    folder = model_folder(name, model.revision if model.tokenizer is None else None)
+    _refuse_remote_code(folder, ("tokenizer_config.json",))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} has no readable tokenizer: {' '.join(str(error).split())}") from error
+    if config.split.chat_template is not None:
+        tokenizer.chat_template = Path(config.split.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def needed_model(config: PipelineConfig) -> ModelConfig:
+    """Raises ConfigError when the config names no model."""
+    if config.model is None:
+        raise ConfigError("the config has no section model: add model.path, a folder or a cached hub name")
+    return config.model
+
+
+def resolve_device(model: ModelConfig) -> torch.device:
+    """Raises RefusedError when CUDA is asked for and absent."""
+    if model.device == "cuda" and not torch.cuda.is_available():
+        raise RefusedError("model.device is cuda but torch sees no CUDA device; use device: auto or cpu")
+    if model.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware computes in it. Raises RefusedError where it was asked for and is emulated."""
+    native = device.type != "cuda" or _compute_capability(device) >= (8, 0)
+    if model.dtype == "bfloat16" and not native:
+        raise RefusedError(
+            f"model.dtype is bfloat16 but {torch.cuda.get_device_name(device)} has compute capability "
+            f"{_compute_capability(device)}, below 8.0; use dtype: float32"
+        )
+    if model.dtype == "float32" or not native:
+        return torch.float32
+    return torch.bfloat16
+
+
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    # torch.cuda.is_bf16_supported() says yes below 8.0 too, through emulation.
+    return torch.cuda.get_device_capability(device)
+
+
+# The folder -------------------------------------------------------------------------------------------------
+
+
+def check_model_folder(model: ModelConfig) -> Path:
+    """The model's folder, once it holds a config and every safetensors file. Raises InputError."""
+    folder = model_folder(model.path, model.revision)
+    _refuse_remote_code(folder, ("config.json",))
+    weight_files(folder)
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model's weights. Raises InputError when one is missing."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    index = folder / WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+            path.name for path in folder.glob("*.pt*")
+        )
+        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
+        raise InputError(
+            f"{folder}: found {found}; expected {WEIGHTS_NAME} or {WEIGHTS_INDEX_NAME}: save the model with "
+            "save_pretrained of a recent transformers"
+        )
+    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder}: {missing[0]} of {len(names)} weight files is missing; download it again")
+    return [folder / name for name in names]
+
+
+def _refuse_remote_code(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        path = folder / name
+        settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        unsafe = sorted(key for key in settings if key == "auto_map" or key.endswith("_internal"))
+        if unsafe:
+            raise InputError(
+                f"{path} has {unsafe[0]!r}, which makes transformers run code from the model's folder; "
+                "use a model that transformers knows itself"
+            )
+
+
+# Identity ---------------------------------------------------------------------------------------------------
+
+FULLY_READ_BYTES = 256 * 2**20
+NUM_SAMPLED_BLOCKS = 256
+SAMPLED_BLOCK_BYTES = 64 * 2**10
+
+
+def model_digest(folder: Path) -> str:
+    """32 hex digits over config.json and the weights; computed once per process and file state.
+
+    Files up to 256 MiB are read whole. Of larger ones the size, the header and 256 evenly spaced blocks count:
+    it names a model (another fine-tune differs all over), it does not prove that no bit has flipped.
+    """
+    files = [folder / "config.json", *weight_files(folder)]
+    return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path, num_bytes, _ in files:
+        digest.update(f"{path.name}:{num_bytes}:".encode())
+        with path.open("rb") as file:
+            for first, count in _blocks(num_bytes):
+                file.seek(first)
+                digest.update(file.read(count))
+    return digest.hexdigest()
+
+
+def _blocks(num_bytes: int) -> list[tuple[int, int]]:
+    if num_bytes <= FULLY_READ_BYTES:
+        step = 1 << 24
+        return [(first, step) for first in range(0, num_bytes, step)]
+    last = num_bytes - SAMPLED_BLOCK_BYTES
+    spaced = [last * block // NUM_SAMPLED_BLOCKS for block in range(1, NUM_SAMPLED_BLOCKS + 1)]
+    return [(0, 1 << 20), *((first, SAMPLED_BLOCK_BYTES) for first in spaced)]

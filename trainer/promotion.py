@@ -1,0 +1,167 @@
+"""The gate: promotes a candidate if and only if it is better on held-out chats than the model in service.
+
+    promote(config)    evaluation.json -> decision; writes promoted.json when the candidate is better
+    rollback(config)   puts the model before it back into service
+    decide(losses, c)  the rule alone: arrays in, decision with its numbers out
+
+The rule: the lower bound of the improvement in bits per byte, by a paired bootstrap, is above zero, and no
+source got worse by more than promote.max_source_regression. Chats are resampled, not examples: the pieces of
+one long chat are not independent. The caller holds the run root. No torch here: this reads files and decides.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from pipelines.storage import check_file, file_sha256, read_arrow, read_json, write_json
+from schemas.errors import InputError, IntegrityError
+from schemas.evaluation import (
+    Decision,
+    Evaluation,
+    PromotedModel,
+    Promotion,
+    Promotions,
+    SourceVerdict,
+    TrainedModel,
+)
+from schemas.pipeline_config import PipelineConfig
+from schemas.run import EVALUATION_NAME, PROMOTED_NAME
+from schemas.training_config import PromoteConfig
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatLosses:
+    """Held-out chats under two models, one place a chat: all arrays have the same length."""
+
+    sources: NDArray[np.str_]
+    num_bytes: Floats
+    candidate_nats: Floats
+    incumbent_nats: Floats
+
+    def only(self, chosen: NDArray[np.bool_]) -> "ChatLosses":
+        return ChatLosses(
+            self.sources[chosen],
+            self.num_bytes[chosen],
+            self.candidate_nats[chosen],
+            self.incumbent_nats[chosen],
+        )
+
+
+# The rule ---------------------------------------------------------------------------------------------------
+
+
+def decide(losses: ChatLosses, config: PromoteConfig) -> Decision:
+    """Whether the candidate is better than the incumbent, with the numbers. Same input, same decision."""
+    incumbent = bits_per_byte(losses.incumbent_nats, losses.num_bytes)
+    candidate = bits_per_byte(losses.candidate_nats, losses.num_bytes)
+    finite = incumbent is not None and candidate is not None
+    bound = improvement_lower_bound(losses, config) if finite else None
+    sources = tuple(_source_verdicts(losses, config))
+    reason, explanation = _verdict(losses, config, incumbent, candidate, bound, sources)
+    return Decision(
+        promote=reason == "better",
+        reason=reason,
+        explanation=explanation,
+        num_chats=len(losses.num_bytes),
+        incumbent_bits_per_byte=incumbent,
+        candidate_bits_per_byte=candidate,
+        improvement=incumbent - candidate if incumbent is not None and candidate is not None else None,
+        improvement_lower_bound=bound,
+        confidence=config.confidence,
+        bootstrap_samples=config.bootstrap_samples,
+        sources=sources,
+    )
+
+
+def bits_per_byte(nats: Floats, num_bytes: Floats) -> float | None:
+    """Ratio of sums; None where there are no bytes or a loss is not finite."""
+    total_nats, total_bytes = float(nats.sum()), float(num_bytes.sum())
+    if not math.isfinite(total_nats) or total_bytes <= 0:
+        return None
+    return total_nats / math.log(2) / total_bytes
+
+
+def improvement_lower_bound(losses: ChatLosses, config: PromoteConfig) -> float:
+    """The (1 - confidence) quantile of the improvement over resampled sets of chats (percentile bootstrap).
+
+    Paired: a resample takes a chat's losses under both models. The ratio is of sums, so long chats weigh more,
+    as they do in the number itself. Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    """
+    random = np.random.default_rng(config.seed)
+    gained_bits = (losses.incumbent_nats - losses.candidate_nats) / math.log(2)
+    num_chats = len(gained_bits)
+    improvements = np.empty(config.bootstrap_samples)
+    for sample in range(config.bootstrap_samples):
+        chosen = random.integers(num_chats, size=num_chats)
+        num_bytes = losses.num_bytes[chosen].sum()
+        # A resample without any byte says nothing about the ratio: it must not speak for the candidate.
+        improvements[sample] = gained_bits[chosen].sum() / num_bytes if num_bytes > 0 else -math.inf
+    return float(np.quantile(improvements, 1 - config.confidence, method="lower"))
+
+
+def num_chats_needed(confidence: float) -> int:
+    """Fewest chats that can carry the confidence: fewer all point one way by chance too often (sign test).
+
+    0.95 -> 5 chats, since 0.5^4 > 0.05 >= 0.5^5.
+    """
+    return math.ceil(math.log2(1 / (1 - confidence)) - 1e-9)
+
+
+def _source_verdicts(losses: ChatLosses, config: PromoteConfig) -> Iterator[SourceVerdict]:
+    for source in sorted(set(losses.sources.tolist())):
+        chats = losses.only(losses.sources == source)
+        incumbent = bits_per_byte(chats.incumbent_nats, chats.num_bytes)
+        candidate = bits_per_byte(chats.candidate_nats, chats.num_bytes)
+        change = (candidate - incumbent) / incumbent if incumbent and candidate is not None else None
+        judged = change is not None and len(chats.num_bytes) >= num_chats_needed(config.confidence)
+        yield SourceVerdict(
+            source=source,
+            num_chats=len(chats.num_bytes),
+            incumbent_bits_per_byte=incumbent,
+            candidate_bits_per_byte=candidate,
+            change_share=change,
+            judged=judged,
+            too_much_worse=judged and change is not None and change > config.max_source_regression,
+        )
+
+
+Reason = Literal["better", "not_better", "source_worse", "too_few_chats", "not_finite"]
+
+
+def _verdict(
+    losses: ChatLosses,
+    config: PromoteConfig,
+    incumbent: float | None,
+    candidate: float | None,
+    bound: float | None,
+    sources: tuple[SourceVerdict, ...],
+) -> tuple[Reason, str]:
+    num_chats, needed = len(losses.num_bytes), num_chats_needed(config.confidence)
+    if incumbent is None or candidate is None or bound is None:
+        return "not_finite", f"no bits per byte: incumbent {incumbent}, candidate {candidate}"
+    numbers = (
+        f"bits per byte {incumbent:.4f} -> {candidate:.4f}, improvement {incumbent - candidate:+.4f}, "
+        f"lower bound {bound:+.4f} at {config.confidence:.0%} over {num_chats} chats"
+    )
+    if num_chats < needed:
+        return "too_few_chats", f"{numbers}; at least {needed} chats are needed: raise holdout.{{split}}"
+    if bound <= 0:
+        return "not_better", f"{numbers}; expected a lower bound above 0"
+    if worse := [source for source in sources if source.too_much_worse]:
+        return "source_worse", f"{numbers}; {_worse_sources(worse, config)}"
+    return "better", numbers
+
+
+def _worse_sources(worse: list[SourceVerdict], config: PromoteConfig) -> str:
+    changes = ", ".join(f"{source.source} {source.change_share:+.1%}" for source in worse)
+    return f"worse by more than promote.max_source_regression ({config.max_source_regression:.1%}): {changes}"
