@@ -6,6 +6,7 @@ Opens kept, dropped and piece files and compares multisets of row ids stage by s
 rows in + pieces cut = rows out + drops, for each stage, row by row.
 """
 
+import itertools
 import json
 import sys
 from collections import Counter
@@ -55,7 +56,7 @@ def check_shards(folder: Path, before: Counter[str]) -> dict[str, int]:
     assert Counter(pieces.keys()) + dropped == before, difference(before, Counter(pieces.keys()) + dropped)
     for row_id, found in pieces.items():
         assert [piece for piece, _, _ in found] == list(range(len(found))), (row_id, found)
-        for (_, _, end), (_, first, _) in zip(found, found[1:], strict=False):
+        for (_, _, end), (_, first, _) in itertools.pairwise(found):
             assert first >= end, f"{row_id}: pieces overlap or go back: {found}"
     cut = num_examples - len(pieces)
     return {"kept": num_examples, "dropped": dropped.total(), "pieces_cut": cut}

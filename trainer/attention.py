@@ -7,6 +7,7 @@ to pack are silently wrong in places: position ids alone need use_cache=False, a
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,7 @@ def _refuse_unknown(
 
 def _borders(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
     borders = cu_seqlens.tolist()
-    return [(start, end) for start, end in zip(borders, borders[1:], strict=False) if end > start]
+    return [(start, end) for start, end in itertools.pairwise(borders) if end > start]
 
 
 # One document at a time: CPUs, fp32 and GPUs before compute capability 8.0 ------------------------------------

@@ -193,7 +193,7 @@ def plan_from_table(table: pa.Table, *, split: str, epoch: int) -> Plan:
 def check_plan(plan: Plan, reader: ShardReader) -> None:
     """Raises IntegrityError when the plan was made for other shards."""
     rows = plan.examples
-    fits = len(rows) == 0 or (0 <= rows.min() and rows.max() < reader.num_rows)
+    fits = len(rows) == 0 or (rows.min() >= 0 and rows.max() < reader.num_rows)
     if not fits or not np.array_equal(reader.num_tokens[rows], plan.num_tokens):
         raise IntegrityError(
             f"the plan of {plan.split} epoch {plan.epoch} was made for other shards than {reader.folder}; "
