@@ -79,7 +79,7 @@ def stage_number(name: str) -> int:
 
 def check_before_start(config: PipelineConfig, stages: Sequence[str]) -> None:
     """Refuse now what would fail hours later: no tokenizer, no torch, settings that can't go together, no disk."""
-    from pipelines.stage import check_free_disk
+    from pipelines.parts import check_free_disk
 
     if "split" in stages:
         _check_tokenizer(config)
@@ -107,6 +107,7 @@ def _check_trainer(config: PipelineConfig) -> None:
             "torch is not installed, training needs it: pip install 'sft-pipeline[train]', or stop at the "
             "shards with --until pack"
         )
-    from trainer.support import check_supported
+    from trainer.support import check_supported, model_folder
 
+    model_folder(config.model.path, config.model.revision)
     check_supported(config)

@@ -9,10 +9,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from pipelines.stage import Progress, StageProgress, StageResult
+from pipelines.parts import Progress, StageProgress, StageResult
+from schemas.pipeline_config import PipelineConfig
 
 PLAIN_LINE_SECONDS = 10.0
 MAX_REASONS = 4
+
+
+def run_with_progress(name: str, config: PipelineConfig) -> StageResult:
+    """`run_stage`, drawn as fits where stderr goes."""
+    from pipelines.stage import run_stage
+
+    with stage_progress(name) as progress:
+        return run_stage(name, config, progress=progress)
 
 
 def stage_line(result: StageResult) -> str:
@@ -56,9 +65,8 @@ def stage_progress(stage: str) -> Iterator[Progress]:
 @contextmanager
 def _bar(stage: str) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
-    from rich.progress import TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description:<10}"),
@@ -67,14 +75,17 @@ def _bar(stage: str) -> Iterator[Progress]:
         TextColumn("parts  {task.fields[rows]:,} rows  {task.fields[rate]:,.0f} rows/s"),
         TimeRemainingColumn(),
     )
-    started = time.monotonic()
+    rate = _Rate()
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(stage, total=None, rows=0, rate=0.0)
 
         def update(done: StageProgress) -> None:
-            rate = done.num_rows_done / max(time.monotonic() - started, 1e-3)
             bars.update(
-                bar, total=done.num_parts, completed=done.num_parts_done, rows=done.num_rows_done, rate=rate
+                bar,
+                total=done.num_parts,
+                completed=done.num_parts_done,
+                rows=done.num_rows_done,
+                rate=rate.rows_per_second(done),
             )
 
         yield update
@@ -85,15 +96,28 @@ class _PlainLines:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.started = self.last_line = time.monotonic()
+        self.rate = _Rate()
+        self.last_line = time.monotonic()
 
     def __call__(self, done: StageProgress) -> None:
-        now = time.monotonic()
-        if now - self.last_line < PLAIN_LINE_SECONDS:
+        rate = self.rate.rows_per_second(done)
+        if time.monotonic() - self.last_line < PLAIN_LINE_SECONDS:
             return
-        self.last_line = now
-        rate = done.num_rows_done / (now - self.started)
+        self.last_line = time.monotonic()
         sys.stderr.write(
             f"{self.stage:<10} {done.num_parts_done} of {done.num_parts} parts  "
             f"{done.num_rows_done:,} rows  {rate:,.0f} rows/s\n"
         )
+
+
+class _Rate:
+    """Rows of this run by its time: those taken over from an earlier run, known at the first call, don't count."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.num_rows_before: int | None = None
+
+    def rows_per_second(self, done: StageProgress) -> float:
+        if self.num_rows_before is None:
+            self.num_rows_before = done.num_rows_done
+        return (done.num_rows_done - self.num_rows_before) / max(time.monotonic() - self.started, 1e-3)

@@ -17,9 +17,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.preflight import Run
-from flows.progress import stage_line, stage_progress
+from flows.progress import run_with_progress, stage_line
 from flows.training import Say, run_trainer
-from pipelines.stage import run_stage
 from schemas.run import Manifest
 
 Step = Callable[[Run], None]
@@ -46,8 +45,7 @@ def step(name: str, work: Callable[[Run, str], None]) -> Step:
 
 def run_data_stage(run: Run, name: str) -> None:
     """A stage of the ETL in this process and its workers."""
-    with stage_progress(name) as progress:
-        result = run_stage(name, run.config, progress=progress)
+    result = run_with_progress(name, run.config)
     speaker()(stage_line(result))
     publish(name, stage_table(result.manifest))
 

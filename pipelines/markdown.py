@@ -110,6 +110,8 @@ def positions_to_escape(run: str, *, emphasis: str, code: str, line_starts: bool
         places |= {m.start() for m in _ENTITY.finditer(run) if html.unescape(m[0]) != m[0]}
     if line_starts:
         places |= {m.start(m.lastgroup or 0) for m in _BLOCK_START.finditer(run)}
+    elif closing := re.search(r"(?:^|(?<= ))#+$", run):  # a heading may be closed by #
+        places.add(closing.start())
     return places
 
 

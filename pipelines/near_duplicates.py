@@ -1,4 +1,4 @@
-"""Near-duplicates: sets of word 3-grams as 64-bit hashes, and an exact join of them by Jaccard similarity.
+"""Near-duplicates: an exact join of gram sets by Jaccard similarity.
 
 The join is the prefix filter (Chaudhuri et al. 2006, AllPairs 2007) with the positional filter (PPJoin 2008):
 if |A ∩ B| >= t·|A|, then the |A| - ceil(t·|A|) + 1 rarest grams of A hold one of B's, so only rows that share
@@ -6,49 +6,23 @@ such a gram are compared, and all of these are counted in full. Nothing is estim
 (up to equal 64-bit hashes of different grams). One process; made for up to about half a million rows.
 """
 
-import hashlib
-import re
-import unicodedata
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from schemas.conversation import Message, utf8
+from pipelines.grams import GramSets, Hashes, Ints, ragged, runs
 
-Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
-Hashes: TypeAlias = npt.NDArray[np.uint64]
 Wanted: TypeAlias = Callable[[Ints, Ints], Bools]
 """Given rows left[i] and right[i]: which of these pairs the caller wants to have compared."""
-
-WORDS_IN_GRAM = 3
-GRAMS_TYPE = pa.large_list(pa.uint64())
 
 _MAX_BLOCK_ROWS = 512  # pairs inside a block are all compared: a template's first block costs 512²/2 once
 _MAX_BLOCK_GRAMS = 2**16  # bounds the block's table of rows x different grams
 _MAX_EXPANDED = 2**22  # pairs or grams that stand in memory at a time
-_MAX_REMEMBERED_WORDS = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class GramSets:
-    """Set i is hashes[starts[i]:starts[i + 1]], ascending, each once; starts has one more element than sets."""
-
-    starts: Ints
-    hashes: Hashes
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def sizes(self) -> Ints:
-        return np.diff(self.starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,115 +32,6 @@ class Pairs:
     left: Ints
     right: Ints
     jaccard: Floats
-
-
-# --- from a chat to its set ---------------------------------------------------------------------------------
-
-# Scripts written without spaces: there a "word" is a character. Han with kana, bopomofo, their punctuation and
-# full-width forms; Thai, Lao, Tibetan, Myanmar, Khmer. Korean has spaces.
-_UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3000-\u312f\u31a0-\u31bf\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-)
-_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
-
-CONTENT_EXTRAS = ("function_call", "reasoning_content", "thinking", "tool_calls")
-"""Extras that are part of what was said: two calls with empty text and different arguments differ."""
-
-
-def normalise(text: str) -> str:
-    """NFC with white space folded: what two saves of one page have in common."""
-    composed = text if text.isascii() else unicodedata.normalize("NFC", text)
-    return " ".join(composed.split())
-
-
-def compared_text(messages: Iterable[Message], *, said: Callable[[Message], str]) -> str:
-    """The user and assistant turns in one string; `said` gives a turn's text."""
-    return " ".join(said(message) for message in messages if message.role in ("user", "assistant"))
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words; single characters in scripts that have no spaces."""
-    lower = text.lower()
-    if lower.isascii() or not _HAS_UNSPACED.search(lower):
-        return lower.split()
-    return _WORD.findall(lower)
-
-
-class _WordHashes(dict[str, int]):
-    """blake2b-64 of each word, remembered: `hash` differs from process to process, library hashes by version."""
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= _MAX_REMEMBERED_WORDS:
-            self.clear()
-        value = int.from_bytes(hashlib.blake2b(utf8(word), digest_size=8).digest(), "little")
-        self[word] = value
-        return value
-
-
-def gram_sets(texts: Iterable[str]) -> GramSets:
-    """Sets of hashed word 3-grams. A text of fewer than 3 words is one gram, one without words the empty set."""
-    word_hash = _WordHashes().__getitem__
-    hashes, num_words = array("Q"), array("q")
-    for text in texts:
-        before = len(hashes)
-        hashes.extend(map(word_hash, words(text)))
-        num_words.append(len(hashes) - before)
-    return _sets_of_words(np.array(hashes, np.uint64), np.array(num_words, np.int64))
-
-
-def _sets_of_words(hashes: Hashes, num_words: Ints) -> GramSets:
-    """Grams of consecutive words inside each text; absent words of a short text count as 0."""
-    num_grams = np.where(num_words > 0, np.maximum(num_words - (WORDS_IN_GRAM - 1), 1), 0)
-    text_ends = np.cumsum(num_words)
-    first = ragged(text_ends - num_words, num_grams)
-    end = np.repeat(text_ends, num_grams)
-    grams = np.zeros(len(first), np.uint64)
-    padded = np.append(hashes, np.uint64(0))
-    for step in range(WORDS_IN_GRAM):
-        word = np.where(first + step < end, padded[np.minimum(first + step, len(hashes))], np.uint64(0))
-        grams = mixed(grams + word)
-    return _distinct(grams, num_grams)
-
-
-def _distinct(grams: Hashes, num_grams: Ints) -> GramSets:
-    ends = np.cumsum(num_grams)
-    for start, end in zip((ends - num_grams).tolist(), ends.tolist(), strict=True):
-        grams[start:end].sort()
-    keep = np.ones(len(grams), bool)
-    keep[1:] = grams[1:] != grams[:-1]
-    keep[(ends - num_grams)[num_grams > 0]] = True
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    return GramSets(starts=kept_before[np.concatenate([[0], ends])], hashes=grams[keep])
-
-
-def mixed(values: Hashes) -> Hashes:
-    """The finaliser of splitmix64 (Steele et al. 2014) behind its increment: a bijection of 64 bits."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def to_column(sets: GramSets) -> pa.LargeListArray:
-    return pa.LargeListArray.from_arrays(pa.array(sets.starts), pa.array(sets.hashes))
-
-
-def from_column(column: pa.ChunkedArray) -> GramSets:
-    """Reads a column of GRAMS_TYPE without nulls; chunks may be slices."""
-    lists = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], GRAMS_TYPE)
-    starts = lists.offsets.to_numpy() if len(lists) else np.zeros(1, np.int64)
-    values = lists.values.to_numpy()[starts[0] : starts[-1]]
-    return GramSets(starts=starts - starts[0], hashes=values)
-
-
-def concatenated(first: GramSets, second: GramSets) -> GramSets:
-    starts = np.concatenate([first.starts, second.starts[1:] + first.starts[-1]])
-    return GramSets(starts=starts, hashes=np.concatenate([first.hashes, second.hashes]))
-
-
-# --- joins ----------------------------------------------------------------------------------------------------
 
 
 def greedy_survivors(sets: GramSets, order: Ints, *, threshold: float, wanted: Wanted) -> tuple[Ints, Floats]:
@@ -198,7 +63,7 @@ def greedy_survivors(sets: GramSets, order: Ints, *, threshold: float, wanted: W
 
 def _settle(found: Iterable[Pairs], rank: Ints, survivor: Ints, jaccard: Floats) -> None:
     """Walks the pairs by rank of the later, then of the earlier row; the first survivor met takes the row."""
-    pairs = _joined(found)
+    pairs = joined(found)
     for i in np.lexsort((rank[pairs.right], rank[pairs.left])).tolist():
         left, right = pairs.left[i], pairs.right[i]
         if survivor[left] < 0 and survivor[right] < 0:
@@ -215,7 +80,7 @@ def near_pairs(sets: GramSets, *, threshold: float, wanted: Wanted) -> Iterator[
         yield from index.probe(block, lambda left, right: (right < left) & wanted(left, right))
 
 
-def _joined(found: Iterable[Pairs]) -> Pairs:
+def joined(found: Iterable[Pairs]) -> Pairs:
     slices = list(found)
     empty = np.empty(0, np.int64)
     return Pairs(
@@ -341,24 +206,3 @@ def _num_common(sets: GramSets, left: Ints, right: Ints) -> Ints:
     hit = (different[place] == asked) & holds[np.repeat(row_number, sizes), place]
     counted = np.concatenate([[0], np.cumsum(hit)])
     return np.diff(counted[np.concatenate([[0], np.cumsum(sizes)])])
-
-
-# --- slices of uneven length -----------------------------------------------------------------------------------
-
-
-def ragged(starts: Ints, lengths: Ints) -> Ints:
-    """starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...: indices of many slices."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
-
-
-def runs(weights: npt.NDArray[Any], *, limit: int, max_items: int | None = None) -> Iterator[tuple[int, int]]:
-    """Consecutive [start, end) whose weights sum to at most `limit`, or that hold a single item."""
-    total = np.cumsum(weights)
-    start = 0
-    while start < len(weights):
-        before = total[start - 1] if start else 0
-        end = max(int(np.searchsorted(total, before + limit, side="right")), start + 1)
-        end = min(end, start + max_items) if max_items else end
-        yield start, end
-        start = end

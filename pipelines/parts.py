@@ -72,6 +72,15 @@ class PartTask:
     payload: Any
 
 
+class PartsToRun(Exception):
+    """Ends a dry run of a stage at the point where work would begin."""
+
+    def __init__(self, num_parts_to_run: int, num_parts_reused: int) -> None:
+        super().__init__(num_parts_to_run, num_parts_reused)
+        self.num_parts_to_run = num_parts_to_run
+        self.num_parts_reused = num_parts_reused
+
+
 @dataclass(slots=True)
 class StageRun:
     """One stage of one run: where it writes, and what it found there."""
@@ -82,6 +91,7 @@ class StageRun:
     sections: dict[str, object]
     versions: dict[str, str]
     progress: Progress | None = None
+    dry: bool = False
     num_parts_run: int = 0
     num_parts_reused: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -105,18 +115,16 @@ class StageRun:
                 check_file(self.folder, entry)
         except IntegrityError:
             return None  # the damaged part is made again; see run_parts
-        sweep(self.folder, manifest)
+        if not self.dry:
+            sweep(self.folder, manifest)
         return StageResult(manifest, 0, len(manifest.parts), time.monotonic() - self.started)
 
     def run_parts(self, work: Callable[[PartTask], PartEntry], tasks: Sequence[PartTask]) -> list[PartEntry]:
         """Entries in the order of the tasks; finished ones are taken over, the others worked on."""
+        entries = self._finished_parts(tasks)
+        if self.dry:
+            raise PartsToRun(len(tasks) - len(entries), len(entries))
         check_free_disk(self.config)
-        known = self._known_entries()
-        entries: dict[int, PartEntry] = {}
-        for index, task in enumerate(tasks):
-            entry = known.get(task.key[:32]) or read_sidecar(self.folder, task.key)
-            if entry is not None and is_whole(self.folder, entry):
-                entries[index] = entry
         self.num_parts_reused += len(entries)
         todo = [index for index in range(len(tasks)) if index not in entries]
         self._report(entries, len(tasks))
@@ -160,6 +168,15 @@ class StageRun:
         self._write_timing(seconds)
         sweep(self.folder, manifest)
         return StageResult(manifest, self.num_parts_run, self.num_parts_reused, seconds)
+
+    def _finished_parts(self, tasks: Sequence[PartTask]) -> dict[int, PartEntry]:
+        known = self._known_entries()
+        entries: dict[int, PartEntry] = {}
+        for index, task in enumerate(tasks):
+            entry = known.get(task.key[:32]) or read_sidecar(self.folder, task.key)
+            if entry is not None and is_whole(self.folder, entry):
+                entries[index] = entry
+        return entries
 
     def _known_entries(self) -> dict[str, PartEntry]:
         manifest = read_manifest(self.folder)

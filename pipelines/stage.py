@@ -6,8 +6,9 @@ with the manifest. Stage modules hold pure functions; pipelines/parts.py and pip
 
 import importlib
 import shutil
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.parts import (
+    PartsToRun,
     PartTask,
     Progress,
     StageResult,
@@ -46,6 +48,7 @@ from pipelines.work import (
 )
 from schemas.conversation import Drop
 from schemas.dataset import SPLITS
+from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import HOLDOUT_LEDGER_NAME, STAGE_FOLDERS, FileEntry, Manifest, PartEntry
 
@@ -69,16 +72,50 @@ def run_stage(name: str, config: PipelineConfig, *, progress: Progress | None = 
 
     Raises InputError (stage before is missing), LimitError, IntegrityError, WorkerError.
     """
-    module = importlib.import_module(f"pipelines.{name}")
-    sections = {section: getattr(config, section).model_dump(mode="json") for section in SECTIONS[name]}
-    run = StageRun(name, config, module.STAGE_VERSION, sections, module.versions(config), progress)
+    run, module = _stage_run(name, config, progress)
     remove_temporary_files(run.folder)
     return _DRIVERS[name](run, module)
 
 
+def plan_stages(names: Sequence[str], config: PipelineConfig) -> Iterator[tuple[str, str]]:
+    """For each stage, whether it would run and why. Writes nothing in the run root."""
+    changed = ""
+    for name in names:
+        if changed:
+            yield name, f"runs: {changed} changes"
+            continue
+        text = _plan_stage(name, config)
+        changed = "" if text == UNCHANGED else name
+        yield name, text
+
+
+UNCHANGED = "unchanged, would be skipped"
+
+
+def _plan_stage(name: str, config: PipelineConfig) -> str:
+    run, module = _stage_run(name, config)
+    run.dry = True
+    try:
+        _DRIVERS[name](run, module)
+    except PartsToRun as plan:
+        return f"runs: {plan.num_parts_to_run} parts changed or new, {plan.num_parts_reused} taken over"
+    except InputError as error:
+        return f"can't be planned: {error}"
+    return UNCHANGED
+
+
+def _stage_run(
+    name: str, config: PipelineConfig, progress: Progress | None = None
+) -> tuple[StageRun, ModuleType]:
+    module = importlib.import_module(f"pipelines.{name}")
+    sections = {section: getattr(config, section).model_dump(mode="json") for section in SECTIONS[name]}
+    return StageRun(name, config, module.STAGE_VERSION, sections, module.versions(config), progress), module
+
+
 def _merge(run: StageRun, module: ModuleType) -> StageResult:
     config = run.config
-    spool = config.run_root / ".spool"
+    # A dry run writes nothing into the run root.
+    spool = Path(tempfile.mkdtemp()) if run.dry else config.run_root / ".spool"
     try:
         sources = sorted(config.sources, key=lambda source: source.name)
         parts = [
@@ -292,6 +329,8 @@ def _pack(run: StageRun, module: ModuleType) -> StageResult:
     key = run.key(before.key, capacity, epochs)
     if (result := run.skip(key)) is not None:
         return result
+    if run.dry:
+        raise PartsToRun(sum(epochs.values()), 0)
     files, counts = [], Counter[str]()
     for side in SPLITS:
         table = _open_split(folder, before, side)

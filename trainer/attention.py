@@ -92,7 +92,9 @@ def packed_attention(
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model itself, out of a PEFT wrapper."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     assert isinstance(inner, PreTrainedModel), type(inner)
     return inner
 

@@ -4,11 +4,13 @@ Everything about a step is known before it runs: which examples, how many tokens
 its loss is divided by. No sampler state exists; a cursor is enough to resume.
 """
 
+import dataclasses
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -287,21 +289,12 @@ class MicroBatch:
         """The same on another device; copies to a GPU run beside its work."""
         if device.type == self.input_ids.device.type:
             return self
-        moved = {name: _moved(getattr(self, name), device) for name in _TENSOR_FIELDS}
-        others = {name: getattr(self, name) for name in _OTHER_FIELDS}
-        return MicroBatch(**moved, **others)
-
-
-_TENSOR_FIELDS = (
-    "input_ids",
-    "position_ids",
-    "cu_seqlens",
-    "target_positions",
-    "targets",
-    "weights",
-    "target_documents",
-)
-_OTHER_FIELDS = ("max_seqlen", "rows", "num_tokens", "num_trained_tokens")
+        tensors: dict[str, Any] = {
+            field.name: _moved(value, device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

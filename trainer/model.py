@@ -3,6 +3,9 @@
 import functools
 import hashlib
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +37,7 @@ def load_base_model(
     folder = check_model_folder(model)
     device = device if device is not None else resolve_device(model)
     dtype = dtype if dtype is not None else resolve_dtype(model, device)
-    loaded, report = AutoModelForCausalLM.from_pretrained(
+    result: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": device} if device.type == "cuda" else None,
@@ -43,13 +46,14 @@ def load_base_model(
         local_files_only=True,
         output_loading_info=True,
     )
+    loaded: PreTrainedModel = result[0]
+    report: dict[str, Any] = result[1]
     lost = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
     if lost:
         raise InputError(
             f"{folder}: {len(lost)} weights of {type(loaded).__name__} are missing or of another shape, "
             f"first {lost[0]}; they would be random: use a complete model folder"
         )
-    loaded.config.use_cache = False
     use_packed_attention(loaded)
     return loaded
 
@@ -62,7 +66,23 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not an adapter: {name} is missing; train first")
     # Upcast adapters would compute in fp32 what was trained in the model's own dtype.
-    return PeftModel.from_pretrained(model, folder, is_trainable=False, autocast_adapter_dtype=False)
+    with outdated_names_allowed():
+        return PeftModel.from_pretrained(model, folder, is_trainable=False, autocast_adapter_dtype=False)
+
+
+@contextmanager
+def outdated_names_allowed() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.23 for a property under its old name; nobody can act on the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, layer by layer."""
+    # transformers 5.23 has the first name and warns at the second, 5.17 has the second alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the reentrant variant loses the gradient behind a frozen embedding
 
 
 def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerBase":

@@ -1,4 +1,4 @@
-"""The gate: promotes a candidate if and only if it is better on held-out chats than the model in service.
+"""The gate: a candidate goes into service if and only if it is better on held-out chats than what is there.
 
     promote(config)    evaluation.json -> decision; writes promoted.json when the candidate is better
     rollback(config)   puts the model before it back into service
@@ -10,19 +10,16 @@ one long chat are not independent. The caller holds the run root. No torch here:
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from pipelines.storage import check_file, file_sha256, read_arrow, read_json, write_json
-from schemas.errors import InputError, IntegrityError
+from pipelines.storage import check_file, file_sha256, read_arrow
+from schemas.errors import InputError
 from schemas.evaluation import (
     Decision,
     Evaluation,
@@ -33,10 +30,125 @@ from schemas.evaluation import (
     TrainedModel,
 )
 from schemas.pipeline_config import PipelineConfig
-from schemas.run import EVALUATION_NAME, PROMOTED_NAME
+from schemas.run import EVALUATION_NAME
 from schemas.training_config import PromoteConfig
+from trainer.service import (
+    check_trained_model,
+    find_candidate,
+    find_incumbent,
+    read_evaluation,
+    read_promotions,
+    write_promotions,
+)
 
-Floats = NDArray[np.float64]
+Floats: TypeAlias = NDArray[np.float64]
+
+
+def promote(config: PipelineConfig, *, withdrawn_too: bool = False) -> Promotion:
+    """Decide on the newest training by evaluation.json; promoted.json changes only when it is better.
+
+    A model that was rolled back stays out, unless `withdrawn_too`. Raises InputError when there is no
+    evaluation of this candidate against what is in service now, IntegrityError when files were changed.
+    """
+    run_root = config.run_root
+    candidate, promotions = find_candidate(run_root), read_promotions(run_root)
+    check_trained_model(run_root, candidate)
+    if promotions is not None and promotions.current.model.digest == candidate.digest:
+        decision = promotions.current.decision
+        return Promotion(
+            outcome="unchanged", model=candidate, decision=decision, explanation="is in service already"
+        )
+    evaluation = read_evaluation(run_root)
+    _check_is_about(evaluation, candidate, find_incumbent(run_root, candidate))
+    decision = decide(chat_losses(run_root, evaluation), config.promote)
+    if promotions is not None and candidate.digest in promotions.withdrawn and not withdrawn_too:
+        return Promotion(
+            outcome="withdrawn",
+            model=candidate,
+            decision=decision,
+            explanation="was rolled back before; train again, or promote it with --withdrawn-too",
+        )
+    if not decision.promote:
+        return Promotion(
+            outcome="refused", model=candidate, decision=decision, explanation=decision.explanation
+        )
+    _put_into_service(run_root, evaluation, decision, promotions)
+    return Promotion(outcome="promoted", model=candidate, decision=decision, explanation=decision.explanation)
+
+
+def rollback(config: PipelineConfig) -> Promotion:
+    """Put the model before the current one back into service, and keep the current one out from now on.
+
+    Raises InputError when nothing came before it or its files are gone, IntegrityError when they were changed.
+    """
+    promotions = read_promotions(config.run_root)
+    if promotions is None or not promotions.history:
+        found = "nothing is in service" if promotions is None else "the model in service is the first one"
+        raise InputError(f"{found} in {config.run_root}: there is nothing to roll back to")
+    current, previous = promotions.current, promotions.history[-1]
+    check_trained_model(config.run_root, previous.model)
+    withdrawn = {*promotions.withdrawn, current.model.digest} - {previous.model.digest}
+    write_promotions(
+        config.run_root,
+        Promotions(current=previous, history=promotions.history[:-1], withdrawn=tuple(sorted(withdrawn))),
+    )
+    return Promotion(
+        outcome="rolled_back",
+        model=previous.model,
+        decision=previous.decision,
+        explanation=f"is in service again in place of {current.model.path}",
+    )
+
+
+def _put_into_service(
+    run_root: Path, evaluation: Evaluation, decision: Decision, promotions: Promotions | None
+) -> None:
+    promoted = PromotedModel(
+        model=evaluation.candidate,
+        evaluation_key=evaluation.key,
+        evaluation_sha256=file_sha256(run_root / EVALUATION_NAME),
+        decision=decision,
+        incumbent=evaluation.incumbent,
+    )
+    history = (*promotions.history, promotions.current) if promotions is not None else ()
+    withdrawn = set(promotions.withdrawn) if promotions is not None else set()
+    kept_out = tuple(sorted(withdrawn - {evaluation.candidate.digest}))
+    write_promotions(run_root, Promotions(current=promoted, history=history, withdrawn=kept_out))
+
+
+def _check_is_about(evaluation: Evaluation, candidate: TrainedModel, incumbent: TrainedModel | None) -> None:
+    if evaluation.candidate.digest != candidate.digest:
+        raise InputError(
+            f"{EVALUATION_NAME} is about {evaluation.candidate.path}, the newest training is {candidate.path}: "
+            "run `sft-pipeline evaluate` first"
+        )
+    compared, in_service = (model.digest if model else "" for model in (evaluation.incumbent, incumbent))
+    if compared != in_service:
+        raise InputError(
+            f"{EVALUATION_NAME} compares with {evaluation.incumbent.path if evaluation.incumbent else 'the base'}, "
+            f"in service is {incumbent.path if incumbent else 'the base'}: run `sft-pipeline evaluate` first"
+        )
+
+
+def chat_losses(run_root: Path, evaluation: Evaluation) -> "ChatLosses":
+    """evaluation_examples.arrow with the pieces of a chat added up. Without an incumbent the base stands for it."""
+    table = read_arrow(check_file(run_root, evaluation.examples))
+    baseline = "nats_incumbent" if evaluation.incumbent is not None else "nats_base"
+    _, first, chats = np.unique(
+        table.column("row_id").to_numpy(zero_copy_only=False).astype(str),
+        return_index=True,
+        return_inverse=True,
+    )
+
+    def summed(column: str) -> Floats:
+        values = table.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
+        return np.bincount(chats, weights=values, minlength=len(first)).astype(np.float64)
+
+    sources = table.column("source").to_numpy(zero_copy_only=False).astype(str)[first]
+    return ChatLosses(sources, summed("num_trained_bytes"), summed("nats_candidate"), summed(baseline))
+
+
+# The rule ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +167,6 @@ class ChatLosses:
             self.candidate_nats[chosen],
             self.incumbent_nats[chosen],
         )
-
-
-# The rule ---------------------------------------------------------------------------------------------------
 
 
 def decide(losses: ChatLosses, config: PromoteConfig) -> Decision:
@@ -154,7 +263,7 @@ def _verdict(
         f"lower bound {bound:+.4f} at {config.confidence:.0%} over {num_chats} chats"
     )
     if num_chats < needed:
-        return "too_few_chats", f"{numbers}; at least {needed} chats are needed: raise holdout.{{split}}"
+        return "too_few_chats", f"{numbers}; at least {needed} chats are needed: hold out more"
     if bound <= 0:
         return "not_better", f"{numbers}; expected a lower bound above 0"
     if worse := [source for source in sources if source.too_much_worse]:
@@ -165,3 +274,26 @@ def _verdict(
 def _worse_sources(worse: list[SourceVerdict], config: PromoteConfig) -> str:
     changes = ", ".join(f"{source.source} {source.change_share:+.1%}" for source in worse)
     return f"worse by more than promote.max_source_regression ({config.max_source_regression:.1%}): {changes}"
+
+
+# The command ------------------------------------------------------------------------------------------------
+
+
+def run_promote(config: PipelineConfig, *, withdrawn_too: bool = False) -> None:
+    """`sft-pipeline promote`: decides and says why."""
+    _print_promotion(promote(config, withdrawn_too=withdrawn_too))
+
+
+def run_rollback(config: PipelineConfig) -> None:
+    """`sft-pipeline rollback`."""
+    _print_promotion(rollback(config))
+
+
+def _print_promotion(promotion: Promotion) -> None:
+    print(f"{promotion.outcome.replace('_', ' ')}: {promotion.model.path}: {promotion.explanation}")
+    if promotion.outcome not in ("promoted", "refused") or promotion.decision is None:
+        return
+    for source in promotion.decision.sources:
+        change = f"{source.change_share:+.1%}" if source.change_share is not None else "no bytes"
+        judged = "" if source.judged else ", too few to judge"
+        print(f"  {source.source}: {change} bits per byte over {source.num_chats} chats{judged}")

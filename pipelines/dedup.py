@@ -1,0 +1,272 @@
+"""Stage 4: which rows say what another row already says. Exact copies, beginnings of longer chats, near-copies.
+
+Survivor order, a total one: most characters of user and assistant text (white space folded), then the latest date
+in the record, then the lowest row id. Nothing looks at the order of rows, parts or workers.
+
+The three steps run one after the other, each on what the one before left:
+1. `duplicate`: same turns (role and text) and same system prompt; the first in the survivor order stays.
+2. `branch_of_longer`: all turns are the first turns of a longer chat. The survivor extends it and is not itself
+   extended by any other; of several the first in the survivor order.
+3. `near_duplicate`: Jaccard of word 3-grams over user and assistant turns >= dedup.near_threshold with a row that
+   stays. Rows are taken in the survivor order and dropped only for a survivor; similarity is not passed on.
+
+A survivor named in step 1 or 2 may itself leave in a later step: follow the names until they end.
+"""
+
+import hashlib
+import json
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.grams import (
+    GRAMS_TYPE,
+    GramSets,
+    Hashes,
+    Ints,
+    compared_text,
+    from_column,
+    gram_sets,
+    ragged,
+    spoken,
+    taken,
+    to_column,
+)
+from pipelines.near_duplicates import Bools, greedy_survivors
+from schemas.conversation import Conversation, utf8
+from schemas.pipeline_config import PipelineConfig
+
+STAGE_VERSION = 1
+
+FEATURES = pa.schema(
+    [
+        pa.field("row_id", pa.large_string(), nullable=False),
+        pa.field("num_chars", pa.int64(), nullable=False),  # user and assistant text, white space folded
+        pa.field("date_us", pa.int64(), nullable=False),  # since 1970, UTC; NO_DATE where the record has none
+        # Hash of the first 1, 2, ... turns: the last names the whole chat, the others its beginnings.
+        pa.field("turn_keys", pa.large_list(pa.uint64()), nullable=False),
+        # Rows that share it are never near-duplicates of each other; 0: of none.
+        pa.field("exempt_group", pa.uint64(), nullable=False),
+        pa.field("grams", GRAMS_TYPE, nullable=False),  # empty where near-duplicates are not looked for
+    ]
+)
+
+VERDICTS = pa.schema(
+    [
+        pa.field("row_id", pa.large_string(), nullable=False),
+        pa.field("reason", pa.large_string(), nullable=False),
+        pa.field("detail", pa.large_string(), nullable=False),
+        pa.field("survivor", pa.large_string(), nullable=False),
+    ]
+)
+"""One line a dropped row, by row id."""
+
+NO_DATE = -(2**63)
+
+
+def versions(config: PipelineConfig) -> dict[str, str]:
+    """Lower case, NFC and white space come from Python's Unicode tables."""
+    return {"unicode": unicodedata.unidata_version}
+
+
+def features(rows: Iterable[Conversation], config: PipelineConfig) -> pa.Table:
+    """What `decide` needs of each row, in the order of the rows; schema FEATURES."""
+    ids: list[str] = []
+    numbers = {name: array("q") for name in ("num_chars", "date_us", "num_turns")}
+    turn_keys, exempt_groups = array("Q"), array("Q")
+    texts = []
+    for row in rows:
+        turns = [(message.role, spoken(message)) for message in row.messages]
+        text = compared_text(turns)
+        keys = _turn_keys(turns, row.meta.get("tools"))
+        ids.append(row.row_id)
+        turn_keys.extend(keys)
+        exempt_groups.append(_exempt_group(row))
+        numbers["num_turns"].append(len(keys))
+        numbers["num_chars"].append(len(text))
+        numbers["date_us"].append(_microseconds(row.meta.get("date")))
+        texts.append(text if config.dedup.near else "")
+    ends = np.cumsum(np.array(numbers["num_turns"], np.int64))
+    columns = {
+        "row_id": pa.array(ids, pa.large_string()),
+        "num_chars": pa.array(np.array(numbers["num_chars"], np.int64)),
+        "date_us": pa.array(np.array(numbers["date_us"], np.int64)),
+        "turn_keys": to_column(np.concatenate([[0], ends]), np.array(turn_keys, np.uint64)),
+        "exempt_group": pa.array(np.array(exempt_groups, np.uint64)),
+        "grams": _grams(texts),
+    }
+    return pa.table(columns, schema=FEATURES)
+
+
+def decide(features: pa.Table, config: PipelineConfig) -> pa.Table:
+    """The rows to drop, schema VERDICTS. Row ids must be different; the order of the rows does not matter."""
+    assert pc.count_distinct(features["row_id"]).as_py() == len(features), "row ids must be different"
+    table = features.take(_survivor_order(features))  # from here on, a lower number is the better row
+    chats = _Chats(
+        keys=from_column(table["turn_keys"]),
+        survivor=np.full(len(table), -1, np.int64),
+        reason=np.full(len(table), "", dtype="U16"),
+        detail=np.full(len(table), "", dtype="U64"),
+    )
+    if config.dedup.exact:
+        _drop_exact(chats)
+    if config.dedup.branches:
+        _drop_branches(chats)
+    if config.dedup.near:
+        _drop_near(chats, table, threshold=config.dedup.near_threshold)
+    return _verdicts(chats, table["row_id"].combine_chunks())
+
+
+def largest_clusters(verdicts: pa.Table, n: int = 20) -> list[tuple[str, int]]:
+    """(survivor, rows dropped for it), most first; a survivor that was dropped too passes its rows on."""
+    survivor_of = dict(zip(verdicts["row_id"].to_pylist(), verdicts["survivor"].to_pylist(), strict=True))
+    counts: Counter[str] = Counter()
+    for survivor in survivor_of.values():
+        while survivor in survivor_of:
+            survivor = survivor_of[survivor]
+        counts[survivor] += 1
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:n]
+
+
+# --- features ---------------------------------------------------------------------------------------------------
+
+
+def _turn_keys(turns: Iterable[tuple[str, str]], tools: Any) -> list[int]:
+    """Hash of the first 1, 2, ... turns. Tools offered and empty system prompts: as the model would see them."""
+    digest = hashlib.blake2b(digest_size=8)
+    if tools:
+        digest.update(b"tools" + json.dumps(tools, sort_keys=True).encode())
+    keys = []
+    for role, text in turns:
+        if role == "system" and not text:
+            continue
+        turn = utf8(text)
+        digest.update(f"\n{role} {len(turn)}\n".encode() + turn)
+        keys.append(int.from_bytes(digest.digest(), "little"))
+    return keys
+
+
+def _exempt_group(row: Conversation) -> int:
+    """Paths of one tree, and rows of a source that are marked as alike on purpose (identity data)."""
+    if row.meta.get("group"):
+        name = f"group {row.meta['group']}"
+    elif row.meta.get("near_exempt") is True:
+        name = f"source {row.source.partition('/')[0]}"
+    else:
+        return 0
+    return int.from_bytes(hashlib.blake2b(utf8(name), digest_size=8).digest(), "little")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def _microseconds(date: Any) -> int:
+    """An ISO date as microseconds since 1970; without a zone it is UTC. Anything else is no date."""
+    try:
+        parsed = datetime.fromisoformat(str(date).strip().replace("Z", "+00:00"))
+    except ValueError:
+        return NO_DATE
+    aware = parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)
+    return (aware - _EPOCH) // timedelta(microseconds=1)
+
+
+def _grams(texts: list[str]) -> pa.LargeListArray:
+    sets = gram_sets(texts)
+    return to_column(sets.starts, sets.hashes)
+
+
+# --- decisions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Chats:
+    """Rows in the survivor order. `survivor` is the number of the row that stands for this one, -1: it stays.
+
+    `keys` holds the turn keys; it is no set, but has the same shape.
+    """
+
+    keys: GramSets
+    survivor: Ints
+    reason: np.ndarray
+    detail: np.ndarray
+
+    @property
+    def left(self) -> Ints:
+        return np.flatnonzero(self.survivor < 0)
+
+    def drop(self, rows: Ints, survivors: Ints, reason: str, details: list[str]) -> None:
+        self.survivor[rows], self.reason[rows], self.detail[rows] = survivors, reason, details
+
+    def whole_keys(self, rows: Ints) -> Hashes:
+        """The key of all turns; 0 for a chat without any."""
+        padded = np.append(self.keys.hashes, np.uint64(0))
+        last = np.where(self.keys.sizes[rows] > 0, self.keys.starts[rows + 1] - 1, len(padded) - 1)
+        return padded[last]
+
+
+def _survivor_order(features: pa.Table) -> pa.Array:
+    keys = [("num_chars", "descending"), ("date_us", "descending"), ("row_id", "ascending")]
+    return pc.sort_indices(features, sort_keys=keys)
+
+
+def _drop_exact(chats: _Chats) -> None:
+    rows = chats.left
+    _, first, group = np.unique(chats.whole_keys(rows), return_index=True, return_inverse=True)
+    survivors = rows[first][group]
+    copies = survivors != rows
+    details = [f"same {num_turns} turns" for num_turns in chats.keys.sizes[rows[copies]].tolist()]
+    chats.drop(rows[copies], survivors[copies], "duplicate", details)
+
+
+def _drop_branches(chats: _Chats) -> None:
+    """Looks up each beginning of each chat among the whole chats."""
+    rows = chats.left[chats.keys.sizes[chats.left] > 0]
+    wholes, whole = np.unique(chats.whole_keys(rows), return_inverse=True)
+    num_beginnings = chats.keys.sizes[rows] - 1
+    owner = np.repeat(np.arange(len(rows)), num_beginnings)
+    beginnings = chats.keys.hashes[ragged(chats.keys.starts[rows], num_beginnings)]
+    place = np.minimum(np.searchsorted(wholes, beginnings), len(wholes) - 1)
+    found = wholes[place] == beginnings
+    extended = np.zeros(len(wholes), bool)
+    extended[place[found]] = True
+    found &= ~extended[whole[owner]]
+    best = np.full(len(wholes), len(rows))
+    np.minimum.at(best, place[found], owner[found])
+    dropped = np.flatnonzero(extended[whole])
+    survivors = rows[best[whole[dropped]]]
+    lengths = zip(chats.keys.sizes[rows[dropped]].tolist(), chats.keys.sizes[survivors].tolist(), strict=True)
+    details = [f"its {short} turns begin a chat of {long}" for short, long in lengths]
+    chats.drop(rows[dropped], survivors, "branch_of_longer", details)
+
+
+def _drop_near(chats: _Chats, table: pa.Table, *, threshold: float) -> None:
+    rows = chats.left
+    sets = taken(from_column(table["grams"]), rows)
+    group = table["exempt_group"].to_numpy()[rows]
+
+    def wanted(left: Ints, right: Ints) -> Bools:
+        return (group[left] == 0) | (group[left] != group[right])
+
+    survivor, jaccard = greedy_survivors(sets, np.arange(len(rows)), threshold=threshold, wanted=wanted)
+    dropped = np.flatnonzero(survivor >= 0)
+    details = [f"Jaccard {value:.3f}" for value in jaccard[dropped].tolist()]
+    chats.drop(rows[dropped], rows[survivor[dropped]], "near_duplicate", details)
+
+
+def _verdicts(chats: _Chats, row_ids: pa.Array) -> pa.Table:
+    dropped = np.flatnonzero(chats.survivor >= 0)
+    columns = {
+        "row_id": row_ids.take(pa.array(dropped)),
+        "reason": pa.array(chats.reason[dropped].tolist(), pa.large_string()),
+        "detail": pa.array(chats.detail[dropped].tolist(), pa.large_string()),
+        "survivor": row_ids.take(pa.array(chats.survivor[dropped])),
+    }
+    return pa.table(columns, schema=VERDICTS).sort_by("row_id")

@@ -1,0 +1,262 @@
+"""Rendered chats as token ids: one encoding of the whole text, whose offsets say which tokens are trained.
+
+A chat that holds no control string is encoded as the tokenizer encodes it. In any other chat each control token
+that the template wrote is given an alias, a string of private characters and of the same length, and the text is
+encoded by a twin of the tokenizer that knows only the aliases: `<|im_end|>` typed by a user is then text like any
+other, and everything else (prefix spaces, stripping, normalisation between control tokens) is as it always was.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from pipelines.render import ChatTemplate, Rendered, TrainedSpan, compile_template
+from pipelines.tokenizer_files import load_tokenizer
+from schemas.conversation import Drop
+from schemas.errors import RefusedError
+from schemas.pipeline_config import PipelineConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChatEncoder:
+    """A tokenizer and its template, ready to encode.
+
+    `tokenizer` is the transformers object; `backend` is a copy of what it runs, without the post-processor,
+    which would trim offsets. `is_control` is bool [ids].
+    """
+
+    tokenizer: Any
+    backend: Tokenizer
+    template: ChatTemplate
+    control_ids: Mapping[str, int]
+    is_control: np.ndarray
+    unknown_id: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """int32 arrays [tokens]: ids, and the characters [start, end) of the rendered text that each stands for.
+
+    Tokens that share a character of several bytes all have the whole character. A control token that strips
+    the white space around it has its own characters only.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSpans:
+    """Trained tokens [start, end), int32 [spans], ascending, not touching; empty ones are left out.
+
+    A token that also stands for characters outside its span is not trained: `num_straddling_tokens`.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    num_straddled_spans: int
+    num_straddling_tokens: int
+
+
+def load_encoder(config: PipelineConfig) -> ChatEncoder:
+    """Load tokenizer and template. Raises ConfigError, InputError, RefusedError."""
+    return build_encoder(load_tokenizer(config))
+
+
+def build_encoder(tokenizer: Any) -> ChatEncoder:
+    """An encoder of a loaded tokenizer that has a chat template."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
+    control_ids = _control_ids(backend)
+    is_control = np.zeros(backend.get_vocab_size(with_added_tokens=True) + 1, np.bool_)
+    is_control[list(control_ids.values())] = True
+    template = compile_template(
+        tokenizer.get_chat_template(),
+        special_tokens=tokenizer.special_tokens_map,
+        control_tokens=list(control_ids),
+    )
+    unknown = json.loads(backend.to_str())["model"].get("unk_token")
+    unknown_id = tokenizer.unk_token_id if unknown is None else backend.token_to_id(unknown)
+    return ChatEncoder(tokenizer, backend, template, control_ids, is_control, unknown_id)
+
+
+def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
+    """Ids of a rendered chat. Without control strings in it: those of the tokenizer's `apply_chat_template`.
+
+    Drops: `not_unicode` (lone surrogates), `tokenizer_fails`, and two that no real text reaches:
+    `reserved_characters`, `control_string_stays`.
+    """
+    plain = _run(encoder.backend, rendered.text)
+    if isinstance(plain, Drop):
+        return plain
+    expected = np.array([encoder.control_ids[token] for token in rendered.control_tokens], np.int32)
+    encoded = _with_own_places(encoder, plain, rendered, expected)
+    return encoded if encoded is not None else _encode_aliased(encoder, rendered, expected)
+
+
+def trained_tokens(encoded: Encoded, spans: tuple[TrainedSpan, ...]) -> TokenSpans:
+    """Tokens that stand for characters of the spans and no others. Spans ascend and do not overlap."""
+    # int32 as the offsets are: searchsorted copies the whole array when the types differ.
+    borders = np.array([(span.start, span.end) for span in spans], np.int32).reshape(-1, 2)
+    firsts = np.searchsorted(encoded.starts, borders[:, 0], side="left").tolist()
+    ends = np.searchsorted(encoded.starts, borders[:, 1], side="left").tolist()
+    tokens: list[tuple[int, int]] = []
+    straddling = []
+    for first, end, (start_char, end_char) in zip(firsts, ends, borders.tolist(), strict=True):
+        num_straddling = int(first > 0 and encoded.ends[first - 1] > start_char)
+        while end > first and encoded.ends[end - 1] > end_char:
+            end -= 1
+            num_straddling += 1
+        straddling.append(num_straddling)
+        first = max(first, 1)  # nothing stands before token 0 that could predict it
+        if tokens and tokens[-1][1] == first and end > first:
+            tokens[-1] = (tokens[-1][0], end)  # a template that writes nothing between two answers
+        elif end > first:
+            tokens.append((first, end))
+    table = np.array(tokens, np.int32).reshape(-1, 2)
+    num_straddled = sum(1 for number in straddling if number)
+    return TokenSpans(table[:, 0], table[:, 1], num_straddled, sum(straddling))
+
+
+# Control strings --------------------------------------------------------------------------------------------
+
+
+def _control_ids(backend: Tokenizer) -> dict[str, int]:
+    """The added tokens that user text must not reach.
+
+    All but those that are only vocabulary: not special, and made of letters, digits and white space (runs of
+    blanks in GPT-NeoX and Gemma, words that somebody added). They can't be taken for a border of turns.
+    """
+    added = backend.get_added_tokens_decoder()
+    return {
+        token.content: token_id
+        for token_id, token in sorted(added.items())
+        if token.special or not re.fullmatch(r"[\w\s▁]+", token.content)
+    }
+
+
+def _with_own_places(
+    encoder: ChatEncoder, encoded: Encoded, rendered: Rendered, expected: np.ndarray
+) -> Encoded | None:
+    """The encoding with control tokens at their own characters, or None if others are there than expected."""
+    found = np.flatnonzero(encoder.is_control[encoded.ids])
+    places = rendered.control_spans
+    if len(found) != len(expected) or not np.array_equal(encoded.ids[found], expected):
+        return None
+    if np.any(encoded.starts[found] > places[:, 0]) or np.any(encoded.ends[found] < places[:, 1]):
+        return None
+    starts, ends = encoded.starts.copy(), encoded.ends.copy()
+    starts[found], ends[found] = places[:, 0], places[:, 1]
+    return Encoded(encoded.ids, starts, ends)
+
+
+def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarray) -> Encoded | Drop:
+    text, plane = rendered.text, _free_plane(rendered.text, len(encoder.control_ids))
+    if plane is None:
+        return Drop("reserved_characters", "private characters of planes 15 and 16 beside a control string")
+    twin = _twin(encoder, plane)
+    pieces, position = [], 0
+    for token, (start, end) in zip(rendered.control_tokens, rendered.control_spans.tolist(), strict=True):
+        pieces += (text[position:start], twin.aliases[token])
+        position = end
+    aliased = _run(twin.backend, "".join([*pieces, text[position:]]))
+    if isinstance(aliased, Drop):
+        return aliased
+    # An id above the vocabulary hides unknown characters: they may stand anywhere, other control ids may not.
+    hidden_ids = twin.ids[aliased.ids]
+    unknown = aliased.ids == twin.unknown_id
+    hidden_ids[unknown] = len(encoder.is_control) - 1
+    encoded = _with_own_places(
+        encoder, Encoded(hidden_ids, aliased.starts, aliased.ends), rendered, expected
+    )
+    if encoded is None:
+        return Drop("control_string_stays", "a control id stands where the template wrote none")
+    encoded.ids[unknown] = encoder.unknown_id
+    return encoded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Twin:
+    """The tokenizer with each control token under its alias. `ids` turns the twin's ids into the tokenizer's.
+
+    `unknown_id` is -1 where the template could write the unknown token itself, or there is none.
+    """
+
+    backend: Tokenizer
+    aliases: Mapping[str, str]
+    ids: np.ndarray
+    unknown_id: int
+
+
+_PLANES = (0xF0000, 0x100000)
+
+
+def _free_plane(text: str, num_aliases: int) -> int | None:
+    # Icon fonts use plane 15; a text with characters of both planes has not been seen.
+    planes = [p for p in _PLANES if not re.search(f"[{chr(p)}-{chr(p + num_aliases)}]", text)]
+    return planes[0] if planes else None
+
+
+@lru_cache(maxsize=4)
+def _twin(encoder: ChatEncoder, plane: int) -> _Twin:
+    if len(encoder.control_ids) > 0xFFF0:
+        raise RefusedError(f"the tokenizer has {len(encoder.control_ids)} added tokens, more than 65,520")
+    aliases = {token: chr(plane + n) * len(token) for n, token in enumerate(encoder.control_ids)}
+    state = json.loads(encoder.backend.to_str())
+    for token in state["added_tokens"]:
+        token["content"] = aliases.get(token["content"], token["content"])
+    state["model"] = _renamed_model(state["model"], aliases)
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.encode_special_tokens = encoder.backend.encode_special_tokens
+    ids = np.arange(len(encoder.is_control), dtype=np.int32)
+    for token, alias in aliases.items():
+        ids[backend.token_to_id(alias)] = encoder.control_ids[token]
+    return _Twin(backend, aliases, ids)
+
+
+def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """The model without a way from plain text to a control token: it may be a piece of the vocabulary too."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        vocabulary = {aliases.get(piece, piece): token_id for piece, token_id in vocabulary.items()}
+    else:
+        vocabulary = [[aliases.get(piece, piece), score] for piece, score in vocabulary]
+    renamed = model | {"vocab": vocabulary}
+    if "unk_token" in model:
+        renamed["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        renamed["merges"] = [[a, b] for a, b in pairs if aliases.keys().isdisjoint((a, b, a + b))]
+    return renamed
+
+
+# The tokenizers library -------------------------------------------------------------------------------------
+
+
+def _run(backend: Tokenizer, text: str) -> Encoding | Drop:
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    except UnicodeEncodeError as error:
+        return Drop("not_unicode", f"character {error.start}: {error.reason}")
+    except BaseException as error:
+        # A regular expression that gives up panics in Rust: a BaseException that `except Exception` misses.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        return Drop("tokenizer_fails", f"{type(error).__name__}: {error}"[:300])
+
+
+def _arrays(encoding: Encoding) -> Encoded:
+    ids = np.array(encoding.ids, np.int32)
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+    return Encoded(ids, offsets[:, 0], offsets[:, 1])

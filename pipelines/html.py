@@ -1,0 +1,238 @@
+"""HTML answers of ChatGPT pages -> Markdown: guard, parse, read the tree, convert, check that no letter was lost.
+
+`looks_like_page(text)` decides for one answer whether it is HTML; `convert_answer(html, config)` gives Markdown or
+a Drop. Markup that the converters get wrong never reaches them: see html_tree.py and html_marks.py.
+
+Markdown here is what ChatGPT itself writes: ATX headings, "-" bullets, back-tick fences, `$...$` formulas. A literal
+"<" in prose stays bare, since chat renderers show raw HTML as text.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import html_to_markdown
+import markdownify
+from selectolax.lexbor import LexborHTMLParser, LexborNode
+
+from pipelines.html_marks import Passage, choose_marks
+from pipelines.html_tree import Answer, TooDeepError, answer_roots, read_answer
+from schemas.conversation import Drop
+from schemas.pipeline_config import CleanConfig
+
+MAX_TAGS = 200_000
+"""Tags in an answer that is nested as a browser writes it."""
+MAX_STRAY_TAGS = 3_000
+"""Tags in an answer that isn't: a parser's work may grow with the square (measured: 120,000 stray tags, 11 s)."""
+MAX_STRAY_BYTES = 128 * 1024
+"""Bytes of such an answer: 20,000 attributes in one tag took 0.7 s, also with the square."""
+MAX_TAG_CHARS = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    markdown: str
+    is_unfinished: bool
+
+
+class _UnfaithfulError(Exception):
+    """A converter lost, added or moved text."""
+
+
+def convert_answer(html: str, config: CleanConfig) -> Converted | Drop:
+    """One HTML answer as Markdown without outer white space.
+
+    Drops: html_too_large, html_too_deep, html_unparsable (the text didn't come through whole, or a library failed).
+    """
+    if (drop := check_limits(html, config)) is not None:
+        return drop
+    try:
+        body = LexborHTMLParser(html).body
+        if body is None:
+            return Converted("", is_unfinished=False)
+        answer = read_answer(body, choose_marks(html), images=config.images, max_depth=config.max_depth)
+        markdown = _converted(answer, CONVERTERS[config.converter])
+    except (TooDeepError, RecursionError):
+        return Drop("html_too_deep", f"nested deeper than {config.max_depth} elements")
+    except BaseException as error:  # noqa: BLE001 - a Rust panic is no Exception; anything else is raised again
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        return Drop("html_unparsable", f"{type(error).__name__}: {error}"[:500])
+    return Converted(markdown, _is_unfinished(body))
+
+
+# ------------------------------------------------------------------------------------------------- what is HTML
+
+_BLOCK_TAG = re.compile(
+    r"<(div|p|pre|ol|ul|h[1-6]|blockquote|table|section|article|details|hr)(\s[^<>]*)?>", re.I
+)
+_ANSWER_CLASS = re.compile(
+    r"""class=["'][^"']*(?<![\w-])(?:markdown|prose|result-(?:streaming|thinking))(?![\w-])"""
+)
+_SOURCE_CODE = re.compile(
+    r"<(?:!doctype|html|head|body|script|style|link|meta|form|nav|header|footer|template)\b|\n[ \t]+<|```|"
+    r"\s(?:class|id|style|on[a-z]+)=(?![\"'](?:language-|hljs|katex|task-list|contains-task-list))",
+    re.IGNORECASE,
+)
+
+
+def looks_like_page(text: str) -> bool:
+    """Whether an answer as a whole is a piece of a ChatGPT page.
+
+    It must begin with the opening tag of a block element and end with ">". Then one of two must hold:
+    1. the first tag, or one in the next 2,000 characters after a leading <div>, has the class of an answer
+       (`markdown`, `prose`, `result-streaming`, `result-thinking`);
+    2. all of it is bare rendered text: no attributes such as class, id, style (but for code and formulas), no page
+       elements (html, head, script, form, nav, ...), no indented tags, no code fences, no text between its blocks.
+    An answer in Markdown that merely holds HTML, in fences or out of them, and an answer that is the source of a
+    page, fail both.
+    """
+    stripped = text.strip()
+    if not stripped.startswith("<") or not stripped.endswith(">"):
+        return False
+    first = _BLOCK_TAG.match(stripped)
+    if first is None:
+        return False
+    reach = 2_000 if first[1].lower() == "div" else first.end()
+    if _ANSWER_CLASS.search(stripped[:reach]):
+        return True
+    return not _SOURCE_CODE.search(stripped) and _has_only_blocks(stripped)
+
+
+def _has_only_blocks(html: str) -> bool:
+    if len(html) > MAX_STRAY_BYTES or html.count("<") > MAX_STRAY_TAGS:
+        return False
+    body = LexborHTMLParser(html).body
+    if body is None:
+        return False
+    nodes = list(body.iter(include_text=True))
+    return all(
+        not (node.text_content or "").strip() if node.is_text_node else _BLOCK_TAG.match(f"<{node.tag}>")
+        for node in nodes
+    )
+
+
+def _is_unfinished(body: LexborNode) -> bool:
+    """Whether the page says that the answer was still being written."""
+    classes = {word for root in answer_roots(body) for word in (root.attrs.get("class") or "").split()}
+    return not classes.isdisjoint({"result-streaming", "result-thinking"})
+
+
+# ------------------------------------------------------------------------------------------------- guards
+
+_TAG = re.compile(r"<(/?)([a-zA-Z][^\s/>\"'<]*)((?:\s+[^\s\"'<>/=]+(?:=\"[^\"<]*\")?)*)\s*(/?)>")
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
+_RAW_TEXT = frozenset(
+    "script style textarea title xmp iframe noembed noframes noscript plaintext template".split()
+)
+
+
+def check_limits(html: str, config: CleanConfig) -> Drop | None:
+    """Refuse, by one linear scan, what would take a parser or converter long.
+
+    An answer with few tags is safe to parse whatever they are. One with many must be nested as browsers write it:
+    each tag closed by its own, attributes in double quotes.
+    """
+    if len(html) > config.max_message_bytes or len(html.encode()) > config.max_message_bytes:
+        return Drop("html_too_large", f"more than {config.max_message_bytes} bytes")
+    num_tags = html.count("<")
+    if num_tags <= MAX_STRAY_TAGS and len(html) <= MAX_STRAY_BYTES:
+        return None
+    if num_tags > 2 * MAX_TAGS:
+        return Drop("html_too_large", f"{num_tags} tags, more than {2 * MAX_TAGS}")
+    return _check_nesting(_COMMENT.sub("", html), config.max_depth)
+
+
+def _check_nesting(html: str, max_depth: int) -> Drop | None:
+    opened: list[str] = []
+    num_tags = 0
+    for match in _TAG.finditer(html):
+        closing, name, attributes, self_closing = match.groups()
+        num_tags += 1
+        if len(attributes) > MAX_TAG_CHARS:
+            return Drop("html_too_large", f"a tag of {len(attributes)} characters, more than {MAX_TAG_CHARS}")
+        if closing:
+            if not opened or opened.pop() != name:
+                return Drop("html_unparsable", f"large and badly nested: stray </{name[:40]}>")
+        elif opened and opened[-1] in _RAW_TEXT:
+            return Drop("html_unparsable", f"large, with tags inside <{opened[-1]}>")
+        elif not self_closing and name not in _VOID:
+            opened.append(name)
+            if len(opened) > max_depth:
+                return Drop("html_too_deep", f"nested deeper than {max_depth} elements")
+    if num_tags != html.count("<"):
+        return Drop("html_unparsable", f"large, with {html.count('<') - num_tags} malformed tags")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- conversion
+
+# All options of a choice as the library's own objects: names are looked up again at every call, 0.1 ms each time.
+_HTML_TO_MARKDOWN = html_to_markdown.ConversionOptions(
+    heading_style=html_to_markdown.HeadingStyle.ATX,
+    list_indent_type=html_to_markdown.ListIndentType.SPACES,
+    bullets="-",
+    autolinks=False,
+    highlight_style=html_to_markdown.HighlightStyle.DOUBLE_EQUAL,
+    extract_metadata=False,
+    whitespace_mode=html_to_markdown.WhitespaceMode.NORMALIZED,
+    newline_style=html_to_markdown.NewlineStyle.SPACES,
+    code_block_style=html_to_markdown.CodeBlockStyle.BACKTICKS,
+    inline_data_media=html_to_markdown.InlineDataMedia.KEEP,
+    hidden_content=html_to_markdown.HiddenContent.DROP,
+    url_escape_style=html_to_markdown.UrlEscapeStyle.ANGLE,
+    link_style=html_to_markdown.LinkStyle.INLINE,
+    output_format=html_to_markdown.OutputFormat.MARKDOWN,
+    tier_strategy=html_to_markdown.TierStrategy.AUTO,
+    compact_tables=True,
+    br_in_tables=True,
+)
+
+
+def _with_html_to_markdown(html: str) -> str:
+    result = html_to_markdown.convert(html, _HTML_TO_MARKDOWN)
+    # Past its depth limit the library leaves text out and says so only here.
+    if result.warnings:
+        raise _UnfaithfulError(f"html-to-markdown warns: {result.warnings[0]}")
+    return result.content or ""
+
+
+def _with_markdownify(html: str) -> str:
+    return markdownify.markdownify(
+        html,
+        heading_style="ATX",
+        bullets="-",
+        escape_asterisks=False,
+        escape_underscores=False,
+        escape_misc=False,
+    )
+
+
+CONVERTERS: dict[str, Callable[[str], str]] = {
+    "html-to-markdown": _with_html_to_markdown,
+    "markdownify": _with_markdownify,
+}
+
+_LIST_MARKERS = re.compile(r"^ *(?:(?:[-*+]|\d{1,9}[.)])(?: +|$))+", re.MULTILINE)
+_NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
+
+
+def _converted(answer: Answer, converter: Callable[[str], str]) -> str:
+    def convert(passage: Passage) -> str:
+        markdown = converter(passage.html).strip("\n ")
+        _check_conservation(passage.visible, markdown)
+        return answer.fragments.restore(markdown, convert)
+
+    return convert(answer.passage).strip()
+
+
+def _check_conservation(visible: str, markdown: str) -> None:
+    """Letters and digits in = letters and digits out, in order. Raises _UnfaithfulError."""
+    expected = _NOT_ALPHANUMERIC.sub("", visible)
+    found = _NOT_ALPHANUMERIC.sub("", _LIST_MARKERS.sub("", markdown))
+    if expected != found:
+        place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1)
+        raise _UnfaithfulError(
+            f"the converter changed the text: {expected[place : place + 40]!r} became {found[place : place + 40]!r}"
+        )

@@ -1,0 +1,211 @@
+"""Leaves of a ChatGPT answer: code blocks, formulas, links, pictures. Node in, Markdown or its parts out."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from selectolax.lexbor import LexborNode
+
+from pipelines.markdown import fenced_code
+
+_LANGUAGE_CLASS = re.compile(r"(?:^|\s)lang(?:uage)?-([^\s`]+)")
+_LANGUAGE_TEXT = re.compile(r"[\w+#./ -]{1,40}")
+_LANGUAGE_NAMES = {
+    "c++": "cpp",
+    "c#": "csharp",
+    "f#": "fsharp",
+    "plain-text": "text",
+    "objective-c": "objectivec",
+}
+_NOT_CODE = frozenset(("button", "svg", "style", "script"))
+_UNSAFE_SCHEMES = ("javascript:", "data:", "vbscript:")
+_URL = re.compile(r"(?:https?:)?//\S+$", re.IGNORECASE)
+_TRACKING = re.compile(r"([?&])utm_source=chatgpt\.com(&|$|(?=#))")
+
+
+@dataclass(frozen=True, slots=True)
+class CodeBlock:
+    code: str
+    language: str
+
+    def markdown(self) -> str:
+        return fenced_code(self.code, self.language)
+
+
+def has_class(node: LexborNode | None, word: str) -> bool:
+    """Whether a word stands in the class attribute: pages differ in the order and number of class names."""
+    return node is not None and word in (node.attrs.get("class") or "").split()
+
+
+# ------------------------------------------------------------------------------------------------- code
+
+
+def code_block(pre: LexborNode) -> CodeBlock:
+    """Code and language of a <pre>, without its header bar and buttons.
+
+    The language is the class `language-...` of the code, else the words of the bar. Text that stands directly in the
+    <pre> means that it has no bar: all of it is code.
+    """
+    code = None if _has_own_text(pre) else _code_node(pre)
+    if code is None:
+        return CodeBlock(_code_text(pre), _class_language(pre))
+    language = _class_language(code) or _class_language(pre) or _bar_language(pre, code)
+    return CodeBlock(_code_text(code), language)
+
+
+def _has_own_text(pre: LexborNode) -> bool:
+    return any(
+        child.is_text_node and (child.text_content or "").strip() for child in pre.iter(include_text=True)
+    )
+
+
+def _code_node(pre: LexborNode) -> LexborNode | None:
+    editor = pre.css_first(".cm-content")
+    if editor is not None:
+        return editor
+    codes = pre.css("code")
+    if len(codes) == 1:
+        return codes[0]
+    return None if codes else _innermost_pre(pre)
+
+
+def _innermost_pre(pre: LexborNode) -> LexborNode | None:
+    nested = pre.css("pre pre")
+    return nested[-1] if nested else None
+
+
+def _code_text(node: LexborNode) -> str:
+    """The text to the byte; <br> is a new line, and so is the end of a CodeMirror line."""
+    if node.css_first("br, button, svg, style, script, .cm-line") is None:
+        return node.text(deep=True)
+    return "".join(_code_pieces(node))
+
+
+def _code_pieces(node: LexborNode) -> Iterator[str]:
+    previous_line = False
+    for child in node.iter(include_text=True):
+        if child.is_text_node:
+            yield child.text_content or ""
+        elif child.tag == "br":
+            # An empty CodeMirror line is <div class="cm-line"><br></div>: the line's end counts already.
+            yield "" if has_class(node, "cm-line") and child.next is None else "\n"
+        elif child.tag not in _NOT_CODE:
+            is_line = has_class(child, "cm-line")
+            yield "\n" if is_line and previous_line else ""
+            previous_line = is_line
+            yield from _code_pieces(child)
+
+
+def _class_language(node: LexborNode) -> str:
+    found = _LANGUAGE_CLASS.search(node.attrs.get("class") or "")
+    return found[1] if found else ""
+
+
+def _bar_language(pre: LexborNode, code: LexborNode) -> str:
+    words = " ".join("".join(_text_before(pre, code.mem_id)[0]).split())
+    if not _LANGUAGE_TEXT.fullmatch(words):
+        return ""
+    name = words.lower().replace(" ", "-")
+    return _LANGUAGE_NAMES.get(name, name)
+
+
+def _text_before(node: LexborNode, stop: int) -> tuple[list[str], bool]:
+    """Text of a subtree up to the node with id `stop`, and whether that node was met."""
+    pieces: list[str] = []
+    for child in node.iter(include_text=True):
+        if child.is_text_node:
+            pieces.append(child.text_content or "")
+        elif child.mem_id == stop:
+            return pieces, True
+        elif child.tag not in _NOT_CODE:
+            inner, met = _text_before(child, stop)
+            pieces += inner
+            if met:
+                return pieces, True
+    return pieces, False
+
+
+def inline_code_text(node: LexborNode) -> str:
+    """Text of <code> in prose, on one line."""
+    return re.sub(r"[ \t]*[\n\r][ \t]*", " ", _code_text(node))
+
+
+# ------------------------------------------------------------------------------------------------- formulas
+
+
+def formula(node: LexborNode, class_names: str) -> tuple[str, bool] | None:
+    """TeX of a KaTeX or MathML element, and whether it is displayed. None where there is no TeX to be had."""
+    is_display = "katex-display" in class_names
+    if "katex-error" in class_names:
+        tex = node.text(deep=True)
+    else:
+        annotation = node.css_first("annotation")
+        if annotation is None:
+            return None
+        tex = annotation.text(deep=True)
+    # A blank line ends a paragraph in Markdown, also between dollars.
+    tex = re.sub(r"\n[ \t]*(?=\n)", "", tex.strip())
+    return (tex, is_display) if tex else None
+
+
+# ------------------------------------------------------------------------------------------------- links, pictures
+
+
+def link_target(href: str, text: str) -> str:
+    """The address to write behind a link's text; "" where the text is to stand alone.
+
+    That is so for schemes that run or embed something, and for a bare URL, which Markdown links by itself.
+    """
+    href = _TRACKING.sub(lambda m: m[1] if m[2] == "&" else "", href.strip())
+    scheme = re.sub(r"[\x00-\x20\x7f-\x9f\u200b]", "", href).lower()
+    if not href or scheme.startswith(_UNSAFE_SCHEMES) or _same_address(href, text):
+        return ""
+    href = href.replace("\n", "%0A").replace("<", "%3C").replace(">", "%3E").replace("\\", "%5C")
+    is_plain = not re.search(r"[\s()]", href) or (" " not in href and _is_balanced(href))
+    return href if is_plain else f"<{href}>"
+
+
+def _same_address(href: str, text: str) -> bool:
+    bare = text.strip()
+    return bool(bare) and href in (bare, bare + "/", f"http://{bare}", f"http://{bare}/", f"mailto:{bare}")
+
+
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def is_citation_pill(node: LexborNode) -> bool:
+    """A link whose text is the truncated names of its sources, and how many more there are."""
+    return node.css_first("span.truncate") is not None
+
+
+def footnote_label(node: LexborNode) -> str | None:
+    """The label where a <sup> is a reference to a footnote."""
+    link = node.css_first("a")
+    if link is None:
+        return None
+    href = link.attrs.get("href") or ""
+    if "data-footnote-ref" not in link.attrs and not re.match(r"#(?:user-content-)?fn-?\w", href):
+        return None
+    label = link.text(deep=True).strip().strip("[]")
+    return label if re.fullmatch(r"[\w-]+", label) else None
+
+
+def image_markdown(node: LexborNode, images: str) -> str:
+    """A picture as `clean.images` asks. Saved pages hold dead local paths as src and, often, the URL as alt."""
+    if images == "drop":
+        return ""
+    source, alt = (node.attrs.get("src") or "").strip(), " ".join((node.attrs.get("alt") or "").split())
+    alt_is_url = bool(_URL.match(alt))
+    if images == "alt":
+        return "" if alt_is_url else alt
+    target = source if _URL.match(source) else alt if alt_is_url else ""
+    if not target:
+        return "" if alt_is_url else alt
+    description = "" if alt_is_url else alt.replace("[", "\\[").replace("]", "\\]")
+    return f"![{description}]({link_target(target, '')})"

@@ -1,0 +1,160 @@
+"""Tokens that keep a converter's hands off: code, formulas, links, tables, quotes, characters that look like markup.
+
+Each stands in the canonical HTML as private-use characters that the answer itself doesn't hold, and is put back in
+its place after the conversion (`Fragments.restore`), indented as its place in a list asks for.
+"""
+
+import html
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+NON_ASCII_BLANKS = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+INLINE_TAGS = ("strong", "em", "del")
+
+_NUM_STRUCTURE_MARKS = 4 + 2 * len(INLINE_TAGS)
+_WINDOW = _NUM_STRUCTURE_MARKS + 2 * len(PUNCTUATION) + len(NON_ASCII_BLANKS)
+_FIRST = 0xE000
+_PRIVATE_USE = re.compile(r"[\ue000-\uf8ff\U000f0000-\U000ffffd]")
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Canonical HTML for one run of a converter, and the text that must come out of it (tokens included)."""
+
+    html: str
+    visible: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Markdown for a token's place. A block stands alone on its lines; a `passage` is converted on its own first."""
+
+    text: str = ""
+    is_block: bool = False
+    passage: Passage | None = None
+    line_prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Private-use characters with a meaning for one answer: a window of code points that it doesn't hold.
+
+    `literal` and `escaped` stand for a character as it is and for the character behind a backslash.
+    """
+
+    open: str
+    close: str
+    code_close: str  # in place of `close` after a token of inline code: back-ticks near it need escaping
+    cell_break: str  # a line break inside a table cell
+    tags: dict[str, tuple[str, str]]
+    html: tuple[tuple[str, str], ...]
+    literal: dict[str, str]
+    escaped: dict[str, str]
+    restored: dict[str, str]
+    tokens: re.Pattern[str]
+    characters: re.Pattern[str]
+    openers: str
+    closers: str
+
+    def has_tags(self, text: str) -> bool:
+        return any(opener in text for opener in self.openers)
+
+    def to_html(self, text: str) -> str:
+        """Canonical HTML of a run: escaped, with its tags and line breaks."""
+        for character, markup in self.html:
+            if character in text:
+                text = text.replace(character, markup)
+        return text
+
+    def to_markdown(self, text: str) -> str:
+        """The text with its character marks put back. A regex: str.translate is slow where little is to be done."""
+        return self.characters.sub(lambda match: self.restored[match[0]], text)
+
+
+@lru_cache(maxsize=8)
+def _marks(first: int) -> Marks:
+    opened, closed, code_closed, cell_break, *rest = (chr(first + i) for i in range(_NUM_STRUCTURE_MARKS))
+    tags = {tag: (rest[2 * i], rest[2 * i + 1]) for i, tag in enumerate(INLINE_TAGS)}
+    after = first + _NUM_STRUCTURE_MARKS
+    literal = {character: chr(after + i) for i, character in enumerate(PUNCTUATION + NON_ASCII_BLANKS)}
+    escaped = {character: chr(after + len(literal) + i) for i, character in enumerate(PUNCTUATION)}
+    restored = {mark: character for character, mark in literal.items()}
+    restored |= {mark: "\\" + character for character, mark in escaped.items()} | {cell_break: "<br>"}
+    as_html = [("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("\n", "<br>")]
+    for tag, (opener, closer) in tags.items():
+        as_html += [(opener, f"<{tag}>"), (closer, f"</{tag}>")]
+    token = rf"{opened}(\d+)[{closed}{code_closed}]"
+    return Marks(
+        open=opened,
+        close=closed,
+        code_close=code_closed,
+        cell_break=cell_break,
+        tags=tags,
+        html=tuple(as_html),
+        literal=literal,
+        escaped=escaped,
+        restored=restored,
+        tokens=re.compile(rf"^([ \d.*+-]*){token}$|{token}", re.MULTILINE),
+        characters=re.compile(f"[{''.join(restored)}]"),
+        openers="".join(opener for opener, _ in tags.values()),
+        closers="".join(closer for _, closer in tags.values()),
+    )
+
+
+def choose_marks(source: str) -> Marks:
+    """Marks that stand nowhere in the answer, not even as a character reference.
+
+    Raises ValueError when every window of the private-use areas is taken.
+    """
+    text = source + html.unescape(source) if "&#" in source else source
+    if text.isascii():
+        return _marks(_FIRST)
+    first = _FIRST
+    for code_point in sorted({ord(character) for character in _PRIVATE_USE.findall(text)}):
+        if code_point - first >= _WINDOW:
+            break
+        first = code_point + 1
+        if 0xF8FF - _WINDOW < first < 0xF0000:
+            first = 0xF0000
+    if first > 0xFFFFD - _WINDOW:
+        raise ValueError("the answer holds nearly every private-use character there is")
+    return _marks(first)
+
+
+@dataclass(slots=True)
+class Fragments:
+    """What stands for the tokens of one answer."""
+
+    marks: Marks
+    items: list[Fragment] = field(default_factory=list)
+
+    def token(self, fragment: Fragment, *, is_code: bool = False) -> str:
+        self.items.append(fragment)
+        return (
+            f"{self.marks.open}{len(self.items) - 1}{self.marks.code_close if is_code else self.marks.close}"
+        )
+
+    def restore(self, markdown: str, convert: Callable[[Passage], str]) -> str:
+        """Markdown with every token replaced, in one pass: what is put in is never searched for tokens again."""
+
+        def replace(match: re.Match[str]) -> str:
+            fragment = self.items[int(match[2] or match[3])]
+            before = match[1] or ""
+            if not fragment.is_block:
+                return before + fragment.text
+            text = convert(fragment.passage) if fragment.passage else fragment.text
+            return before + _indented(text, " " * len(before), line_prefix=fragment.line_prefix)
+
+        restored = self.marks.tokens.sub(replace, markdown)
+        return self.marks.to_markdown(restored)
+
+
+def _indented(text: str, indent: str, *, line_prefix: str) -> str:
+    """A block inside a list item: a CommonMark reader takes the indent off again. Empty lines stay empty."""
+    lines = text.split("\n")
+    if line_prefix:
+        lines = [line_prefix + line if line else line_prefix.rstrip() for line in lines]
+    return "\n".join([lines[0], *(indent + line if line else "" for line in lines[1:])])

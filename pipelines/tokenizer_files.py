@@ -1,0 +1,155 @@
+"""The tokenizer of the config as files: where they lie, their digest, and the tokenizer loaded from them.
+
+Nothing is downloaded, no code from the folder is run, and torch is not needed.
+"""
+
+import hashlib
+import json
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schemas.conversation import blake2b_128
+from schemas.errors import ConfigError, InputError, RefusedError
+from schemas.pipeline_config import PipelineConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAX_TOKENIZER_BYTES = 64 * 2**20
+"""Gemma 3, with 262,144 entries, has 33 MB."""
+
+
+def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerFast":
+    """The tokenizer that `model` names, with the template of split.chat_template where one is set.
+
+    Raises ConfigError (no model section, no chat template), InputError (not there, unreadable),
+    RefusedError (only a slow tokenizer).
+    """
+    from transformers import AutoTokenizer
+
+    folder = tokenizer_folder(config)
+    _refuse_remote_code(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} has no readable tokenizer: {' '.join(str(error).split())[:300]}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise RefusedError(
+            f"{folder}: {type(tokenizer).__name__} gives no character offsets, which prove what is trained; "
+            "use a tokenizer with a tokenizer.json"
+        )
+    tokenizer.chat_template = chat_template(tokenizer, config)
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def chat_template(tokenizer: Any, config: PipelineConfig) -> str:
+    """The template's source: the file split.chat_template, else the tokenizer's own. Raises ConfigError."""
+    if config.split.chat_template is not None:
+        return _template_file(config).decode()
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        raise ConfigError(
+            f"the tokenizer {tokenizer_name(config)} has no chat template: set split.chat_template to a Jinja "
+            "file (a base model has none; take that of the chat model it shall become)"
+        ) from None
+
+
+def tokenizer_versions(config: PipelineConfig) -> dict[str, str]:
+    """What shapes ids and texts beside the config: digests of the files, versions of the libraries.
+
+    Read from the files alone, in milliseconds: it is asked in every run, also when nothing has changed.
+    """
+    template = "of the tokenizer"
+    if config.split.chat_template is not None:
+        template = hashlib.sha256(_template_file(config)).hexdigest()
+    return {
+        "tokenizer": _folder_digest(tokenizer_folder(config)),
+        "chat_template": template,
+        **{library: version(library) for library in ("jinja2", "tokenizers", "transformers")},
+    }
+
+
+def tokenizer_name(config: PipelineConfig) -> str:
+    """The name or folder that the config gives. Raises ConfigError when there is none."""
+    if config.model is None:
+        raise ConfigError("the config has no section model: add model.path, a folder or a cached hub name")
+    return config.model.tokenizer or config.model.path
+
+
+def tokenizer_folder(config: PipelineConfig) -> Path:
+    """Where the tokenizer's files lie: a folder, or its snapshot in the local hub cache. Raises InputError."""
+    name = tokenizer_name(config)
+    if Path(name).is_dir():
+        return Path(name)
+    revision = config.model.revision if config.model and config.model.tokenizer is None else None
+    return _cached_snapshot(name, revision)
+
+
+@lru_cache
+def _cached_snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise InputError(
+            f"tokenizer {name!r} is neither a folder nor in the local hub cache; download it once "
+            f"with `hf download {name}` or give a folder"
+        ) from None
+
+
+def _template_file(config: PipelineConfig) -> bytes:
+    path = Path(config.split.chat_template or "")
+    try:
+        source = path.read_bytes()
+        source.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"split.chat_template: {path} is not a readable UTF-8 file ({error})") from error
+    return source
+
+
+def _folder_digest(folder: Path) -> str:
+    """Digest of every file that a tokenizer may be loaded from, by name. Raises InputError when there is none."""
+    paths = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+    if not paths:
+        raise InputError(f"{folder} has no tokenizer: expected tokenizer.json or another of its files")
+    parts: list[bytes] = []
+    for path in paths:
+        if (num_bytes := path.stat().st_size) > MAX_TOKENIZER_BYTES:
+            raise RefusedError(
+                f"{path} has {num_bytes} bytes, more than the {MAX_TOKENIZER_BYTES} of any known tokenizer"
+            )
+        parts += (path.relative_to(folder).as_posix().encode(), path.read_bytes())
+    return blake2b_128(*parts)
+
+
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.json",
+    "chat_template*.jinja",
+    "additional_chat_templates/*.jinja",
+)
+
+
+def _refuse_remote_code(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): take the model's own") from error
+    unsafe = sorted(key for key in settings if key == "auto_map" or key.endswith("_internal"))
+    if unsafe:
+        raise RefusedError(
+            f"{path} has {unsafe[0]!r}, which makes transformers run code from the model's folder; "
+            "use a tokenizer that transformers knows itself"
+        )

@@ -1,0 +1,190 @@
+"""The command line: fast help, one line for an error, the right exit code, nothing loaded that isn't needed."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.packages import OUR_PACKAGES, foreign_package
+from flows.preflight import ALL_STAGES, chosen_stages
+from schemas.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+COMMANDS = "init run step train evaluate promote rollback generate chat show doctor deploy".split()
+CONFIG = """\
+run_root: run
+sources:
+  - {name: toy, path: toy.json}
+"""
+
+
+def sft_pipeline(
+    *arguments: str, folder: Path = ROOT, path: str = str(ROOT)
+) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own; `path` is what PYTHONPATH holds."""
+    return subprocess.run(
+        [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    (tmp_path / "toy.json").write_text('[{"id": "1", "conversations": [{"from": "human", "value": "hi"}]}]')
+    return path
+
+
+def test_help_answers_in_well_under_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        result = sft_pipeline("--help")
+        seconds.append(time.monotonic() - started)
+    assert result.returncode == 0
+    assert all(f"{command} " in result.stdout for command in COMMANDS)
+    assert min(seconds) < 0.7, seconds
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(command: str) -> None:
+    result = sft_pipeline(command, "--help")
+    assert result.returncode == 0
+    assert f"sft-pipeline {command}" in result.stdout
+
+
+def test_version_is_printed() -> None:
+    result = sft_pipeline("--version")
+    assert result.returncode == 0
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part_of_the_message"),
+    [
+        (["rnu"], "rnu"),
+        (["run"], "CONFIG"),
+        (["run", "no-such.yaml"], "no config file at no-such.yaml"),
+        (["run", "{config}", "--form", "merge"], "--form"),
+        (["run", "{config}", "--from", "marge"], "marge"),
+        (["run", "{config}", "--from", "train", "--until", "merge"], "comes after"),
+        (["run", "{config}", "--set", "train.max_step=5"], "train.max_steps"),
+        (["step", "merge", "{config}", "--set", "clean.image=keep"], "clean.images"),
+        (["step", "merge", "{config}", "--set", "clean.images"], "section.key=value"),
+        (["step", "train", "{config}"], "train"),
+        (["train", "{config}"], "model.path"),
+        (["run", "{config}", "--dry-run", "--set", "filter.max_turns=many"], "many"),
+        (["run", "{config}"], "model.path"),
+    ],
+)
+def test_wrong_usage_is_told_on_one_line_with_exit_code_2(
+    config: Path, arguments: list[str], part_of_the_message: str
+) -> None:
+    result = sft_pipeline(*(argument.format(config=config) for argument in arguments))
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("sft-pipeline: error: ")
+    assert result.stderr.count("\n") == 1
+    assert part_of_the_message in result.stderr
+
+
+def test_a_traceback_is_shown_when_asked_for(config: Path) -> None:
+    result = sft_pipeline("--debug", "step", "merge", str(config), "--set", "clean.image=keep")
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+    assert "sft-pipeline: error: " in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", OUR_PACKAGES[:3])
+@pytest.mark.parametrize("shape", ["package", "namespace", "module"])
+def test_a_foreign_package_in_place_of_ours_is_named_and_refused(
+    tmp_path: Path, package: str, shape: str
+) -> None:
+    intruder = tmp_path / (f"{package}.py" if shape == "module" else package)
+    if shape == "module":
+        intruder.write_text("raise RuntimeError('imported')")
+    else:
+        intruder.mkdir()
+        (intruder / ("__init__.py" if shape == "package" else "other.py")).write_text(
+            "raise RuntimeError('imported')"
+        )
+    result = sft_pipeline("run", "x.yaml", path=f"{tmp_path}{os.pathsep}{ROOT}")
+    if shape == "namespace":  # Python itself prefers a real package wherever it stands on the path
+        assert "no config file at x.yaml" in result.stderr
+        return
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"sft-pipeline: error: package {package!r} is imported from {intruder}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_our_own_packages_lie_side_by_side() -> None:
+    assert foreign_package(ROOT) is None
+    assert "expected /elsewhere/schemas" in (foreign_package(Path("/elsewhere")) or "")
+
+
+def test_stages_are_chosen_from_first_to_last_with_both_ends() -> None:
+    assert chosen_stages(None, None) == ALL_STAGES
+    assert chosen_stages("clean", "dedup") == ("clean", "filter", "dedup")
+    assert chosen_stages("train", "train") == ("train",)
+    with pytest.raises(ConfigError, match="did you mean 'filter'"):
+        chosen_stages("filtre", None)
+    with pytest.raises(ConfigError, match="expected one of merge, clean"):
+        chosen_stages(None, "x")
+
+
+def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, flows.commands as c, flows.cli as cli\n"
+        "c.run_step = lambda *a: os.kill(os.getpid(), signal.{name})\n"
+        "import sys; sys.exit(cli.run_command(['step', 'merge', 'x.yaml']))"
+    )
+    for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):
+        result = subprocess.run(
+            [sys.executable, "-c", program.format(name=name)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def loaded_modules(*arguments: str) -> set[str]:
+    program = (
+        "import sys\nfrom flows.cli import run_command\n"
+        f"code = run_command({list(arguments)!r})\n"
+        "print('MODULES', code, *sorted(name for name in sys.modules if '.' not in name))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(next(line for line in result.stdout.splitlines() if line.startswith("MODULES")).split())
+
+
+def test_help_loads_no_library_of_the_work() -> None:
+    heavy = {
+        "prefect",
+        "pydantic",
+        "polars",
+        "pyarrow",
+        "torch",
+        "transformers",
+        "datasets",
+        "numpy",
+        "ruamel",
+    }
+    assert loaded_modules("--help") & heavy == set()
+
+
+def test_a_step_starts_no_prefect_and_no_torch(config: Path) -> None:
+    assert loaded_modules("step", "merge", str(config)) & {"prefect", "torch"} == set()

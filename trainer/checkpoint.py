@@ -1,0 +1,170 @@
+"""Checkpoints that are there whole or not at all, and that any strategy can read.
+
+    step-00000100/
+      weights.safetensors   fp32 masters of the trained weights, by parameter name; what computes is cast from them
+      moments.safetensors   the optimiser's running means
+      state.json            cursor, counters, seeds, digests
+      manifest.json         size and sha256 of the three, written last
+
+Written into a hidden folder, each file fsynced, renamed, and only then named by `latest`. No random state is
+stored: every draw is keyed by (seed, step, bin). No pickle.
+"""
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from os import getpid
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipelines import storage
+from schemas.errors import SftPipelineError
+from schemas.run import FORMAT_VERSION, MANIFEST_NAME, FileEntry
+
+LATEST_NAME = "latest"
+WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME = "weights.safetensors", "moments.safetensors", "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training is; `num_steps` optimiser steps are done, skipped ones counted."""
+
+    num_steps: int = 0
+    num_updates: int = 0
+    num_nonfinite_steps: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    validation_loss: float | None = None
+    validation_bits_per_byte: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    progress: Progress
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+
+def write_checkpoint(
+    training_folder: Path, checkpoint: Checkpoint, *, facts: dict[str, Any], keep: int
+) -> Path:
+    """Write one, point `latest` at it, drop all but the newest `keep`. `facts` must be equal to be resumed."""
+    final = training_folder / step_name(checkpoint.progress.num_steps)
+    temporary = hidden(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _write_files(temporary, checkpoint, facts)
+    publish(temporary, final)
+    storage.write_bytes(training_folder / LATEST_NAME, f"{final.name}\n".encode())
+    _drop_old(training_folder, newest=final, keep=keep)
+    return final
+
+
+def read_newest(
+    training_folder: Path, *, facts: dict[str, Any], report: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is what was written; those that are not are reported."""
+    for folder in step_folders(training_folder):
+        try:
+            return read_checkpoint(folder, facts=facts)
+        except (SftPipelineError, SafetensorError, ValidationError, OSError, ValueError) as error:
+            report(f"checkpoint {folder.name} can't be used, taking the one before it: {_line(error)}")
+    return None
+
+
+def read_checkpoint(folder: Path, *, facts: dict[str, Any]) -> Checkpoint:
+    """Raises IntegrityError when a file is not the one written, ValueError for another training's checkpoint."""
+    manifest = storage.read_json(folder / MANIFEST_NAME)
+    entries = [FileEntry.model_validate(entry) for entry in manifest["files"]]
+    paths = {entry.path: storage.check_file(folder, entry) for entry in entries}
+    state = storage.read_json(paths[STATE_NAME])
+    if state["facts"] != facts or manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError("it was written with other settings")
+    return Checkpoint(
+        progress=Progress(**state["progress"]),
+        weights=load_file(paths[WEIGHTS_NAME]),
+        moments=load_file(paths[MOMENTS_NAME]),
+    )
+
+
+def step_name(num_steps: int) -> str:
+    return f"step-{num_steps:08d}"
+
+
+def step_folders(training_folder: Path) -> list[Path]:
+    """Folders of finished checkpoints, newest first."""
+    return sorted(training_folder.glob("step-????????"), reverse=True)
+
+
+# Folders that appear whole ----------------------------------------------------------------------------------
+
+
+def hidden(final: Path) -> Path:
+    """The place beside `final` where it is built."""
+    return final.with_name(f"{storage.TEMPORARY_PREFIX}{getpid()}-{final.name}")
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a folder durable and give it its name; one that stood there, refused or stale, makes way."""
+    for path in sorted(temporary.rglob("*"), reverse=True):
+        if path.is_file():
+            storage.sync_file(path)
+        else:
+            storage.sync_folder(path)
+    storage.sync_folder(temporary)
+    if final.exists():
+        _remove(final)
+    temporary.rename(final)
+    storage.sync_folder(final.parent)
+
+
+def remove_leftovers(training_folder: Path) -> None:
+    """What a killed run was writing. Only under the run root's lock: nobody else writes here."""
+    for path in training_folder.glob(f"{storage.TEMPORARY_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a kill in the middle leaves no half folder under a name that counts.
+    away = folder.with_name(f"{storage.TEMPORARY_PREFIX}removed-{getpid()}-{folder.name}")
+    folder.rename(away)
+    shutil.rmtree(away)
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+    save_file(_on_cpu(checkpoint.weights), folder / WEIGHTS_NAME)
+    save_file(_on_cpu(checkpoint.moments), folder / MOMENTS_NAME)
+    state = {"progress": dataclasses.asdict(checkpoint.progress), "facts": facts}
+    storage.write_json(folder / STATE_NAME, state)
+    names = (WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME)
+    entries = [storage.file_entry(folder / name, folder=folder).model_dump() for name in names]
+    storage.write_json(
+        folder / MANIFEST_NAME, {"format_version": FORMAT_VERSION, "stage": "train", "files": entries}
+    )
+
+
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _drop_old(training_folder: Path, *, newest: Path, keep: int) -> None:
+    # Later ones than the newest were refused on the way here; they are replaced when training passes them.
+    older: Iterator[Path] = (folder for folder in step_folders(training_folder) if folder <= newest)
+    for folder in itertools.islice(older, keep, None):
+        _remove(folder)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

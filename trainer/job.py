@@ -1,0 +1,164 @@
+"""What a training will do, decided before a model is loaded: inputs, key, folder, every step."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from pipelines import storage
+from schemas.errors import IntegrityError, TrainingError
+from schemas.pipeline_config import PipelineConfig
+from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
+from schemas.training_config import ModelConfig
+from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
+from trainer.data import Plan, ShardReader, Step, check_plan, plan_steps, read_plan
+from trainer.model import (
+    check_model_folder,
+    model_digest,
+    needed_model,
+    resolve_device,
+    resolve_dtype,
+)
+from trainer.support import check_supported
+
+TRAINER_VERSION = 1
+"""Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
+
+SETTINGS_OUTSIDE_KEY = frozenset(
+    {"checkpoint_every_steps", "keep_checkpoints", "evaluate_every_steps", "max_nonfinite_steps"}
+)
+"""They shape no weight, so they may change between two runs of one training."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """Everything that is fixed. `steps` are all steps of the run; `plans` has one entry an epoch."""
+
+    config: PipelineConfig
+    model: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    key: str
+    folder: Path
+    reader: ShardReader
+    plans: tuple[Plan, ...]
+    steps: tuple[Step, ...]
+    validation: tuple[ShardReader, Plan] | None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(step.num_tokens for step in self.steps)
+
+
+def plan_job(config: PipelineConfig) -> Job:
+    """Check everything that can be checked without the model's weights.
+
+    Raises RefusedError, InputError, IntegrityError, and TrainingError when there is nothing to train on.
+    """
+    check_supported(config)
+    model = needed_model(config)
+    device = resolve_device(model)
+    dtype = resolve_dtype(model, device)
+    inputs = _input_digests(config, model)
+    settings = _settings(config)
+    key = _key(inputs, settings, device, dtype)
+    reader = ShardReader(config.run_root / STAGE_FOLDERS["split"], "train")
+    plans = tuple(_checked_plan(config, reader, epoch) for epoch in range(config.train.epochs))
+    return Job(
+        config=config,
+        model=model,
+        device=device,
+        dtype=dtype,
+        inputs=inputs,
+        settings=settings,
+        key=key,
+        folder=config.run_root / CHECKPOINTS_FOLDER / key,
+        reader=reader,
+        plans=plans,
+        steps=_steps(config, reader, plans),
+        validation=_validation(config),
+    )
+
+
+def read_result(job: Job) -> TrainingResult | None:
+    """The result of the same training, when it is finished and its files are what was written."""
+    path = job.folder / TRAINING_RESULT_NAME
+    if not path.exists():
+        return None
+    try:
+        result = TrainingResult.model_validate(storage.read_json(path))
+    except ValidationError as error:
+        raise IntegrityError(
+            f"{path} is not a training result of this version ({error.error_count()} wrong fields); delete it "
+            "and train again"
+        ) from error
+    for entry in result.files:
+        storage.check_file(job.folder, entry)
+    return result
+
+
+def mark_current(job: Job) -> None:
+    """Name this training as the newest finished one: what evaluate and promote take."""
+    path = job.config.run_root / CHECKPOINTS_FOLDER / CURRENT_TRAINING_NAME
+    if not path.exists() or path.read_text(encoding="utf-8").strip() != job.key:
+        storage.write_bytes(path, f"{job.key}\n".encode())
+
+
+def _checked_plan(config: PipelineConfig, reader: ShardReader, epoch: int) -> Plan:
+    plan = read_plan(config.run_root, reader.split, epoch)
+    check_plan(plan, reader)
+    return plan
+
+
+def _steps(config: PipelineConfig, reader: ShardReader, plans: tuple[Plan, ...]) -> tuple[Step, ...]:
+    train = config.train
+    steps = plan_steps(
+        plans,
+        reader,
+        bins_per_step=train.bins_per_step,
+        max_steps=train.max_steps,
+        max_tokens=train.max_tokens,
+    )
+    if not steps:
+        raise TrainingError(
+            f"no step to train: {reader.num_rows} examples in {sum(plan.num_bins for plan in plans)} bins, "
+            f"train.max_tokens {train.max_tokens}; raise train.max_tokens or add data"
+        )
+    if not any(step.weight_sum > 0 for step in steps):
+        raise TrainingError(
+            f"none of the {sum(step.num_tokens for step in steps)} tokens is trained; check split.train_on"
+        )
+    return tuple(steps)
+
+
+def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
+    folder = config.run_root / STAGE_FOLDERS["split"]
+    if not (folder / "validation" / "state.json").is_file():
+        return None
+    reader = ShardReader(folder, "validation")
+    if reader.num_rows == 0:
+        return None
+    return reader, _checked_plan(config, reader, 0)
+
+
+def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]:
+    manifests = {stage: config.run_root / STAGE_FOLDERS[stage] for stage in ("split", "pack")}
+    for stage, folder in manifests.items():
+        storage.check_manifest(folder, stage=stage)
+    digests = {folder.name: storage.file_sha256(folder / MANIFEST_NAME) for folder in manifests.values()}
+    return digests | {"model": model_digest(check_model_folder(model))}
+
+
+def _settings(config: PipelineConfig) -> dict[str, Any]:
+    return config.train.model_dump(mode="json", exclude=set(SETTINGS_OUTSIDE_KEY))
+
+
+def _key(inputs: dict[str, str], settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
+    facts = [TRAINER_VERSION, inputs, settings, device.type, str(dtype)]
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()

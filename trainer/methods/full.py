@@ -1,0 +1,24 @@
+"""Full tuning: every weight is trained."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from schemas.errors import TrainingError
+from schemas.training_config import ModelConfig, TrainConfig
+
+OUTPUT_FOLDER = "model"
+
+
+def apply(model: PreTrainedModel, train: TrainConfig) -> PreTrainedModel:
+    """Switch gradients on everywhere; tied weights stay one parameter."""
+    return model.requires_grad_(True)
+
+
+def save(model: PreTrainedModel, folder: Path, model_config: ModelConfig) -> None:
+    """A model folder in the model's dtype. Raises TrainingError when a weight is empty or not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0 or not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(f"weight {name} {tuple(parameter.shape)} is empty or not finite; not saved")
+    model.save_pretrained(folder)

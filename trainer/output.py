@@ -1,0 +1,69 @@
+"""What a finished training leaves: trained weights with tokenizer and template, and the record of how."""
+
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+
+from pipelines import storage
+from schemas.run import FileEntry
+from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
+from trainer import checkpoint
+from trainer.checkpoint import Progress
+from trainer.job import Job
+from trainer.methods import METHODS
+from trainer.model import load_tokenizer
+
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
+
+
+def write_output(job: Job, model: torch.nn.Module) -> Path:
+    """The output folder, built aside and published whole. The method checks every tensor before it counts."""
+    method = METHODS[job.config.train.method]
+    final = job.folder / method.OUTPUT_FOLDER
+    temporary = checkpoint.hidden(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    method.save(model, temporary, job.model)
+    load_tokenizer(job.config).save_pretrained(temporary)
+    checkpoint.publish(temporary, final)
+    return final
+
+
+def write_result(job: Job, model: torch.nn.Module, progress: Progress, output: Path) -> TrainingResult:
+    """training.json, the last write: from now on the training is finished."""
+    result = TrainingResult(
+        key=job.key,
+        method=job.config.train.method,
+        output=cast(Literal["adapter", "model"], output.name),
+        model_path=job.model.path,
+        inputs=job.inputs,
+        settings=job.settings,
+        dtype=str(job.dtype).removeprefix("torch."),
+        device=job.device.type,
+        num_steps=progress.num_steps,
+        num_updates=progress.num_updates,
+        num_tokens=progress.num_tokens,
+        num_trained_tokens=progress.num_trained_tokens,
+        num_trainable_weights=num_trainable_weights(model),
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        validation_loss=progress.validation_loss,
+        validation_bits_per_byte=progress.validation_bits_per_byte,
+        versions={name: version(name) for name in LIBRARIES},
+        files=tuple(_entries(job.folder, output)),
+    )
+    storage.write_json(job.folder / TRAINING_RESULT_NAME, result.model_dump(mode="json"))
+    return result
+
+
+def num_trainable_weights(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _entries(training_folder: Path, output: Path) -> list[FileEntry]:
+    paths = [Path(folder) / name for folder, _, names in os.walk(output) for name in names]
+    return [storage.file_entry(path, folder=training_folder) for path in sorted(paths)]

@@ -1,0 +1,129 @@
+"""Before the first step: does this model, packed, compute what it computes on each document alone?
+
+The judge is transformers' own attention, head and cross entropy on unpacked documents. A family that leaks
+across documents, scales its logits in a way that loss.py does not know or drops the borders fails here, in a
+second, and not as a quietly worse model a week later.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from schemas.errors import RefusedError, TrainingError
+from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
+from trainer.data import Example, collate
+from trainer.loss import token_losses
+
+DOCUMENT_LENGTHS = (29, 18)
+MAX_LOSS_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Nats per token. Rounding gives 1e-6 and 0.03; one visible foreign document gives more than 0.3."""
+MAX_GRADIENT_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Norm of the difference over the norm."""
+NUM_PROBED_PARAMETERS = 4
+MAX_PROBED_NUMBERS = 1 << 26
+
+
+def check_packing(model: torch.nn.Module, *, device: torch.device) -> None:
+    """Compare packed and alone: losses, one gradient, and document 2 when document 1 changes.
+
+    `model` has packed attention before and after. Raises RefusedError for a model that can't be packed and
+    TrainingError when no gradient reaches the trained parameters.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        _check_losses(model, device)
+        _check_gradient(model, device)
+    except TrainingError as error:
+        raise RefusedError(f"{_name(model)} can't be trained packed: {error}") from error
+    finally:
+        use_packed_attention(model)
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _check_losses(model: torch.nn.Module, device: torch.device) -> None:
+    first, second, other = _documents(model)
+    packed = token_losses(model, collate([first, second]).to(device))
+    packed_after_other = token_losses(model, collate([other, second]).to(device))
+    use_plain_attention(model)
+    alone = torch.cat([_losses_alone(model, first, device), _losses_alone(model, second, device)])
+    use_packed_attention(model)
+    num_first = len(first.input_ids) - 1
+    _check_difference(model, "packed and alone", packed, alone)
+    _check_difference(
+        model, "after two different documents", packed[num_first:], packed_after_other[num_first:]
+    )
+
+
+def _check_difference(model: torch.nn.Module, what: str, ours: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = float((ours - expected).abs().max())
+    limit = MAX_LOSS_DIFFERENCE.get(unwrapped(model).dtype, MAX_LOSS_DIFFERENCE[torch.bfloat16])
+    if not difference <= limit:
+        raise RefusedError(
+            f"{_name(model)}: losses of one document {what} differ by {difference:.4f} nats, expected at most "
+            f"{limit}; this model can't be trained packed by this version, use another model family"
+        )
+
+
+def _check_gradient(model: torch.nn.Module, device: torch.device) -> None:
+    parameters = _probed_parameters(model)
+    first, second, _ = _documents(model)
+    packed = _gradient(token_losses(model, collate([first, second]).to(device)).sum(), parameters)
+    use_plain_attention(model)
+    losses = _losses_alone(model, first, device).sum() + _losses_alone(model, second, device).sum()
+    alone = _gradient(losses, parameters)
+    use_packed_attention(model)
+    norm = float(alone.norm())
+    if norm == 0.0:
+        raise TrainingError("no gradient reaches its trained parameters")
+    difference = float((packed - alone).norm()) / norm
+    limit = MAX_GRADIENT_DIFFERENCE.get(unwrapped(model).dtype, MAX_GRADIENT_DIFFERENCE[torch.bfloat16])
+    if not difference <= limit:
+        raise RefusedError(
+            f"{_name(model)}: gradients packed and alone differ by {difference:.4f} of their norm, expected at "
+            f"most {limit}; this model can't be trained packed by this version, use another model family"
+        )
+
+
+def _probed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The first few trained ones: what comes back to them went through the whole model."""
+    trained = [p for p in model.parameters() if p.requires_grad and p.numel() <= MAX_PROBED_NUMBERS]
+    if not trained:
+        raise TrainingError("nothing is trainable")
+    return trained[:NUM_PROBED_PARAMETERS]
+
+
+def _gradient(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+    return torch.cat([gradient.flatten().float() for gradient in gradients])
+
+
+def _losses_alone(model: torch.nn.Module, example: Example, device: torch.device) -> torch.Tensor:
+    ids = collate([example]).input_ids.to(device)
+    logits = unwrapped(model)(input_ids=ids, use_cache=False).logits[0, :-1]
+    return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+
+
+def _documents(model: torch.nn.Module) -> tuple[Example, Example, Example]:
+    """Two documents, and another of the first one's length; ids spread over the vocabulary, all trained."""
+    vocabulary = unwrapped(model).config.get_text_config().vocab_size
+    draws = np.random.default_rng(0)
+    first, second = DOCUMENT_LENGTHS
+    lengths = (first, second, first)
+    documents = [draws.integers(0, vocabulary, length).astype(np.int32) for length in lengths]
+    a, b, c = (
+        Example(
+            row=row,
+            input_ids=ids,
+            span_starts=np.array([1], np.int32),
+            span_ends=np.array([len(ids)], np.int32),
+            span_weights=np.ones(1, np.float32),
+        )
+        for row, ids in enumerate(documents)
+    )
+    return a, b, c
+
+
+def _name(model: torch.nn.Module) -> str:
+    return type(unwrapped(model)).__name__

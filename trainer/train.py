@@ -1,0 +1,288 @@
+"""The training: named steps and a loop.
+
+Everything about a step is decided before it runs (job.py), so a step needs its number and nothing else, and a
+run that was killed goes on from its last checkpoint to the same weights, bit for bit on a CPU.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from schemas.errors import TrainingError
+from schemas.pipeline_config import PipelineConfig
+from schemas.training_result import TrainingResult
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, Progress
+from trainer.data import Step, micro_batches
+from trainer.job import Job, mark_current, plan_job, read_result
+from trainer.loss import split_loss, summed_loss
+from trainer.methods import METHODS
+from trainer.metrics import Metrics, memory_gib, report
+from trainer.model import enable_gradient_checkpointing, load_base_model
+from trainer.optimizers import MasterAdamW, learning_rate
+from trainer.output import num_trainable_weights, write_output, write_result
+from trainer.probe import check_packing
+from trainer.signals import StopSignals
+from trainer.strategies import STRATEGIES
+
+CUDA_PAD_MULTIPLE = 128
+"""Rows of few different lengths: tensor cores stay full and the allocator's blocks fit again."""
+
+
+def train(config: PipelineConfig) -> TrainingResult:
+    """Train, or go on with, or skip, what the config asks for. The caller holds the run root.
+
+    Raises errors of schemas.errors; SystemExit(128 + signal) after SIGTERM or SIGINT, once a checkpoint is
+    written.
+    """
+    job = plan_job(config)
+    finished = read_result(job)
+    if finished is not None:
+        report(f"training {job.key} is finished: nothing to do")
+        mark_current(job)
+        return finished
+    checkpoint.remove_leftovers(job.folder)
+    make_deterministic(job)
+    model = place(job, apply_method(job, load_model(job)))
+    check_packing(model, device=job.device)
+    optimizer = build_optimizer(job, model)
+    progress = restore(job, optimizer)
+    announce(job, model, progress)
+    progress = run_steps(job, model, optimizer, progress)
+    return finish(job, model, progress)
+
+
+def make_deterministic(job: Job) -> None:
+    """On CUDA by wish, since it costs speed. cuBLAS reads its variable when its first handle is made."""
+    if job.config.train.deterministic and job.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def load_model(job: Job) -> torch.nn.Module:
+    model = load_base_model(job.model, device=job.device, dtype=job.dtype)
+    if job.config.train.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
+    trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    return trained
+
+
+def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
+    placed: torch.nn.Module = STRATEGIES[job.config.train.strategy].place(model, job.device)
+    return placed
+
+
+def build_optimizer(job: Job, model: torch.nn.Module) -> MasterAdamW:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return MasterAdamW(trained, job.config.train)
+
+
+def restore(job: Job, optimizer: MasterAdamW) -> Progress:
+    """Take over the newest usable checkpoint, if there is one."""
+    found = checkpoint.read_newest(job.folder, facts=facts(job), report=report)
+    if found is None:
+        return Progress()
+    optimizer.restore(found.weights, found.moments, num_updates=found.progress.num_updates)
+    report(f"going on after step {found.progress.num_steps}")
+    return found.progress
+
+
+def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
+    """What will happen, and where a cap ends it."""
+    train_config = job.config.train
+    num_bins = sum(plan.num_bins for plan in job.plans)
+    all_steps = sum(math.ceil(plan.num_bins / train_config.bins_per_step) for plan in job.plans)
+    cap = f", capped from {all_steps} by max_steps or max_tokens" if len(job.steps) < all_steps else ""
+    report(
+        f"training {job.key}: {len(job.steps)} steps{cap}, {job.num_tokens:,} tokens in {num_bins} bins, "
+        f"{num_trainable_weights(model):,} trained weights, {train_config.method}, {job.dtype}, {job.device}"
+    )
+
+
+# The loop ---------------------------------------------------------------------------------------------------
+
+
+def run_steps(job: Job, model: torch.nn.Module, optimizer: MasterAdamW, progress: Progress) -> Progress:
+    steps = job.steps[progress.num_steps :]
+    num_tokens_left = sum(step.num_tokens for step in steps)
+    with (
+        StopSignals() as signals,
+        Metrics(
+            job.folder,
+            num_steps_done=progress.num_steps,
+            num_steps=len(job.steps),
+            num_tokens_left=num_tokens_left,
+        ) as metrics,
+    ):
+        for step in steps:
+            started_at = time.monotonic()
+            outcome = run_step(job, model, optimizer, step)
+            progress = advance(job, progress, step, outcome)
+            metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
+            check_progress(job, progress)
+            if is_due(job, step, job.config.train.evaluate_every_steps):
+                progress = validate(job, model, metrics, progress)
+            if signals.received is not None or is_due(job, step, job.config.train.checkpoint_every_steps):
+                metrics.sync()
+                save(job, optimizer, progress)
+            if signals.received is not None:
+                stop(job, progress, signals.received)
+    return progress
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def run_step(job: Job, model: torch.nn.Module, optimizer: MasterAdamW, step: Step) -> StepOutcome:
+    """One optimiser step: all its micro-batches, then one update unless loss or gradient is not finite.
+
+    The loss is the weighted mean over the step's trained tokens; its divisor is known from the plan.
+    """
+    rate = learning_rate(job.config.train, step.number, len(job.steps))
+    if step.weight_sum <= 0:
+        return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
+    total = torch.zeros((), device=job.device)
+    batches = micro_batches(
+        job.plans[step.epoch],
+        job.reader,
+        step.first_bin,
+        step.end_bin,
+        bins_per_micro_step=job.config.train.bins_per_micro_step,
+        pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
+    )
+    for first_bin, batch in batches:
+        if batch.num_trained_tokens == 0:
+            continue
+        torch.manual_seed(draw_seed(job.config.train.seed, step.number, first_bin))
+        loss = summed_loss(model, batch.to(job.device)) / step.weight_sum
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.collect_gradients()
+        total += loss.detach()
+    # One wait for the device a step, here: the update depends on both numbers.
+    loss_value, grad_norm = torch.stack([total, optimizer.clip()]).tolist()
+    outcome = StepOutcome(loss=loss_value, grad_norm=grad_norm, learning_rate=rate)
+    if outcome.is_finite:
+        optimizer.step(rate)
+    else:
+        optimizer.drop_gradients()
+    return outcome
+
+
+def draw_seed(seed: int, step: int, first_bin: int) -> int:
+    """Seed of a micro-batch's draws (dropout): the same whoever computes it, and after any resume."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{first_bin}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> Progress:
+    loss = outcome.loss if outcome.is_finite else None
+    was_updated = outcome.is_finite and step.weight_sum > 0
+    return dataclasses.replace(
+        progress,
+        num_steps=progress.num_steps + 1,
+        num_updates=progress.num_updates + was_updated,
+        num_nonfinite_steps=progress.num_nonfinite_steps + (not outcome.is_finite),
+        num_tokens=progress.num_tokens + step.num_tokens,
+        num_trained_tokens=progress.num_trained_tokens + step.num_trained_tokens,
+        first_loss=loss if progress.num_steps == 0 else progress.first_loss,
+        last_loss=loss,
+    )
+
+
+def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
+    return {
+        "step": step.number + 1,
+        "epoch": step.epoch,
+        "loss": outcome.loss if math.isfinite(outcome.loss) else None,
+        "learning_rate": outcome.learning_rate,
+        "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
+        "num_tokens": step.num_tokens,
+        "num_trained_tokens": step.num_trained_tokens,
+        "tokens_per_second": step.num_tokens / max(seconds, 1e-9),
+        "seconds": seconds,
+        "memory_gib": memory_gib(job.device),
+    }
+
+
+def check_progress(job: Job, progress: Progress) -> None:
+    """Raises TrainingError after too many skipped steps."""
+    limit = job.config.train.max_nonfinite_steps
+    if progress.num_nonfinite_steps > limit:
+        raise TrainingError(
+            f"loss or gradient was not finite in {progress.num_nonfinite_steps} of {progress.num_steps} steps, "
+            f"allowed are {limit}; lower train.learning_rate, or use model.dtype: float32"
+        )
+
+
+def is_due(job: Job, step: Step, every_steps: int) -> bool:
+    """Every so many steps (0: never) and after the last one."""
+    done = step.number + 1
+    return done == len(job.steps) or (every_steps > 0 and done % every_steps == 0)
+
+
+def validate(job: Job, model: torch.nn.Module, metrics: Metrics, progress: Progress) -> Progress:
+    if job.validation is None:
+        return progress
+    reader, plan = job.validation
+    found = split_loss(model, reader, plan, device=job.device)
+    loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
+    metrics.log_validation(
+        {
+            "step": progress.num_steps,
+            "validation_loss": loss,
+            "validation_bits_per_byte": bits_per_byte,
+        }
+    )
+    return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+
+
+def save(job: Job, optimizer: MasterAdamW, progress: Progress) -> None:
+    checkpoint.write_checkpoint(
+        job.folder,
+        Checkpoint(progress, weights=dict(optimizer.masters), moments=optimizer.moments()),
+        facts=facts(job),
+        keep=job.config.train.keep_checkpoints,
+    )
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be ours."""
+    return {"key": job.key, "num_steps": len(job.steps), "seed": job.config.train.seed}
+
+
+def stop(job: Job, progress: Progress, signal_number: int) -> None:
+    report(
+        f"stopped by signal {signal_number} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
+        f"{job.folder / checkpoint.step_name(progress.num_steps)}; run the same command to go on"
+    )
+    raise SystemExit(128 + signal_number)
+
+
+def finish(job: Job, model: torch.nn.Module, progress: Progress) -> TrainingResult:
+    output = write_output(job, model)
+    result = write_result(job, model, progress, output)
+    mark_current(job)
+    report(f"trained weights in {output}")
+    return result
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
