@@ -9,6 +9,8 @@ package is installed, without importing it, and writes bf16 safetensors, tokeniz
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -16,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +38,32 @@ def make_demo_model(folder: Path) -> str:
     if is_whole(folder, source_sha256=source_sha256):
         return f"{folder} is there, nothing to do"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with one_at_a_time(folder), room_aside(folder) as aside:
         convert(gguf_file, aside)
         write_digests(aside, source_sha256=source_sha256)
         replace_folder(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     num_mib = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     return f"wrote {folder} ({num_mib:.0f} MiB, bfloat16) from {gguf_file.name}"
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """A second run waits for the first. The lock file stays: unlinked, two runs could hold one each."""
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def room_aside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside the one to write; what a killed run left there goes first."""
+    for leftover in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(leftover)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def find_gguf() -> Path:
@@ -118,7 +138,7 @@ def is_whole(folder: Path, *, source_sha256: str) -> bool:
         return made_from == (CONVERSION_VERSION, source_sha256) and all(
             sha256(folder / name) == digest for name, digest in digests["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -1,21 +1,17 @@
-"""The command `sft-pipeline`: reads arguments, calls one function, turns errors into a line and an exit code.
+"""The command `sft-pipeline`: reads arguments and calls one function.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or refused, 130 interrupted, 143 terminated. Results go to stdout, talk
-goes to stderr. Imports are made inside the commands: `--help` must answer before a library is loaded.
+Results go to stdout, talk goes to stderr. Imports are made inside the commands: `--help` must answer before a
+library is loaded.
 """
 
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, Group, Parameter
 
-from flows.packages import OUR_FOLDER, foreign_package
+from flows.exit_codes import exit_code_of
 
 DataStage = Literal["merge", "clean", "filter", "dedup", "holdout", "split", "pack"]
 Stage = Literal[DataStage, "train", "evaluate", "promote"]
@@ -30,70 +26,17 @@ HELP = """Raw chats and instructions in, a fine-tuned and gated language model o
 CONFIG is a YAML file; `sft-pipeline init FOLDER` writes one. Every command takes --debug, which shows where an
 error comes from.
 """
-DEBUG_FLAG = "--debug"
-EXIT_REFUSED, EXIT_INTERRUPTED = 2, 130
 
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run_command(sys.argv[1:]))
+    sys.exit(exit_code_of(run_command, sys.argv[1:]))
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command; returns its exit code and never lets an error out."""
-    problem = foreign_package(OUR_FOLDER)
-    if problem is not None:
-        return _say_error(problem, EXIT_REFUSED)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_on_signal)
-    debug = DEBUG_FLAG in arguments
-    try:
-        return _dispatch([argument for argument in arguments if argument != DEBUG_FLAG], debug=debug)
-    except KeyboardInterrupt:
-        return _say_error("interrupted; run the same command again to go on", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our stdout has gone, as `| head` does: Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _dispatch(arguments: Sequence[str], *, debug: bool) -> int:
-    from schemas.errors import SftPipelineError
-
-    os.environ["SFT_PIPELINE_DEBUG"] = "1" if debug else ""
-    try:
-        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        return code if isinstance(code, int) else 0
-    except CycloptsError as error:
-        return _say_error(" ".join(str(error).split()), EXIT_REFUSED)
-    except SftPipelineError as error:
-        if debug:
-            traceback.print_exc()
-        return _say_error(str(error), error.exit_code)
-    except BrokenPipeError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the last line of defence: told on one line, exit code 1
-        if debug:
-            traceback.print_exc()
-        return _say_error(_unexpected(error), 1)
-
-
-def _unexpected(error: Exception) -> str:
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"unexpected {type(error).__name__}: {error} ({place.filename}:{place.lineno}); "
-        f"run again with {DEBUG_FLAG} for the whole story"
-    )
-
-
-def _say_error(message: str, code: int) -> int:
-    sys.stderr.write(f"sft-pipeline: error: {' '.join(message.split())}\n")
-    return code
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    # By default neither `finally` nor temporary folders' clean-up runs on these two.
-    sys.exit(128 + number)
+    """Parse and run; raises cyclopts' errors and ours."""
+    code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    return code if isinstance(code, int) else 0
 
 
 def version() -> str:
@@ -115,7 +58,12 @@ app = App(name="sft-pipeline", help=HELP, version=version, suppress_keyboard_int
 
 @app.command(group=PIPELINE)
 def init(
-    folder: Path, *, model: Path | None = None, out: Path = Path("sft-pipeline.yaml"), force: bool = False
+    folder: Path,
+    /,
+    *,
+    model: Path | None = None,
+    out: Path = Path("sft-pipeline.yaml"),
+    force: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Look at the dumps in a folder and write a commented config.
 
@@ -138,10 +86,11 @@ def init(
 @app.command(group=PIPELINE)
 def run(
     config: Path,
+    /,
     *,
     first: Annotated[Stage | None, Parameter(name="--from")] = None,
     until: Stage | None = None,
-    dry_run: bool = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
     overrides: Overrides = (),
 ) -> None:
     """Run the whole pipeline: merge to promote. What has not changed is skipped.
@@ -161,7 +110,7 @@ def run(
 
 
 @app.command(group=PIPELINE)
-def step(stage: DataStage, config: Path, *, overrides: Overrides = ()) -> None:
+def step(stage: DataStage, config: Path, /, *, overrides: Overrides = ()) -> None:
     """Run one stage of the data, without Prefect."""
     from flows.commands import run_step
 
@@ -169,7 +118,7 @@ def step(stage: DataStage, config: Path, *, overrides: Overrides = ()) -> None:
 
 
 @app.command(group=MODEL)
-def train(config: Path, *, overrides: Overrides = ()) -> None:
+def train(config: Path, /, *, overrides: Overrides = ()) -> None:
     """Train on the finished shards, in this process."""
     from flows.commands import run_trainer_here
 
@@ -177,7 +126,7 @@ def train(config: Path, *, overrides: Overrides = ()) -> None:
 
 
 @app.command(group=MODEL)
-def evaluate(config: Path, *, overrides: Overrides = ()) -> None:
+def evaluate(config: Path, /, *, overrides: Overrides = ()) -> None:
     """Measure the newest model on the held-out side; writes evaluation.json."""
     from flows.commands import run_trainer_here
 
@@ -185,7 +134,7 @@ def evaluate(config: Path, *, overrides: Overrides = ()) -> None:
 
 
 @app.command(group=MODEL)
-def promote(config: Path, *, overrides: Overrides = ()) -> None:
+def promote(config: Path, /, *, overrides: Overrides = ()) -> None:
     """Put the evaluated model into service if it is better than the one there; writes promoted.json."""
     from flows.commands import run_trainer_here
 
@@ -193,46 +142,91 @@ def promote(config: Path, *, overrides: Overrides = ()) -> None:
 
 
 @app.command(group=MODEL)
-def rollback(config: Path, *, overrides: Overrides = ()) -> None:
+def rollback(config: Path, /, *, overrides: Overrides = ()) -> None:
     """Put the model before the current one back into service."""
     from flows.commands import run_trainer_here
 
-    run_trainer_here("rollback", config, overrides)
+    run_trainer_here("promote", config, overrides, "--rollback")
 
 
 @app.command(group=MODEL)
 def generate(
     config: Path,
     prompt: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    /,
     *,
-    model: Literal["promoted", "newest", "base"] = "promoted",
+    prompts: Path | None = None,
+    answers: Path | None = None,
+    adapter: str = "promoted",
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
     overrides: Overrides = (),
 ) -> None:
-    """Answer prompts, one after another; without one, each line of stdin is a prompt.
+    """Answer prompts: those given, or a file of them.
 
     Parameters
     ----------
-    model
-        The model in service, the newest one trained, or the base model.
+    prompts
+        JSON lines of {"prompt": "..."} or {"messages": [...]}.
+    answers
+        File to write for --prompts.
+    adapter
+        promoted: the model in service; current: the newest trained; none: the base model; or a folder.
+    max_new_tokens
+        Default: evaluate.max_new_tokens.
+    temperature
+        0 takes the likeliest token.
     """
-    from flows.commands import generate_answers
+    from schemas.config_file import load_config
+    from trainer.generate import run_generate
 
-    generate_answers(config, overrides, prompts=prompt, model=model)
+    run_generate(
+        load_config(config, overrides),
+        prompts=prompt,
+        input_path=prompts,
+        output_path=answers,
+        adapter=adapter,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
 
 
 @app.command(group=MODEL)
 def chat(
-    config: Path, *, model: Literal["promoted", "newest", "base"] = "promoted", overrides: Overrides = ()
+    config: Path,
+    /,
+    *,
+    adapter: str = "promoted",
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    overrides: Overrides = (),
 ) -> None:
-    """Talk to a model: an empty line ends, /new starts over."""
-    from flows.commands import chat_at_terminal
+    """Talk to a model in the terminal.
 
-    chat_at_terminal(config, overrides, model=model)
+    Parameters
+    ----------
+    adapter
+        promoted: the model in service; current: the newest trained; none: the base model; or a folder.
+    max_new_tokens
+        Longest answer.
+    temperature
+        0 takes the likeliest token.
+    """
+    from schemas.config_file import load_config
+    from trainer.generate import chat as chat_at_terminal
+
+    chat_at_terminal(
+        load_config(config, overrides),
+        adapter=adapter,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
 
 
 @app.command(group=PIPELINE)
 def show(
     row: str | None = None,
+    /,
     *,
     config: Path | None = None,
     run_root: Path | None = None,
@@ -260,7 +254,7 @@ def show(
 
 
 @app.command(group=MACHINE)
-def doctor(config: Path | None = None) -> int:
+def doctor(config: Path | None = None, /) -> int:
     """Look for what is missing or wrong on this machine; exit code 1 if the pipeline would not run.
 
     Parameters

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.preflight import ALL_STAGES, Run, chosen_stages, open_run
+from flows.exit_codes import debugging
+from flows.preflight import check_before_start, chosen_stages, open_run
 from flows.progress import run_with_progress, stage_line
 from schemas.config_file import load_config
 from schemas.run import RESOLVED_CONFIG_NAME, STAGE_FOLDERS, STAGES
@@ -14,13 +15,13 @@ from schemas.run import RESOLVED_CONFIG_NAME, STAGE_FOLDERS, STAGES
 def run_pipeline(config_path: Path, overrides: Sequence[str], *, first: str | None, last: str | None) -> None:
     """The flow `sft-pipeline` in this process; prints the run root.
 
-    Config errors are found before Prefect is started: that takes seconds.
+    What the flow would refuse is refused before Prefect is started: that takes seconds.
     """
     from flows.local_prefect import use_local_prefect
 
     config = load_config(config_path, overrides)
-    chosen_stages(first, last)
-    use_local_prefect(config.run_root, debug=bool(os.environ.get("SFT_PIPELINE_DEBUG")))
+    check_before_start(config, chosen_stages(first, last))
+    use_local_prefect(config.run_root, debug=debugging())
     from prefect.exceptions import TerminationSignal
 
     from flows.sft_pipeline import sft_pipeline
@@ -39,12 +40,12 @@ def dry_run_pipeline(
     from pipelines.stage import plan_stages
 
     config = load_config(config_path, overrides)
-    names = chosen_stages(first, last)
-    for name, plan in plan_stages([name for name in names if name in STAGES], config):
-        print(f"{name:<10} {plan}")
-    for name in names:
+    stages = chosen_stages(first, last)
+    for name, what in plan_stages([stage for stage in stages if stage in STAGES], config):
+        print(f"{name:<10} {what}")
+    for name in stages:
         if name not in STAGES:
-            print(f"{name:<10} runs unless the model, the shards and its settings are what they were")
+            print(f"{name:<10} runs unless shards, plan, model and settings are those of its last result")
 
 
 def run_step(stage: str, config_path: Path, overrides: Sequence[str]) -> None:
@@ -55,18 +56,12 @@ def run_step(stage: str, config_path: Path, overrides: Sequence[str]) -> None:
         print(run.config.run_root / STAGE_FOLDERS[stage])
 
 
-def run_trainer_here(command: str, config_path: Path, overrides: Sequence[str]) -> None:
+def run_trainer_here(command: str, config_path: Path, overrides: Sequence[str], *more: str) -> None:
     """`python -m trainer.launch COMMAND` in this very process, under the lock of the run root."""
-    stage = command if command in ALL_STAGES else None
-    with open_run(config_path, overrides, first=stage or "train", last=stage or "train") as run:
-        launch(command, run)
+    with open_run(config_path, overrides, first=command, last=command) as run:
+        from pipelines.storage import LOCK_FD_VARIABLE
+        from trainer.launch import main
 
-
-def launch(command: str, run: Run, *more: str) -> None:
-    """The trainer's own entry point; it finds the lock held, as a child of a run would."""
-    from pipelines.storage import LOCK_FD_VARIABLE
-    from trainer.launch import main
-
-    if run.lock is not None:
-        os.environ[LOCK_FD_VARIABLE] = str(run.lock)
-    main([command, "--config", str(run.config.run_root / RESOLVED_CONFIG_NAME), *more])
+        if run.lock is not None:  # the trainer finds the lock held, as a child of a run would
+            os.environ[LOCK_FD_VARIABLE] = str(run.lock)
+        main([command, "--config", str(run.config.run_root / RESOLVED_CONFIG_NAME), *more])

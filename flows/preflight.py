@@ -14,8 +14,8 @@ from schemas.errors import ConfigError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import RESOLVED_CONFIG_NAME, STAGES
 
-TRAINER_STAGES = ("train", "evaluate", "promote")
-ALL_STAGES = (*STAGES, *TRAINER_STAGES)
+ALL_STAGES = (*STAGES, "train", "evaluate", "promote")
+TORCH_STAGES = ("train", "evaluate")
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -83,7 +83,7 @@ def check_before_start(config: PipelineConfig, stages: Sequence[str]) -> None:
 
     if "split" in stages:
         _check_tokenizer(config)
-    if any(stage in stages for stage in TRAINER_STAGES):
+    if any(stage in stages for stage in TORCH_STAGES):
         _check_trainer(config)
     check_free_disk(config)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prefect import Flow, flow
+from prefect.flows import FlowStateHook
 
 from flows import tasks
 from flows.cancelling import stop_training
@@ -23,7 +24,7 @@ def step_flow(name: str, first: str, last: str, *steps: Callable[[Any], None]) -
             for step in steps:
                 step(run)
 
-    hooks = [stop_training] if last in ("train", "promote") else []
+    hooks: list[FlowStateHook[..., Any]] = [stop_training] if last in ("train", "promote") else []
     described = f"{name}: the stages {first} to {last} alone, on what the earlier ones left in the run root."
     return flow(
         name=name,

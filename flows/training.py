@@ -26,7 +26,10 @@ from schemas.errors import SftPipelineError, TrainingError, UsageError
 from schemas.run import RESOLVED_CONFIG_NAME
 
 PID_NAME = "train.pid"
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 20.0
+"""From SIGTERM to SIGKILL: the trainer writes a checkpoint. Prefect's worker kills a cancelled flow after 30."""
+ERROR_MARK = "error: "
+"""How the trainer begins its last line: held back here, since it comes again as the error that is raised."""
 NUM_LAST_LINES = 20
 
 Say = Callable[[str], None]
@@ -72,7 +75,8 @@ def run_child(
     def hear(line: str) -> None:
         last_lines.append(line)
         del last_lines[:-NUM_LAST_LINES]
-        say(line)
+        if not line.startswith(ERROR_MARK):
+            say(line)
 
     with _parent_pipe() as pipe, _started(module_and_arguments, pipe=pipe, lock=lock) as process:
         write_pid(pid_path, Child(process.pid, process_start(process.pid), owner))
@@ -195,8 +199,10 @@ def _forward(lines: IO[str], hear: Say) -> None:
 def _failure(module_and_arguments: Sequence[str], code: int, last_lines: Sequence[str]) -> SftPipelineError:
     name = " ".join(module_and_arguments[:2])
     told = next((line for line in reversed(last_lines) if line.strip()), "it printed nothing")
-    message = told.partition("error: ")[2] or told
+    message = told.removeprefix(ERROR_MARK)
     if code == UsageError.exit_code:
         return UsageError(message)
+    if code == SftPipelineError.exit_code and told.startswith(ERROR_MARK):
+        return TrainingError(message)
     ended = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return TrainingError(f"{name}: {ended}: {message}")

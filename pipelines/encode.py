@@ -15,9 +15,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from pipelines.render import ChatTemplate, Rendered, TrainedSpan, compile_template
+from pipelines.render import Rendered, TrainedSpan, compile_template
+from pipelines.templates import ChatTemplate
 from pipelines.tokenizer_files import load_tokenizer
 from schemas.conversation import Drop
 from schemas.errors import RefusedError
@@ -79,7 +80,8 @@ def build_encoder(tokenizer: Any) -> ChatEncoder:
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
     control_ids = _control_ids(backend)
-    is_control = np.zeros(backend.get_vocab_size(with_added_tokens=True) + 1, np.bool_)
+    # One more than there are ids: the last stands for what is no token, see _encode_aliased.
+    is_control = np.zeros(max(backend.get_vocab(with_added_tokens=True).values()) + 2, np.bool_)
     is_control[list(control_ids.values())] = True
     template = compile_template(
         tokenizer.get_chat_template(),
@@ -166,7 +168,8 @@ def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarr
     if plane is None:
         return Drop("reserved_characters", "private characters of planes 15 and 16 beside a control string")
     twin = _twin(encoder, plane)
-    pieces, position = [], 0
+    pieces: list[str] = []
+    position = 0
     for token, (start, end) in zip(rendered.control_tokens, rendered.control_spans.tolist(), strict=True):
         pieces += (text[position:start], twin.aliases[token])
         position = end
@@ -174,29 +177,24 @@ def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarr
     if isinstance(aliased, Drop):
         return aliased
     # An id above the vocabulary hides unknown characters: they may stand anywhere, other control ids may not.
-    hidden_ids = twin.ids[aliased.ids]
-    unknown = aliased.ids == twin.unknown_id
-    hidden_ids[unknown] = len(encoder.is_control) - 1
-    encoded = _with_own_places(
-        encoder, Encoded(hidden_ids, aliased.starts, aliased.ends), rendered, expected
-    )
+    ids = twin.ids[aliased.ids]
+    unknown = ids == encoder.unknown_id
+    ids[unknown] = len(encoder.is_control) - 1
+    encoded = _with_own_places(encoder, Encoded(ids, aliased.starts, aliased.ends), rendered, expected)
     if encoded is None:
         return Drop("control_string_stays", "a control id stands where the template wrote none")
-    encoded.ids[unknown] = encoder.unknown_id
+    if encoder.unknown_id is not None:
+        ids[unknown] = encoder.unknown_id
     return encoded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Twin:
-    """The tokenizer with each control token under its alias. `ids` turns the twin's ids into the tokenizer's.
-
-    `unknown_id` is -1 where the template could write the unknown token itself, or there is none.
-    """
+    """The tokenizer with each control token under its alias. `ids` turns the twin's ids into the tokenizer's."""
 
     backend: Tokenizer
     aliases: Mapping[str, str]
     ids: np.ndarray
-    unknown_id: int
 
 
 _PLANES = (0xF0000, 0x100000)
@@ -219,9 +217,11 @@ def _twin(encoder: ChatEncoder, plane: int) -> _Twin:
     state["model"] = _renamed_model(state["model"], aliases)
     backend = Tokenizer.from_str(json.dumps(state))
     backend.encode_special_tokens = encoder.backend.encode_special_tokens
-    ids = np.arange(len(encoder.is_control), dtype=np.int32)
+    known = backend.get_added_tokens_decoder()
+    twin_ids = {token.content: token_id for token_id, token in known.items()}
+    ids = np.arange(max(len(encoder.is_control), *twin_ids.values()) + 1, dtype=np.int32)
     for token, alias in aliases.items():
-        ids[backend.token_to_id(alias)] = encoder.control_ids[token]
+        ids[twin_ids[alias]] = encoder.control_ids[token]
     return _Twin(backend, aliases, ids)
 
 
@@ -236,17 +236,16 @@ def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[st
     if "unk_token" in model:
         renamed["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-        renamed["merges"] = [[a, b] for a, b in pairs if aliases.keys().isdisjoint((a, b, a + b))]
+        renamed["merges"] = [[a, b] for a, b in model["merges"] if aliases.keys().isdisjoint((a, b, a + b))]
     return renamed
 
 
 # The tokenizers library -------------------------------------------------------------------------------------
 
 
-def _run(backend: Tokenizer, text: str) -> Encoding | Drop:
+def _run(backend: Tokenizer, text: str) -> Encoded | Drop:
     try:
-        return backend.encode(text, add_special_tokens=False)
+        encoding = backend.encode(text, add_special_tokens=False)
     except UnicodeEncodeError as error:
         return Drop("not_unicode", f"character {error.start}: {error.reason}")
     except BaseException as error:
@@ -254,9 +253,9 @@ def _run(backend: Tokenizer, text: str) -> Encoding | Drop:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         return Drop("tokenizer_fails", f"{type(error).__name__}: {error}"[:300])
-
-
-def _arrays(encoding: Encoding) -> Encoded:
     ids = np.array(encoding.ids, np.int32)
-    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
-    return Encoded(ids, offsets[:, 0], offsets[:, 1])
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids))
+    starts, ends = offsets[0::2].copy(), offsets[1::2].copy()
+    if np.any(starts[1:] < starts[:-1]):
+        return Drop("tokenizer_fails", "offsets that do not ascend")
+    return Encoded(ids, starts, ends)

@@ -1,8 +1,8 @@
 """Stage 5: which side of train / validation / test a row is on.
 
-The unit that is drawn is the holdout key (hash of the first user turn as merged), so later versions of a chat and
-all paths of a tree follow it. The ledger remembers the side of every key ever seen, and the gram set of every row
-ever held out; it only grows.
+The unit that is drawn is the holdout key (hash of the first user turn as merged): later versions of a chat share
+it, and so do paths of one tree, as far as they share a turn. The ledger remembers the side of every key ever seen
+and the gram set of every row ever held out; it only grows.
 
 First, keys that the ledger does not know get a side:
 1. A key with a row of `set: train` is train.
@@ -280,4 +280,4 @@ def _grown(ledger: pa.Table, nodes: Nodes, key_sides: Ints, ledger_sides: Ints, 
     grown = pa.concat_tables([_checked(ledger), pa.table(lines, schema=LEDGER)])
     order = grown.append_column("digest", pa.array(set_digests(from_column(grown["grams"]))))
     by = [("holdout_key", "ascending"), ("row_id", "ascending"), ("digest", "ascending")]
-    return grown.take(pc.sort_indices(order, sort_keys=by, null_placement="at_start")).combine_chunks()
+    return grown.take(pc.sort_indices(order, sort_keys=by)).combine_chunks()

@@ -15,7 +15,7 @@ import html_to_markdown
 import markdownify
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from pipelines.html_marks import Passage, choose_marks
+from pipelines.html_marks import Marks, Passage, choose_marks
 from pipelines.html_tree import Answer, TooDeepError, answer_roots, read_answer
 from schemas.conversation import Drop
 from schemas.pipeline_config import CleanConfig
@@ -67,7 +67,7 @@ _BLOCK_TAG = re.compile(
     r"<(div|p|pre|ol|ul|h[1-6]|blockquote|table|section|article|details|hr)(\s[^<>]*)?>", re.I
 )
 _ANSWER_CLASS = re.compile(
-    r"""class=["'][^"']*(?<![\w-])(?:markdown|prose|result-(?:streaming|thinking))(?![\w-])"""
+    r"""class=["'][^"']*(?<![\w-])(?:markdown(?![\w-])|result-(?:streaming|thinking)(?![\w-])|request-:)"""
 )
 _SOURCE_CODE = re.compile(
     r"<(?:!doctype|html|head|body|script|style|link|meta|form|nav|header|footer|template)\b|\n[ \t]+<|```|"
@@ -81,7 +81,7 @@ def looks_like_page(text: str) -> bool:
 
     It must begin with the opening tag of a block element and end with ">". Then one of two must hold:
     1. the first tag, or one in the next 2,000 characters after a leading <div>, has the class of an answer
-       (`markdown`, `prose`, `result-streaming`, `result-thinking`);
+       (the word `markdown`, `result-streaming` or `result-thinking`, or `request-:...`, which error boxes have too);
     2. all of it is bare rendered text: no attributes such as class, id, style (but for code and formulas), no page
        elements (html, head, script, form, nav, ...), no indented tags, no code fences, no text between its blocks.
     An answer in Markdown that merely holds HTML, in fences or out of them, and an answer that is the source of a
@@ -113,9 +113,14 @@ def _has_only_blocks(html: str) -> bool:
 
 
 def _is_unfinished(body: LexborNode) -> bool:
-    """Whether the page says that the answer was still being written."""
+    """Whether the page says that the answer was still being written, or shows an error in its place."""
     classes = {word for root in answer_roots(body) for word in (root.attrs.get("class") or "").split()}
-    return not classes.isdisjoint({"result-streaming", "result-thinking"})
+    return not classes.isdisjoint(("result-streaming", "result-thinking")) or _is_error_box(body)
+
+
+def _is_error_box(body: LexborNode) -> bool:
+    classes = [(child.attrs.get("class") or "").split() for child in body.iter()]
+    return len(classes) == 1 and "text-red-500" in classes[0] and "markdown" not in classes[0]
 
 
 # ------------------------------------------------------------------------------------------------- guards
@@ -215,24 +220,25 @@ CONVERTERS: dict[str, Callable[[str], str]] = {
 }
 
 _LIST_MARKERS = re.compile(r"^ *(?:(?:[-*+]|\d{1,9}[.)])(?: +|$))+", re.MULTILINE)
-_NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
+_MARKUP = bytes(code for code in range(128) if not chr(code).isalnum())
 
 
 def _converted(answer: Answer, converter: Callable[[str], str]) -> str:
+    marks = answer.fragments.marks
+
     def convert(passage: Passage) -> str:
         markdown = converter(passage.html).strip("\n ")
-        _check_conservation(passage.visible, markdown)
+        _check_conservation(passage.visible, markdown, marks)
         return answer.fragments.restore(markdown, convert)
 
     return convert(answer.passage).strip()
 
 
-def _check_conservation(visible: str, markdown: str) -> None:
-    """Letters and digits in = letters and digits out, in order. Raises _UnfaithfulError."""
-    expected = _NOT_ALPHANUMERIC.sub("", visible)
-    found = _NOT_ALPHANUMERIC.sub("", _LIST_MARKERS.sub("", markdown))
+def _check_conservation(visible: str, markdown: str, marks: Marks) -> None:
+    """Letters, digits and all other characters outside ASCII come out as they went in. Raises _UnfaithfulError."""
+    expected = marks.structure.sub("", visible).encode().translate(None, _MARKUP)
+    found = _LIST_MARKERS.sub("", markdown).replace(marks.cell_break, "").encode().translate(None, _MARKUP)
     if expected != found:
         place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1)
-        raise _UnfaithfulError(
-            f"the converter changed the text: {expected[place : place + 40]!r} became {found[place : place + 40]!r}"
-        )
+        before, after = (text[place : place + 60].decode(errors="replace") for text in (expected, found))
+        raise _UnfaithfulError(f"the converter changed the text: {before!r} became {after!r}")

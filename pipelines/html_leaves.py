@@ -76,6 +76,9 @@ def _innermost_pre(pre: LexborNode) -> LexborNode | None:
 
 def _code_text(node: LexborNode) -> str:
     """The text to the byte; <br> is a new line, and so is the end of a CodeMirror line."""
+    only = node.child
+    if only is not None and only.is_text_node and only.next is None:
+        return only.text_content or ""
     if node.css_first("br, button, svg, style, script, .cm-line") is None:
         return node.text(deep=True)
     return "".join(_code_pieces(node))

@@ -17,12 +17,13 @@ INLINE_TAGS = ("strong", "em", "del")
 _NUM_STRUCTURE_MARKS = 4 + 2 * len(INLINE_TAGS)
 _WINDOW = _NUM_STRUCTURE_MARKS + 2 * len(PUNCTUATION) + len(NON_ASCII_BLANKS)
 _FIRST = 0xE000
+_FIRST_AREA = re.compile(r"[\ue000-\uf8ff]")  # one range alone: twice as fast
 _PRIVATE_USE = re.compile(r"[\ue000-\uf8ff\U000f0000-\U000ffffd]")
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Canonical HTML for one run of a converter, and the text that must come out of it (tokens included)."""
+    """Canonical HTML for one run of a converter, and the text that must come out of it (marks included)."""
 
     html: str
     visible: str
@@ -58,9 +59,10 @@ class Marks:
     characters: re.Pattern[str]
     openers: str
     closers: str
-
-    def has_tags(self, text: str) -> bool:
-        return any(opener in text for opener in self.openers)
+    any_opener: re.Pattern[str]
+    structure: re.Pattern[str]
+    blanks_behind_opener: re.Pattern[str]
+    blanks_before_closer: re.Pattern[str]
 
     def to_html(self, text: str) -> str:
         """Canonical HTML of a run: escaped, with its tags and line breaks."""
@@ -87,6 +89,8 @@ def _marks(first: int) -> Marks:
     for tag, (opener, closer) in tags.items():
         as_html += [(opener, f"<{tag}>"), (closer, f"</{tag}>")]
     token = rf"{opened}(\d+)[{closed}{code_closed}]"
+    openers = "".join(opener for opener, _ in tags.values())
+    closers = "".join(closer for _, closer in tags.values())
     return Marks(
         open=opened,
         close=closed,
@@ -99,8 +103,12 @@ def _marks(first: int) -> Marks:
         restored=restored,
         tokens=re.compile(rf"^([ \d.*+-]*){token}$|{token}", re.MULTILINE),
         characters=re.compile(f"[{''.join(restored)}]"),
-        openers="".join(opener for opener, _ in tags.values()),
-        closers="".join(closer for _, closer in tags.values()),
+        openers=openers,
+        closers=closers,
+        structure=re.compile(f"[{openers}{closers}{cell_break}]"),
+        any_opener=re.compile(f"[{openers}]"),
+        blanks_behind_opener=re.compile(f"([{openers}])([ \n]+)"),
+        blanks_before_closer=re.compile(f"([ \n]+)([{closers}])"),
     )
 
 
@@ -110,7 +118,7 @@ def choose_marks(source: str) -> Marks:
     Raises ValueError when every window of the private-use areas is taken.
     """
     text = source + html.unescape(source) if "&#" in source else source
-    if text.isascii():
+    if text.isascii() or not _FIRST_AREA.search(text):
         return _marks(_FIRST)
     first = _FIRST
     for code_point in sorted({ord(character) for character in _PRIVATE_USE.findall(text)}):

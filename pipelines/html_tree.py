@@ -8,8 +8,7 @@ U+200B goes; other blanks (U+00A0, U+3000, ...) stay as they are, converters wou
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from selectolax.lexbor import LexborNode
@@ -123,9 +122,12 @@ def _skip(node: LexborNode, page: _Page, depth: int) -> None:
     """Furniture of the page."""
 
 
+def _division(node: LexborNode, page: _Page, depth: int) -> None:
+    if not has_class(node, "sr-only"):
+        _block(node, page, depth)
+
+
 def _block(node: LexborNode, page: _Page, depth: int) -> None:
-    if has_class(node, "sr-only"):
-        return
     _end_run(page)
     _children(node, page, depth)
     _end_run(page)
@@ -269,24 +271,13 @@ def _quote(node: LexborNode, page: _Page, depth: int) -> None:
 
 def _passage(node: LexborNode, page: _Page, depth: int) -> Passage:
     """The children of a quote, to be converted apart: converters put what follows a list into the list."""
-    outer_visible, page.visible = page.visible, []
-    with _own_blocks(page, wrap="p") as blocks:
-        _children(node, page, depth)
-    passage = Passage("".join(blocks), "".join(page.visible))
-    page.visible = outer_visible
-    return passage
-
-
-@contextmanager
-def _own_blocks(page: _Page, *, wrap: str, in_cell: bool | None = None) -> Iterator[list[str]]:
-    """Inside, blocks and runs are gathered apart from those outside."""
-    outer = page.blocks, page.run, page.wrap, page.in_cell, page.open_tags
-    page.blocks, page.run, page.wrap, page.open_tags = [], [], wrap, []
-    page.in_cell = page.in_cell if in_cell is None else in_cell
-    blocks = page.blocks
-    yield blocks
+    outer = page.blocks, page.visible, page.open_tags, page.wrap
+    page.blocks, page.visible, page.open_tags, page.wrap = [], [], [], "p"
+    _children(node, page, depth)
     _end_run(page)
-    page.blocks, page.run, page.wrap, page.in_cell, page.open_tags = outer
+    passage = Passage("".join(page.blocks), "".join(page.visible))
+    page.blocks, page.visible, page.open_tags, page.wrap = outer
+    return passage
 
 
 # ------------------------------------------------------------------------------------------------- lists
@@ -303,26 +294,30 @@ def _list(node: LexborNode, page: _Page, depth: int) -> None:
         _footnotes(node, page, depth)
         return
     wrap = "" if _is_tight(node) else "p"
-    items: list[str] = []
+    opening = f'<ol start="{first}">' if is_ordered and first != 1 else f"<{node.tag}>"
+    outer_wrap, num_blocks = page.wrap or "p", len(page.blocks)
     for child in node.iter(include_text=True):
-        if child.is_text_node and not (child.text_content or "").strip():
-            continue
-        with _own_blocks(page, wrap=wrap) as blocks:
-            if child.is_text_node:
-                _text(child, page)
-            else:
-                (_children if child.tag == "li" else _HANDLERS.get(child.tag, _children))(
-                    child, page, depth + 1
-                )
-        if child.tag == "li" or (blocks and not items):
-            items.append("".join(blocks))
-        elif blocks:  # a list that stands in a list beside its item
-            items[-1] += "".join(blocks)
-    if items:
-        opening = f'<ol start="{first}">' if is_ordered and first != 1 else f"<{node.tag}>"
-        page.blocks.append(opening + "".join(f"<li>{item}</li>" for item in items) + f"</{node.tag}>")
-        if page.wrap == "":
-            page.wrap = "p"
+        if not child.is_text_node or (child.text_content or "").strip():
+            page.wrap = wrap
+            _list_item(child, page, depth, is_first=len(page.blocks) == num_blocks)
+    if len(page.blocks) > num_blocks:
+        page.blocks[num_blocks] = opening + page.blocks[num_blocks]
+        page.blocks.append(f"</{node.tag}>")
+    page.wrap = outer_wrap
+
+
+def _list_item(child: LexborNode, page: _Page, depth: int, *, is_first: bool) -> None:
+    """An item, or what stands in a list beside its items, which joins the item before it."""
+    if child.tag == "li" or is_first:
+        page.blocks.append("<li>")
+    else:
+        page.blocks.pop()
+    if child.is_text_node:
+        _text(child, page)
+    else:
+        (_children if child.tag == "li" else _HANDLERS.get(child.tag, _children))(child, page, depth + 1)
+    _end_run(page)
+    page.blocks.append("</li>")
 
 
 def _list_start(node: LexborNode) -> int:
@@ -395,9 +390,13 @@ def _is_row_of(row: LexborNode, table: LexborNode) -> bool:
 def _cells(row: LexborNode, page: _Page, depth: int) -> list[str]:
     cells: list[str] = []
     for cell in (child for child in row.iter() if child.tag in ("td", "th")):
-        with _own_blocks(page, wrap="", in_cell=True) as blocks:
-            _children(cell, page, depth + 3)
-        cells.append(page.fragments.marks.cell_break.join(blocks))
+        outer, page.blocks = page.blocks, []
+        page.in_cell = True
+        _children(cell, page, depth + 3)
+        _end_run(page)
+        page.in_cell = False
+        cells.append(page.fragments.marks.cell_break.join(page.blocks))
+        page.blocks = outer
         span = cell.attrs.get("colspan") or "1"
         cells += [""] * (min(int(span), MAX_COLSPAN) - 1 if re.fullmatch(r"\d{1,4}", span) else 0)
     return cells
@@ -433,8 +432,9 @@ def _end_run(page: _Page) -> None:
     text = _tidy(text, page)
     if not text.strip(" \n" + marks.openers + marks.closers):
         return
+    text = _marked(text, page)
     page.visible.append(text)
-    canonical = marks.to_html(_marked(text, page))
+    canonical = marks.to_html(text)
     if page.wrap and not page.in_cell:
         page.blocks.append(f"<{page.wrap}>{canonical}</{page.wrap}>")
         return
@@ -446,14 +446,14 @@ def _end_run(page: _Page) -> None:
 def _tidy(text: str, page: _Page) -> str:
     """Blanks folded, kept out of emphasis; emphasis around nothing and between two equal ones taken out."""
     marks = page.fragments.marks
-    if marks.has_tags(text):
+    if marks.any_opener.search(text):
         before = ""
         while before != text:
             before = text
             for opener, closer in marks.tags.values():
                 text = text.replace(closer + opener, "").replace(opener + closer, "")
-            text = re.sub(rf"([{marks.openers}])([ \n]+)", r"\2\1", text)
-            text = re.sub(rf"([ \n]+)([{marks.closers}])", r"\2\1", text)
+            text = marks.blanks_behind_opener.sub(r"\2\1", text)
+            text = marks.blanks_before_closer.sub(r"\2\1", text)
     if "  " in text:
         text = _SPACES.sub(" ", text)
     if "\n" not in text:
@@ -489,10 +489,11 @@ def _marked(text: str, page: _Page) -> str:
 _Handler = Callable[[LexborNode, _Page, int], None]
 _HANDLERS: dict[str | None, _Handler] = {
     **dict.fromkeys(
-        "p div section article main header footer nav aside address center figure figcaption details form fieldset "
+        "p article main header footer nav aside address center figure figcaption details form fieldset "
         "legend dl dt dd li hgroup search menu tbody thead tfoot tr td th caption body".split(),
         _block,
     ),
+    **dict.fromkeys(("div", "section"), _division),
     **dict.fromkeys(
         "button svg style script iframe frame object embed applet canvas video audio source track noscript template "
         "select option textarea datalist progress meter map area head title meta link base param noembed noframes".split(),

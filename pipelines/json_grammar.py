@@ -87,9 +87,10 @@ def is_cut_off(raw: bytes) -> bool:
     return not closed and may_go_on(raw, at, stack)
 
 
-def is_whole_object(raw: bytes) -> bool:
-    """Whether `raw` is one object, from its first byte to its last."""
-    return raw[:1] == b"{" and walk(raw, 1, [OBJECT]) == (True, len(raw))
+def object_end(raw: bytes) -> int | None:
+    """Index behind the object that `raw` begins with; None where it is broken or goes on behind the end."""
+    closed, at = walk(raw, 1, [OBJECT])
+    return at if closed else None
 
 
 def beginning(data: bytes, at: int) -> bytes | None:

@@ -17,7 +17,7 @@ Each byte is read a bounded number of times, however broken the file is.
 """
 
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from pipelines.json_grammar import (
     ARRAY,
@@ -34,116 +34,39 @@ from pipelines.json_grammar import (
     Pattern,
     beginning,
     end_of,
-    is_cut_off,
     may_go_on,
     refute,
     walk,
 )
+from pipelines.json_lines import Segment, Window, too_large
 
-_CHUNK_BYTES = 1 << 20
 _MAX_BEGINNINGS = 32
 _MAX_SWALLOWING = 64  # each costs one more walk over max_record_bytes
-
-
-class Segment(NamedTuple):
-    """One record, or one break: `raw` is then None and `reason` says why. Offsets count bytes of the file."""
-
-    start: int
-    end: int
-    raw: bytes | None
-    reason: str = ""
-    detail: str = ""
-
-
-class Window:
-    """The part of a file that is in memory: `data` begins at byte `base`; `complete` when nothing follows it."""
-
-    __slots__ = ("_file", "_num_left", "base", "complete", "data")
-
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
-        file.seek(start)
-        self._file, self._num_left = file, end - start
-        self.base, self.data, self.complete = start, b"", False
-        self.slide(0)
-
-    def slide(self, keep: int) -> int:
-        """Forget the data before index `keep` and read on; returns by how much indices have become smaller.
-
-        It grows by half of what is kept at least, so a long record is gone over a bounded number of times.
-        """
-        chunk = self._file.read(min(max(_CHUNK_BYTES, (len(self.data) - keep) // 2), self._num_left))
-        self._num_left -= len(chunk)
-        self.data = self.data[keep:] + chunk
-        self.base += keep
-        self.complete = not chunk or self._num_left == 0
-        return keep
-
-
-class LineScanner:
-    """Records of JSON Lines in bytes [start, end) of a file; blank lines are no records.
-
-    `ends_file`: whether a last line without its end may have been cut off.
-    """
-
-    inside = False
-
-    def __init__(
-        self, file: BinaryIO, start: int, end: int, *, max_record_bytes: int, ends_file: bool = True
-    ) -> None:
-        self.window = Window(file, start, end)
-        self.max_record_bytes = max_record_bytes
-        self.ends_file = ends_file
-
-    def __iter__(self) -> Iterator[Segment]:
-        window, at = self.window, 0
-        while True:
-            end = window.data.find(b"\n", at)
-            if end >= 0 or window.complete:
-                line = window.data[at : len(window.data) if end < 0 else end]
-                if raw := line.strip(b" \t\r\n"):
-                    start = window.base + at + len(line) - len(line.lstrip(b" \t\r\n"))
-                    yield self._line(start, raw, is_last=end < 0)
-                if end < 0:
-                    return
-                at = end + 1
-            elif len(window.data) - at > self.max_record_bytes:
-                yield self._too_large(at)
-                at = 0
-            else:
-                at -= window.slide(at)
-
-    def _line(self, start: int, raw: bytes, *, is_last: bool) -> Segment:
-        end = start + len(raw)
-        if len(raw) > self.max_record_bytes:
-            return _too_large(start, end, self.max_record_bytes)
-        if is_last and self.ends_file and is_cut_off(raw):
-            detail = f"the file ends inside the line that begins at byte {start}"
-            return Segment(start, end, None, "truncated_file", detail)
-        return Segment(start, end, raw)
-
-    def _too_large(self, at: int) -> Segment:
-        """Go to the next line without holding this one; the window then begins there."""
-        window, start = self.window, self.window.base + at
-        while (end := window.data.find(b"\n")) < 0 and not window.complete:
-            window.slide(len(window.data))
-        window.slide(len(window.data) if end < 0 else end + 1)
-        return _too_large(start, window.base, self.max_record_bytes)
 
 
 class ValueScanner:
     """Records of JSON values in bytes [start, end) of a file; `inside` is whether an array is open at `start`.
 
+    `learns`: whether the beginnings of records are kept, to know them again behind a break.
     Iterating moves `inside` along: at a segment it says whether that segment lies in an array.
     """
 
     def __init__(
-        self, file: BinaryIO, start: int, end: int, *, inside: bool, max_record_bytes: int
+        self,
+        file: BinaryIO,
+        start: int,
+        end: int,
+        *,
+        inside: bool,
+        max_record_bytes: int,
+        learns: bool = True,
     ) -> None:
         self.window = Window(file, start, end)
         self.inside = inside
         self.max_record_bytes = max_record_bytes
         self._at = 0  # index of the first byte that is in no segment yet
         self._known: set[bytes] = set()  # how records began so far
+        self._learns = learns
         self._num_whole = 0
         self._num_swallowing = 0
 
@@ -221,11 +144,15 @@ class ValueScanner:
     def _whole(self, start: int, end: int) -> Segment:
         window, self._at = self.window, end
         self._num_whole += 1
-        if (self._num_whole < 64 or self._num_whole % 64 == 0) and len(self._known) < _MAX_BEGINNINGS:
-            self._known |= _as_set(beginning(window.data, start))
+        if self._learns and (self._num_whole < 64 or self._num_whole % 64 == 0):
+            self._learn(start)
         if end - start > self.max_record_bytes:
-            return _too_large(window.base + start, window.base + end, self.max_record_bytes)
+            return too_large(window.base + start, window.base + end, self.max_record_bytes)
         return Segment(window.base + start, window.base + end, window.data[start:end])
+
+    def _learn(self, start: int) -> None:
+        if len(self._known) < _MAX_BEGINNINGS:
+            self._known |= _as_set(beginning(self.window.data, start))
 
     def _broken(self, start: int, at: int) -> Segment:
         first, near = self.window.base + start, self.window.base + at
@@ -249,7 +176,7 @@ class ValueScanner:
         first = self.window.base + start
         closed, self._at = self._skip(at, depth)
         end = self.window.base + self._at if closed else self._restart(self._at, self._known)
-        return _too_large(first, end, self.max_record_bytes)
+        return too_large(first, end, self.max_record_bytes)
 
     def _swallowing(self, start: int) -> Segment | None:
         """The break up to the first known beginning inside the open element, if there is one."""
@@ -311,11 +238,6 @@ class ValueScanner:
                 return False, at
             else:
                 at -= window.slide(at)
-
-
-def _too_large(start: int, end: int, max_record_bytes: int) -> Segment:
-    detail = f"{end - start} bytes from byte {start} on, merge.max_record_bytes is {max_record_bytes}"
-    return Segment(start, end, None, "record_too_large", detail)
 
 
 def _as_set(value: bytes | None) -> set[bytes]:

@@ -19,6 +19,7 @@ from pipelines import executors
 from pipelines.storage import (
     TEMPORARY_PREFIX,
     check_file,
+    check_manifest,
     json_digest,
     read_json,
     read_manifest,
@@ -158,8 +159,8 @@ class StageRun:
             num_rows_in=sum(part.num_rows_in for part in parts),
             num_rows_out=sum(part.num_rows_out for part in parts),
             num_pieces_cut=sum(part.num_pieces_cut for part in parts),
-            drops=_sum_counts(part.drops for part in parts),
-            counts=_sum_counts(part.counts for part in parts) | extra.pop("counts", {}),
+            drops=sum_counts(part.drops for part in parts),
+            counts=sum_counts(part.counts for part in parts) | extra.pop("counts", {}),
             **extra,
         )
         check_limits(manifest, self.config)
@@ -306,8 +307,27 @@ def needs_model(config: PipelineConfig, stage: str) -> None:
         raise InputError(f"{stage} needs a tokenizer: set model.path in the config")
 
 
-def _sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Totals by name, sorted by name."""
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
     return dict(sorted(total.items()))
+
+
+def side_files(entry: PartEntry, side: str) -> list[FileEntry]:
+    """The files of one side of the hold-out."""
+    return [file for file in entry.kept if file.path.startswith(f"{side}/")]
+
+
+def stage_before(run: StageRun) -> tuple[Path, Manifest]:
+    """Folder and manifest of what a stage reads. Raises InputError naming the stage to run first."""
+    names = list(STAGE_FOLDERS)
+    before = names[names.index(run.name) - 1]
+    folder = run.config.run_root / STAGE_FOLDERS[before]
+    return folder, check_manifest(folder, stage=before)
+
+
+def inputs_from(before: Manifest) -> dict[str, str]:
+    """What a manifest says of the folder it was made from."""
+    return {STAGE_FOLDERS[before.stage]: before.key}

@@ -7,24 +7,16 @@ known which characters are an assistant's and which control tokens the template 
 is dropped, never guessed.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pipelines.templates import TEMPLATE_ERRORS, ChatTemplate, compile_bare, render_text
 from schemas.conversation import Drop, Message
-from schemas.errors import RefusedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +50,6 @@ class Rendered:
     message_spans: tuple[tuple[int, int] | None, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ChatTemplate:
-    """A compiled template, and what probe chats taught about it.
-
-    `lead` is the white space between the generation prompt and an assistant's content; `end_tokens` are the
-    control tokens that may close an assistant turn.
-    """
-
-    compiled: jinja2.Template
-    special_tokens: Mapping[str, Any]
-    control_pattern: re.Pattern[str]
-    end_tokens: frozenset[str] = frozenset()
-    lead: str = ""
-
-
 def render(template: ChatTemplate, messages: Sequence[Message]) -> Rendered | Drop:
     """Render a chat and prove its spans.
 
@@ -83,150 +60,38 @@ def render(template: ChatTemplate, messages: Sequence[Message]) -> Rendered | Dr
         text = render_text(template, messages)
         contents = [message.content for message in messages]
         roles = tuple(message.role for message in messages)
-        skeleton = _skeleton(template, roles, ())
-        rendered = _put_in(skeleton, text, contents)
-        if isinstance(rendered, Drop) and (blanks := _blanks(contents)):
-            # Some templates write an empty turn in another way: try again with the blank contents as they are.
-            rendered = _put_in(_skeleton(template, roles, blanks), text, contents)
-        return rendered
+        result = _put_in(_skeleton(template, roles, ()), text, contents)
+        # Some templates write an empty turn in another way: try again with such contents as they are.
+        for is_blank in (_is_empty, _is_white_space):
+            blanks = tuple((number, content) for number, content in enumerate(contents) if is_blank(content))
+            if isinstance(result, Drop) and blanks:
+                result = _put_in(_skeleton(template, roles, blanks), text, contents)
+        return result
     except TEMPLATE_ERRORS as error:
         return Drop("template_refuses", f"{type(error).__name__}: {error}"[:300])
-
-
-def render_text(
-    template: ChatTemplate, messages: Sequence[Message], *, add_generation_prompt: bool = False
-) -> str:
-    """What the tokenizer's `apply_chat_template(tokenize=False)` gives. Raises one of TEMPLATE_ERRORS."""
-    return template.compiled.render(
-        messages=[{"role": message.role, "content": message.content} for message in messages],
-        tools=None,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        **template.special_tokens,
-    )
-
-
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a template can raise on a chat that it does not support."""
-
-# Compiling --------------------------------------------------------------------------------------------------
-
-FROZEN_NOW = datetime(2024, 7, 26)
-"""What `strftime_now` tells a template: shards must not depend on the day on which they were made. It is the
-date that the Llama 3 templates fall back to."""
 
 
 def compile_template(
     source: str, *, special_tokens: Mapping[str, Any], control_tokens: Sequence[str]
 ) -> ChatTemplate:
-    """Compile, and learn from probe chats how answers begin and end. Raises RefusedError for a broken template.
+    """Compile, and learn from a plain chat how answers begin and end. Raises RefusedError for a broken template.
 
     `special_tokens` is the tokenizer's `special_tokens_map`; `control_tokens` are the strings that the tokenizer
     turns into one control id each.
     """
-    longest_first = sorted(control_tokens, key=lambda token: (-len(token), token))
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-    try:
-        compiled = _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise RefusedError(f"the chat template is not valid Jinja ({error}): repair it") from error
-    bare = ChatTemplate(compiled, special_tokens, pattern)
+    bare = compile_bare(source, special_tokens=special_tokens, control_tokens=control_tokens)
     eos = {str(special_tokens["eos_token"])} if "eos_token" in special_tokens else set()
     return replace(bare, end_tokens=frozenset(eos | _closing_tokens(bare)), lead=_lead(bare))
 
 
-def check_template(template: ChatTemplate) -> None:
-    """Refuse a template whose spans can't be proved on plain chats, or that never ends an answer.
+# What a plain chat teaches ----------------------------------------------------------------------------------
 
-    Raises RefusedError with the smallest chat that shows it.
-    """
-    proved = [(chat, render(template, chat)) for chat in PROBE_CHATS]
-    rendered = [result for _, result in proved if isinstance(result, Rendered)]
-    for chat, result in proved:
-        refused_system = isinstance(result, Drop) and result.reason == "template_refuses" and rendered
-        if isinstance(result, Drop) and not refused_system:
-            raise RefusedError(
-                f"the chat template can't be proved on {_chat_text(chat)}: {result.reason}: {result.detail}; "
-                "set split.chat_template to a template that writes each message once, as it is"
-            )
-    if not any(span.has_end for result in rendered for span in result.spans):
-        text = rendered[0].text
-        raise RefusedError(
-            f"the chat template never writes an end token after an answer (it wrote {text[-60:]!r}), so the "
-            "model would never learn to stop: copy it, add {{ eos_token }} or a token that the tokenizer knows "
-            "after the assistant's content, and set split.chat_template to the copy"
-        )
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """As transformers sets it up, less what would make the bytes depend on the day or on chance."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    del environment.filters["random"], environment.globals["lipsum"]
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = FROZEN_NOW.strftime
-    return environment
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks answers for other programs; the text in it is written as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A block of its own, as in transformers: what is set inside is not seen outside.
-        return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
-
-    def _write(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-# What probe chats teach -------------------------------------------------------------------------------------
-
-_QUESTION, _ANSWER = Message("user", "What is the capital?"), Message("assistant", "Paris is the capital.")
-PROBE_CHATS: tuple[tuple[Message, ...], ...] = (
-    (_QUESTION, _ANSWER),
-    (_QUESTION, _ANSWER, Message("user", "And of Peru?"), Message("assistant", "Lima.")),
-    (Message("system", "Be brief."), _QUESTION, _ANSWER),
-    (
-        Message("system", "Be brief."),
-        Message("user", "2 + 2"),
-        Message("assistant", "4"),
-        Message("user", "(why?)"),
-        Message("assistant", '"Because", 因为。'),
-        Message("user", "x"),
-        Message("assistant", "(no)"),
-    ),
+PLAIN_CHAT = (
+    Message("user", "What is the capital?"),
+    Message("assistant", "Paris is the capital."),
+    Message("user", "And of Peru?"),
+    Message("assistant", "Lima."),
 )
-"""Plain chats that every template must be proved on; only the system turn may be refused."""
 
 
 def _closing_tokens(template: ChatTemplate) -> set[str]:
@@ -244,23 +109,18 @@ def _closing_tokens(template: ChatTemplate) -> set[str]:
 
 def _lead(template: ChatTemplate) -> str:
     """White space between the generation prompt and the content, where it is the same in all turns."""
-    chat = PROBE_CHATS[1]
     leads = set()
     for turn in (1, 3):
-        rendered = render(template, chat[: turn + 1])
+        rendered = render(template, PLAIN_CHAT[: turn + 1])
         if isinstance(rendered, Drop) or (place := rendered.message_spans[turn]) is None:
             return ""
         try:
-            prompt = render_text(template, chat[:turn], add_generation_prompt=True)
+            prompt = render_text(template, PLAIN_CHAT[:turn], add_generation_prompt=True)
         except TEMPLATE_ERRORS:
             return ""
         between = rendered.text[len(prompt) : place[0]]
         leads.add(between if rendered.text.startswith(prompt) and between.isspace() else "")
     return leads.pop() if len(leads) == 1 else ""
-
-
-def _chat_text(chat: Sequence[Message]) -> str:
-    return json.dumps([[message.role, message.content] for message in chat], ensure_ascii=False)
 
 
 # The skeleton: what the template writes around contents -----------------------------------------------------
@@ -381,8 +241,12 @@ def _problem(roles: tuple[str, ...], slots: tuple[_Slot, ...], blanks: set[int])
     return ""
 
 
-def _blanks(contents: list[str]) -> tuple[tuple[int, str], ...]:
-    return tuple((number, content) for number, content in enumerate(contents) if not content.strip())
+def _is_empty(content: str) -> bool:
+    return not content
+
+
+def _is_white_space(content: str) -> bool:
+    return not content.strip()
 
 
 # Putting contents in ----------------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerFast":
     folder = tokenizer_folder(config)
     _refuse_remote_code(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no readable tokenizer: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"{folder} has no readable tokenizer: {' '.join(str(error).split())[:300]}"
+        ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise RefusedError(
             f"{folder}: {type(tokenizer).__name__} gives no character offsets, which prove what is trained; "

@@ -5,7 +5,7 @@ What a file is, is told by its first bytes, never by its name. Nothing is extrac
 
 import codecs
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,7 +15,7 @@ from schemas.errors import InputError
 
 MIN_BUDGET_BYTES = 64 << 20  # small files may grow to this whatever their ratio
 
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
 # A Zstandard block of 4 bytes can hold 128 KiB: 1 KiB of input is at most 32 MiB of output at once.
 _ZSTD_READ_BYTES = 1 << 10
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -50,70 +50,82 @@ class _Damage(Exception):
 
 
 def unpack(path: Path, spool_path: Path, *, max_ratio: int) -> Plain:
-    """The file itself where it is plain, else `spool_path` filled with its decompressed, decoded bytes.
+    """The file itself where it is plain, else a spool of its decompressed, decoded bytes.
 
+    Spools are `spool_path`, and beside it `<spool_path>.utf8` where decompressed text had to be decoded too.
     Raises InputError for a file that can't be read, of a foreign kind, or that grows beyond
     max(64 MiB, max_ratio x its size).
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
-            file.seek(0)
-            _refuse_foreign(path, head)
-            budget = max(MIN_BUDGET_BYTES, max_ratio * path.stat().st_size)
-            if head.startswith((_GZIP, _ZSTD)):
-                return _spool_compressed(path, file, head, spool_path, budget)
-            if (encoding := _encoding(head)) is not None:
-                return _spool(path, _decoded(_chunks(file, _READ_BYTES), encoding), spool_path, budget)
+        num_bytes, head = path.stat().st_size, _head(path)
     except PermissionError as error:
         raise InputError(f"{path} can't be opened ({error.strerror}): make it readable") from None
-    return Plain(path)
+    spool = _Spool(path, max(MIN_BUDGET_BYTES, max_ratio * num_bytes))
+    plain = Plain(path)
+    if head.startswith((_GZIP, _ZSTD)):
+        plain = spool.write(_gunzip if head.startswith(_GZIP) else _unzstd, path, spool_path)
+        head = _head(spool_path)
+    for magic, kind in _FOREIGN.items():
+        if head.startswith(magic):
+            raise InputError(f"{path} holds {kind}; expected JSON, JSON Lines or Parquet, plain, .gz or .zst")
+    encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
+    if encoding is None:
+        return plain
+    target = spool_path if plain.path == path else Path(f"{spool_path}.utf8")
+    decoded = spool.write(lambda file: _decode(file, encoding), plain.path, target)
+    return Plain(decoded.path, plain.damage or decoded.damage)
 
 
-def _spool_compressed(path: Path, file: BinaryIO, head: bytes, spool_path: Path, budget: int) -> Plain:
-    inflate = _gunzip(file) if head.startswith(_GZIP) else _unzstd(file)
-    first = next(inflate_or_damage := _until_some(inflate), b"")
-    if first.startswith((_GZIP, _ZSTD)):
-        raise InputError(f"{path} is compressed twice: decompress it once")
-    _refuse_foreign(path, first)
-    chunks = _chain(first, inflate_or_damage)
-    encoding = _encoding(first)
-    return _spool(path, chunks if encoding is None else _decoded(chunks, encoding), spool_path, budget)
+class _Spool(NamedTuple):
+    origin: Path
+    budget_bytes: int
+
+    def write(self, convert: Callable[[BinaryIO], Iterator[bytes]], source: Path, target: Path) -> Plain:
+        # No fsync: a spool is never trusted by a later run.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        damage, num_bytes = "", 0
+        with source.open("rb") as file, target.open("wb") as spool:
+            try:
+                for chunk in convert(file):
+                    num_bytes += len(chunk)
+                    self._check(num_bytes)
+                    spool.write(chunk)
+            except _Damage as error:
+                damage = str(error)
+        return Plain(target, damage)
+
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > self.budget_bytes:
+            raise InputError(
+                f"{self.origin} ({self.origin.stat().st_size} bytes) unpacks to more than {self.budget_bytes} "
+                "bytes: a bomb? If it is not, raise merge.max_decompressed_ratio or unpack it yourself"
+            )
 
 
-def _spool(path: Path, chunks: Iterator[bytes], spool_path: Path, budget: int) -> Plain:
-    # No fsync: a spool is never trusted by a later run.
-    spool_path.parent.mkdir(parents=True, exist_ok=True)
-    num_bytes, damage = 0, ""
-    with spool_path.open("wb") as spool:
-        try:
-            for chunk in chunks:
-                num_bytes += len(chunk)
-                if num_bytes > budget:
-                    raise InputError(
-                        f"{path} ({path.stat().st_size} bytes) unpacks to more than {budget} bytes: a bomb? "
-                        "If it is not, raise merge.max_decompressed_ratio or unpack it yourself"
-                    )
-                spool.write(chunk)
-        except _Damage as error:
-            damage = str(error)
-    return Plain(spool_path, damage)
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
 
 
 def _gunzip(file: BinaryIO) -> Iterator[bytes]:
-    """Members one after another; zeros behind the last are padding."""
-    data = b""
-    while data := (data or file.read(_READ_BYTES)):
+    """Members one after another; zeros behind the first are padding."""
+    data = file.read(_READ_BYTES)
+    while data:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
-            if not data and not (data := file.read(_READ_BYTES)):
-                raise _Damage(f"the gzip data ends early, at its byte {file.tell()}")
+            data = data or file.read(_READ_BYTES)
             try:
-                yield member.decompress(data, _READ_BYTES)
+                # At the end of the file too: output may still be waiting inside.
+                chunk = member.decompress(data, 1 << 20)
             except zlib.error as error:
                 raise _Damage(f"the gzip data is broken before its byte {file.tell()} ({error})") from None
+            if not data and not chunk:
+                raise _Damage(f"the gzip data ends early, at its byte {file.tell()}")
+            yield chunk
             data = member.unconsumed_tail
         data = member.unused_data.lstrip(b"\x00")
+        while not data and (more := file.read(_READ_BYTES)):
+            data = more.lstrip(b"\x00")
 
 
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:
@@ -127,33 +139,23 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
             try:
                 yield frame.decompress(data)
             except zstandard.ZstdError as error:
-                raise _Damage(f"the Zstandard data is broken before its byte {file.tell()} ({error})") from None
+                raise _Damage(
+                    f"the Zstandard data is broken before its byte {file.tell()} ({error})"
+                ) from None
             data = b""
         data = frame.unused_data
 
 
-def _decoded(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+def _decode(file: BinaryIO, encoding: str) -> Iterator[bytes]:
     """As UTF-8. Lone surrogates pass through: they are the business of the one record that holds them."""
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-    is_first = True
-    for chunk in chunks:
-        text = decoder.decode(chunk)
-        yield (text.removeprefix("\ufeff") if is_first else text).encode("utf-8", "surrogatepass")
-        is_first = is_first and not text
+    file.seek(len("\ufeff".encode(encoding)))
+    while chunk := file.read(_READ_BYTES):
+        try:
+            yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise _Damage(
+                f"the {encoding} text is broken before its byte {file.tell()} ({error.reason})"
+            ) from None
     if decoder.getstate()[0]:
         raise _Damage(f"the {encoding} text ends inside a character")
-
-
-def _refuse_foreign(path: Path, head: bytes) -> None:
-    for magic, kind in _FOREIGN.items():
-        if head.startswith(magic):
-            raise InputError(f"{path} is {kind}; expected JSON, JSON Lines or Parquet, plain, .gz or .zst")
-
-
-def _encoding(head: bytes) -> str | None:
-    return next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
-
-
-def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    while chunk := file.read(size):
-        yield chunk

@@ -90,11 +90,10 @@ class Evaluation(_Record):
     key: str
     """Digest of everything that shapes the numbers: an equal key is equal work, and is not done again."""
     split: str
-    shards_key: str
-    """Key of the manifest of 06_shards."""
-    plan_key: str
-    """Key of the manifest of 07_plan."""
-    base_digest: str
+    shards_digest: str
+    """sha256 of the manifest of 06_shards."""
+    plan_digest: str
+    """sha256 of the manifest of 07_plan."""
     candidate: TrainedModel
     incumbent: TrainedModel | None
     """The model in service when the candidate came; None: the base model was."""

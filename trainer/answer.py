@@ -21,7 +21,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from pipelines.encode import ChatEncoder, build_encoder, encode
-from pipelines.render import TEMPLATE_ERRORS, Rendered, render, render_text
+from pipelines.render import Rendered, render
+from pipelines.templates import TEMPLATE_ERRORS, render_text
 from schemas.conversation import Drop, Message
 from schemas.errors import InputError
 from schemas.evaluation import TrainedModel
@@ -212,6 +213,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
         encoder = _encoder(tokenizer, tokenizer.get_chat_template())
         chat = [Message(message["role"], message["content"]) for message in messages]
         text = render_text(encoder.template, chat, add_generation_prompt=True)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"character {error.start} of the prompt is no Unicode: {error.reason}") from None
     except TEMPLATE_ERRORS as error:
         raise InputError(f"the chat template refuses these messages: {_one_line(error)}") from error
     if not any(encoder.template.control_pattern.search(message.content) for message in chat):

@@ -10,26 +10,26 @@ Written into a hidden folder, each file fsynced, renamed, and only then named by
 stored: every draw is keyed by (seed, step, bin). No pickle.
 """
 
-import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import getpid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipelines import storage
 from schemas.errors import SftPipelineError
-from schemas.run import FORMAT_VERSION, MANIFEST_NAME, FileEntry
+from schemas.run import MANIFEST_NAME, FileEntry
 
 LATEST_NAME = "latest"
 WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME = "weights.safetensors", "moments.safetensors", "state.json"
+FILE_NAMES = (WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,25 @@ class Progress:
     last_loss: float | None = None
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
+
+
+class _State(BaseModel):
+    """state.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    progress: Progress
+    facts: dict[str, Any]
+
+
+class _Manifest(BaseModel):
+    """manifest.json; another format_version is another format."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1] = 1
+    stage: Literal["train"] = "train"
+    files: tuple[FileEntry, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,24 +95,22 @@ def read_newest(
     for folder in step_folders(training_folder):
         try:
             return read_checkpoint(folder, facts=facts)
-        except (SftPipelineError, SafetensorError, ValidationError, OSError, ValueError) as error:
+        except (SftPipelineError, SafetensorError, OSError, ValueError) as error:
             report(f"checkpoint {folder.name} can't be used, taking the one before it: {_line(error)}")
     return None
 
 
 def read_checkpoint(folder: Path, *, facts: dict[str, Any]) -> Checkpoint:
     """Raises IntegrityError when a file is not the one written, ValueError for another training's checkpoint."""
-    manifest = storage.read_json(folder / MANIFEST_NAME)
-    entries = [FileEntry.model_validate(entry) for entry in manifest["files"]]
-    paths = {entry.path: storage.check_file(folder, entry) for entry in entries}
-    state = storage.read_json(paths[STATE_NAME])
-    if state["facts"] != facts or manifest["format_version"] != FORMAT_VERSION:
+    manifest = _Manifest.model_validate(storage.read_json(folder / MANIFEST_NAME))
+    paths = {entry.path: storage.check_file(folder, entry) for entry in manifest.files}
+    if set(paths) != set(FILE_NAMES):
+        raise ValueError(f"its manifest names {sorted(paths)}, expected {sorted(FILE_NAMES)}")
+    state = _State.model_validate(storage.read_json(paths[STATE_NAME]))
+    if state.facts != facts:
         raise ValueError("it was written with other settings")
-    return Checkpoint(
-        progress=Progress(**state["progress"]),
-        weights=load_file(paths[WEIGHTS_NAME]),
-        moments=load_file(paths[MOMENTS_NAME]),
-    )
+    weights, moments = load_file(paths[WEIGHTS_NAME]), load_file(paths[MOMENTS_NAME])
+    return Checkpoint(state.progress, weights, moments)
 
 
 def step_name(num_steps: int) -> str:
@@ -146,13 +163,10 @@ def _remove(folder: Path) -> None:
 def _write_files(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     save_file(_on_cpu(checkpoint.weights), folder / WEIGHTS_NAME)
     save_file(_on_cpu(checkpoint.moments), folder / MOMENTS_NAME)
-    state = {"progress": dataclasses.asdict(checkpoint.progress), "facts": facts}
-    storage.write_json(folder / STATE_NAME, state)
-    names = (WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME)
-    entries = [storage.file_entry(folder / name, folder=folder).model_dump() for name in names]
-    storage.write_json(
-        folder / MANIFEST_NAME, {"format_version": FORMAT_VERSION, "stage": "train", "files": entries}
-    )
+    state = _State(progress=checkpoint.progress, facts=facts)
+    storage.write_json(folder / STATE_NAME, state.model_dump(mode="json"))
+    manifest = _Manifest(files=tuple(storage.file_entry(folder / name, folder=folder) for name in FILE_NAMES))
+    storage.write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

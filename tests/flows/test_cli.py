@@ -117,7 +117,7 @@ def test_a_foreign_package_in_place_of_ours_is_named_and_refused(
         (intruder / ("__init__.py" if shape == "package" else "other.py")).write_text(
             "raise RuntimeError('imported')"
         )
-    result = sft_pipeline("run", "x.yaml", path=f"{tmp_path}{os.pathsep}{ROOT}")
+    result = sft_pipeline("run", "x.yaml", folder=tmp_path, path=f"{tmp_path}{os.pathsep}{ROOT}")
     if shape == "namespace":  # Python itself prefers a real package wherever it stands on the path
         assert "no config file at x.yaml" in result.stderr
         return
@@ -143,9 +143,9 @@ def test_stages_are_chosen_from_first_to_last_with_both_ends() -> None:
 
 def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
     program = (
-        "import os, signal, flows.commands as c, flows.cli as cli\n"
+        "import os, signal, flows.commands as c, flows.cli as cli, flows.exit_codes as e\n"
         "c.run_step = lambda *a: os.kill(os.getpid(), signal.{name})\n"
-        "import sys; sys.exit(cli.run_command(['step', 'merge', 'x.yaml']))"
+        "import sys; sys.exit(e.exit_code_of(cli.run_command, ['step', 'merge', 'x.yaml']))"
     )
     for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):
         result = subprocess.run(
@@ -161,8 +161,8 @@ def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
 
 def loaded_modules(*arguments: str) -> set[str]:
     program = (
-        "import sys\nfrom flows.cli import run_command\n"
-        f"code = run_command({list(arguments)!r})\n"
+        "import sys\nfrom flows.cli import run_command\nfrom flows.exit_codes import exit_code_of\n"
+        f"code = exit_code_of(run_command, {list(arguments)!r})\n"
         "print('MODULES', code, *sorted(name for name in sys.modules if '.' not in name))"
     )
     result = subprocess.run(

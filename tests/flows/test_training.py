@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 20.0
 # Modules to be run as children. Each that sleeps writes its pid, and that of a grandchild, into its folder.
 STAND_INS = {
     "speaks": "print('one'); import sys; print('two', file=sys.stderr); print('drei ü')",
-    "refuses": "import sys; sys.exit(print('sft-pipeline: error: no such thing', file=sys.stderr) or 2)",
+    "refuses": "import sys; sys.exit(print('error: no such thing', file=sys.stderr) or 2)",
     "fails": "raise RuntimeError('loss is nan')",
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "sleeps": """
@@ -110,8 +110,10 @@ def test_every_line_of_the_child_is_heard_whichever_stream_it_was_written_to(
 
 
 def test_a_child_that_refuses_is_a_usage_error_with_its_own_words(stand_ins: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
     with pytest.raises(UsageError, match=r"^no such thing$"):
-        run_stand_in("refuses", tmp_path)
+        run_stand_in("refuses", tmp_path, say=lines.append)
+    assert lines == [], "told once: by the error"
 
 
 def test_a_child_that_fails_is_named_with_its_last_line(stand_ins: Path, tmp_path: Path) -> None:

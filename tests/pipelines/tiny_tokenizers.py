@@ -3,6 +3,7 @@
 One per family of `FAMILIES`; each has every control token that the chat templates of the tests write.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -114,7 +115,7 @@ def legacy_metaspace_bpe() -> Tokenizer:
 def unigram() -> Tokenizer:
     """As T5 and many Asian models: NFKC, unigram pieces. `</s>` is a piece that plain text could reach."""
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
+    tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
@@ -134,8 +135,6 @@ FAMILIES: dict[str, Callable[[], Tokenizer]] = {
 
 def _without_added(tokenizer: Tokenizer, pieces: list[str]) -> Tokenizer:
     # The trainer makes special tokens of what it is told to keep; byte pieces are ordinary vocabulary.
-    import json
-
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in pieces]
     return Tokenizer.from_str(json.dumps(state))
@@ -157,3 +156,38 @@ def tiny_tokenizer(family: str, chat_template: str | None = None) -> Any:
         unk_token=UNK,
         chat_template=chat_template,
     )
+
+
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+        "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama_3": (
+        "{{ '<|begin_of_text|>' }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+        "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n\n' %}"
+        "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+        "{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + (system if loop.first else '') + message['content'] | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "vicuna": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ message['content'] + ' ' }}{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+        "{% elif message['content'] %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}"
+        "{% else %}{{ 'ASSISTANT:' }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+        "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}"
+        "\n{% elif message['role'] == 'assistant' %}\n{% generation %}{{ '<|assistant|>\n'  + message['content'] + "
+        "eos_token }}{% endgeneration %}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n"
+        "{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    ),
+}
+"""Templates in the ways that real ones are written: spaces, trimming, conditions, loops, Jinja blocks on lines."""

@@ -16,6 +16,8 @@ from pipelines import storage
 from schemas.dataset import PLAN, SHARD
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS, Manifest
+from schemas.training_config import LoraConfig, TrainConfig
+from trainer import methods
 from trainer.data import Example
 
 VOCABULARY = 320
@@ -109,7 +111,7 @@ def random_documents(lengths: Sequence[int], *, seed: int = 0) -> list[Document]
     for length in lengths:
         ids = draws.integers(3, VOCABULARY, length).tolist()
         half = length // 2
-        spans = [(1, max(half - 1, 1), 1.0), (half, length, 0.5)]
+        spans = [(1, max(half - 1, 1), 1.0), (max(half, 1), length, 0.5)]
         documents.append(Document(ids, [span for span in spans if span[0] < span[1]]))
     return documents
 
@@ -249,3 +251,13 @@ def _manifest(stage: str, files: list[Any]) -> Manifest:
         num_pieces_cut=0,
         drops={},
     )
+
+
+def tiny_lora(model: PreTrainedModel, *, std: float = 0.05) -> Any:
+    """LoRA of rank 4 over all linear layers, its second matrices not zero, so that it says something."""
+    lora = methods.lora.apply(model, TrainConfig(lora=LoraConfig(rank=4, alpha=8)))
+    torch.manual_seed(1)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return lora

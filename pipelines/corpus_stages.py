@@ -1,0 +1,163 @@
+"""Stages 4 and 5: every row is judged beside all others, from features, then parts are cut to the verdicts."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow as pa
+
+from pipelines.parts import PartTask, StageResult, StageRun, inputs_from, side_files, stage_before
+from pipelines.storage import (
+    check_file,
+    file_entry,
+    file_sha256,
+    parquet_file,
+    read_arrow,
+    read_manifest,
+    read_table,
+    write_bytes,
+)
+from pipelines.work import features_part, rows_digest, verdict_part
+from schemas.conversation import Drop
+from schemas.dataset import SPLITS
+from schemas.run import HOLDOUT_LEDGER_NAME, FileEntry, Manifest, PartEntry
+
+
+def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
+    """03_filtered -> 04_deduplicated."""
+    folder, before = stage_before(run)
+    key = run.key([part.kept[0].sha256 for part in before.parts])
+    if (result := run.skip(key)) is not None:
+        return result
+    features, files = _features(run, folder, before)
+    table = _concat(features)
+    verdicts = module.decide(table, run.config)
+    drops = {
+        row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"]) for row in verdicts.to_pylist()
+    }
+    seen: set[str] = set()
+    tasks = [
+        _verdict_task(run, folder, part, None, _drops_by_row(ids, drops, seen))
+        for part, ids in zip(before.parts, _ids_by_part(features), strict=True)
+    ]
+    clusters = module.largest_clusters(verdicts)
+    counts = {f"cluster_{number + 1}_rows": int(rows) + 1 for number, (_, rows) in enumerate(clusters[:3])}
+    entries = run.run_parts(verdict_part, tasks)
+    return run.finish(key, entries, inputs=inputs_from(before), files=files, counts=counts)
+
+
+def _drops_by_row(ids: list[str], drops: dict[str, Drop], seen: set[str]) -> dict[int, Drop]:
+    """Verdicts by row number. The same row id again is the same record in another file of its source."""
+    by_row = {}
+    for number, row_id in enumerate(ids):
+        if row_id in seen:
+            by_row[number] = Drop("duplicate", "same record in an earlier file of this source", row_id)
+        elif row_id in drops:
+            by_row[number] = drops[row_id]
+        seen.add(row_id)
+    return by_row
+
+
+def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
+    """04_deduplicated and the ledger -> 05_held_out and the ledger, grown."""
+    folder, before = stage_before(run)
+    ledger_path = run.config.run_root / HOLDOUT_LEDGER_NAME
+    ledger_digest = file_sha256(ledger_path) if ledger_path.exists() else "none"
+    rows_key = run.key([part.kept[0].sha256 for part in before.parts])
+    if (result := _skip_holdout(run, rows_key, ledger_digest, ledger_path)) is not None:
+        return result
+    features, files = _features(run, folder, before)
+    ledger = read_table(ledger_path) if ledger_path.exists() else module.LEDGER.empty_table()
+    decision = module.decide(_concat(features), ledger, run.config)
+    sides = dict(zip(*(decision.sides[name].to_pylist() for name in ("row_id", "side")), strict=True))
+    drops = {
+        row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"])
+        for row in decision.drops.to_pylist()
+    }
+    tasks = [
+        _verdict_task(run, folder, part, [sides.get(i) for i in ids], _drops_by_row(ids, drops, set()))
+        for part, ids in zip(before.parts, _ids_by_part(features), strict=True)
+    ]
+    entries = run.run_parts(verdict_part, tasks)
+    ledger_file = _write_ledger(run, decision.ledger)
+    counts = {
+        f"{side}_rows": sum(f.num_rows for e in entries for f in side_files(e, side)) for side in SPLITS
+    }
+    result = run.finish(
+        run.key(rows_key, ledger_digest),
+        entries,
+        inputs=inputs_from(before) | {HOLDOUT_LEDGER_NAME: ledger_digest},
+        files=(*files, ledger_file),
+        counts=counts,
+    )
+    _publish_ledger(run, ledger_file, ledger_path)
+    return result
+
+
+def _skip_holdout(run: StageRun, rows_key: str, ledger_digest: str, ledger_path: Path) -> StageResult | None:
+    """Nothing to do when the rows are the same and the ledger is the one before or after that work."""
+    manifest = read_manifest(run.folder)
+    if manifest is None:
+        return None
+    ledger_file = next(file for file in manifest.files if file.path == HOLDOUT_LEDGER_NAME)
+    if ledger_digest not in (manifest.inputs[HOLDOUT_LEDGER_NAME], ledger_file.sha256):
+        return None
+    result = run.skip(run.key(rows_key, manifest.inputs[HOLDOUT_LEDGER_NAME]))
+    if result is not None and ledger_digest != ledger_file.sha256:
+        _publish_ledger(run, ledger_file, ledger_path)
+    return result
+
+
+def _write_ledger(run: StageRun, ledger: pa.Table) -> FileEntry:
+    path = run.folder / HOLDOUT_LEDGER_NAME
+    with parquet_file(path, ledger.schema) as write:
+        num_rows = write(ledger)
+    return file_entry(path, folder=run.folder, num_rows=num_rows)
+
+
+def _publish_ledger(run: StageRun, ledger_file: FileEntry, ledger_path: Path) -> None:
+    # After the manifest: a kill in between is healed by _skip_holdout of the next run.
+    write_bytes(ledger_path, check_file(run.folder, ledger_file).read_bytes())
+
+
+def _features(run: StageRun, folder: Path, before: Manifest) -> tuple[list[pa.Table], tuple[FileEntry, ...]]:
+    tasks = [
+        PartTask(
+            run.name,
+            run.config,
+            run.folder,
+            run.key("features", part.kept[0].sha256),
+            part.label,
+            (folder, part.kept[0]),
+        )
+        for part in before.parts
+    ]
+    entries = run.run_parts(features_part, tasks)
+    tables = [read_arrow(check_file(run.folder, entry.kept[0])) for entry in entries]
+    return tables, tuple(entry.kept[0] for entry in entries)
+
+
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    """All features, each row id once, in the order of the row ids: nothing can hang on parts or files."""
+    table = pa.concat_tables(tables)
+    ids = table["row_id"].to_pylist()
+    first = {row_id: number for number, row_id in reversed(list(enumerate(ids)))}
+    return table.take(pa.array([first[row_id] for row_id in sorted(first)], pa.int64()))
+
+
+def _ids_by_part(features: list[pa.Table]) -> list[list[str]]:
+    return [table["row_id"].to_pylist() for table in features]
+
+
+def _verdict_task(
+    run: StageRun, folder: Path, part: PartEntry, sides: list[str | None] | None, drops: dict[int, Drop]
+) -> PartTask:
+    file = part.kept[0]
+    verdicts = rows_digest([*(sides or ()), *sorted(drops.items())])
+    return PartTask(
+        run.name,
+        run.config,
+        run.folder,
+        run.key(file.sha256, verdicts),
+        part.label,
+        (folder, file, sides, drops),
+    )

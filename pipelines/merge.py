@@ -1,0 +1,331 @@
+"""Stage 1: raw records of many formats -> Conversations, each with its file, number, hash and ids.
+
+A record that can't be read becomes a Conversation without messages, with its first 64 KiB in meta["raw"], and a
+Drop that says why: rows in = rows out + drops.
+"""
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from pipelines.containers import RAW_HEAD_BYTES, RawRecord, plan_file, read_range
+from pipelines.formats import alpaca, messages, sharegpt
+from pipelines.part_ranges import PartRange
+from schemas.conversation import (
+    Conversation,
+    Drop,
+    Message,
+    blake2b_128,
+    content_id,
+    holdout_key,
+    row_id,
+)
+from schemas.errors import InputError
+from schemas.pipeline_config import PipelineConfig, SourceConfig
+
+STAGE_VERSION = 1
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+"""What a folder or glob is searched for, also with .gz or .zst behind it."""
+
+
+class Format(NamedTuple):
+    """A family of records: whether one belongs to it, and its chat or why it has none."""
+
+    matches: Callable[[dict[str, Any]], bool]
+    read: Callable[[dict[str, Any]], list[Message] | Drop]
+
+
+FORMATS: dict[str, Format] = {
+    "sharegpt": Format(sharegpt.matches, sharegpt.read),
+    "messages": Format(messages.matches, messages.read),
+    "alpaca": Format(alpaca.matches, alpaca.read),
+}
+"""In the order in which `auto` asks them."""
+
+
+def versions(config: PipelineConfig) -> dict[str, str]:
+    """What else shapes the rows: the parser decides which records are JSON."""
+    return {"orjson": version("orjson")}
+
+
+# Files to parts ---------------------------------------------------------------------------------------------
+
+
+class SourcePlan(NamedTuple):
+    """The parts of a source, and what a person should hear about its files."""
+
+    parts: list[PartRange]
+    notes: list[str]
+
+
+def plan_parts(
+    source: SourceConfig, *, config: PipelineConfig, spool_folder: Path, base_folder: Path = Path()
+) -> list[PartRange]:
+    """The parts of a source in the order of its files. Compressed files are unpacked into `spool_folder`.
+
+    Raises InputError: nothing found, no record in any file, a file of a foreign kind, a bomb.
+    """
+    return plan_source(source, config=config, spool_folder=spool_folder, base_folder=base_folder).parts
+
+
+def plan_source(
+    source: SourceConfig, *, config: PipelineConfig, spool_folder: Path, base_folder: Path = Path()
+) -> SourcePlan:
+    """As plan_parts, with notes: files that were ignored and files without records."""
+    files, notes = find_files(source, base_folder=base_folder)
+    parts: list[PartRange] = []
+    for label, path in files:
+        spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
+        found = plan_file(
+            path, source_name=source.name, file=label, spool_path=spool_path, config=config.merge
+        )
+        if not found:
+            notes.append(f"source {source.name}: {label} holds no records")
+        parts += found
+    if not parts:
+        raise InputError(f"source {source.name} has no records: {len(files)} empty files at {source.path}")
+    return SourcePlan(parts, notes)
+
+
+def find_files(
+    source: SourceConfig, *, base_folder: Path = Path()
+) -> tuple[list[tuple[str, Path]], list[str]]:
+    """(label, path) of a source's files in the order of their labels, and notes on what was ignored.
+
+    A label is the file's path inside the source: inside the folder, or inside the part of a glob without wildcards.
+    """
+    if "://" in source.path:
+        raise InputError(f"source {source.name}: {source.path} is a URL; download it and name the local path")
+    path = base_folder / source.path
+    if path.is_file():
+        return [(path.name, path)], []
+    root, found = (path, _walk(path)) if path.is_dir() else _glob(path)
+    labelled = sorted((file.relative_to(root).as_posix(), file) for file in found)
+    known = [(label, file) for label, file in labelled if _has_known_suffix(label)]
+    if not known:
+        wanted = ", ".join(SUFFIXES)
+        what = f"{len(labelled)} files of other kinds" if labelled else "nothing"
+        raise InputError(f"source {source.name}: found {what} at {path}, expected files {wanted} (.gz, .zst)")
+    ignored = [label for label, _ in labelled if not _has_known_suffix(label)]
+    notes = [f"source {source.name}: ignored {len(ignored)} files, such as {ignored[0]}"] if ignored else []
+    return known, notes
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return [path for path in found if path.is_file()]
+
+
+def _glob(pattern: Path) -> tuple[Path, list[Path]]:
+    parts = pattern.parts
+    num_fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    found = (Path(name) for name in glob.glob(str(pattern), recursive=True))
+    return Path(*parts[:num_fixed]), [path for path in found if path.is_file()]
+
+
+def _has_known_suffix(label: str) -> bool:
+    return label.lower().removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES)
+
+
+# Records to rows --------------------------------------------------------------------------------------------
+
+
+def read_part(
+    part: PartRange, config: PipelineConfig, *, ordinal_offsets: Mapping[str, int] | None = None
+) -> Iterator[tuple[Conversation, Drop | None]]:
+    """The rows of a part in order, each with None or the reason why it is dropped.
+
+    `ordinal_offsets`: how often a row, named by the id of its first occurrence, stands in earlier parts of the
+    same file (see resolve_ordinals). Raises InputError when the file has changed since it was planned.
+    """
+    source = next(source for source in config.sources if source.name == part.source_name)
+    num_seen = Counter(ordinal_offsets or {})
+    for number, raw_record in enumerate(read_range(part), part.first_record):
+        row, drop = _read_record(raw_record, source, config.merge.max_record_bytes)
+        base_id = row_id(row.meta["content_id"], source.name, row.meta.get("id", ""), 0)
+        row.row_id = nth_row_id(base_id, num_seen[base_id])
+        num_seen[base_id] += 1
+        row.source, row.record = f"{source.name}/{part.file}", number
+        yield row, drop
+
+
+def nth_row_id(base_id: str, ordinal: int) -> str:
+    """The id of the record that has `ordinal` equals before it in its file; `base_id` is that of the first.
+
+    It follows from the first one's alone, so that equals in several parts can be counted from row ids.
+    """
+    return base_id if ordinal == 0 else row_id(base_id, "", "", ordinal)
+
+
+def resolve_ordinals(row_ids_per_part: Sequence[Sequence[str]]) -> list[dict[str, int]]:
+    """`ordinal_offsets` for each part of one file, from the row ids that its parts have when read without any.
+
+    Empty for a part none of whose rows stand in an earlier part: it is right as it is.
+    """
+    num_parts_with = Counter(row for ids in row_ids_per_part for row in set(ids))
+    num_seen: Counter[str] = Counter()
+    offsets: list[dict[str, int]] = []
+    for ids in row_ids_per_part:
+        present = set(ids)
+        shared = {row for row in present if num_parts_with[row] > 1}
+        counts = {row: _num_equals(row, present) for row in shared}
+        repeats = {nth_row_id(row, n) for row, count in counts.items() for n in range(1, count)}
+        first = shared - repeats
+        offsets.append({row: num_seen[row] for row in sorted(first) if num_seen[row]})
+        num_seen.update({row: counts[row] for row in first})
+    return offsets
+
+
+def _num_equals(base_id: str, present: set[str]) -> int:
+    count = 1
+    while nth_row_id(base_id, count) in present:
+        count += 1
+    return count
+
+
+def _read_record(
+    raw_record: RawRecord, source: SourceConfig, max_record_bytes: int
+) -> tuple[Conversation, Drop | None]:
+    raw, record_hash = raw_record.raw, raw_record.hash
+    meta: dict[str, Any] = {"record_hash": record_hash, "content_id": record_hash}
+    if source.set == "train":
+        meta["set"] = "train"
+    if raw_record.reason:
+        return _unreadable(raw, meta, Drop(raw_record.reason, raw_record.detail))
+    if len(raw) > max_record_bytes:
+        detail = f"{len(raw)} bytes, merge.max_record_bytes is {max_record_bytes}"
+        return _unreadable(raw, meta, Drop("record_too_large", detail))
+    parsed = parse_record(raw)
+    if isinstance(parsed, Drop):
+        return _unreadable(raw, meta, parsed)
+    record, num_surrogates = parsed
+    meta |= _record_meta(record)
+    name, chat = _read_chat(record, source.format)
+    if isinstance(chat, Drop):
+        return _unreadable(raw, meta, chat)
+    meta |= {"format": name, "content_id": content_id(chat), "holdout_key": holdout_key(chat)}
+    if source.answers != "auto":
+        meta["answers"] = source.answers
+    if num_surrogates:
+        meta["repairs"] = {"lone_surrogates": num_surrogates}
+    return Conversation("", "", 0, chat, meta), None
+
+
+def _unreadable(raw: bytes, meta: dict[str, Any], drop: Drop) -> tuple[Conversation, Drop]:
+    text = raw[:RAW_HEAD_BYTES].decode("utf-8", "replace")
+    return Conversation("", "", 0, [], meta | {"raw": text}), drop
+
+
+def _read_chat(record: dict[str, Any], wanted: str) -> tuple[str, list[Message] | Drop]:
+    names = list(FORMATS) if wanted == "auto" else [wanted]
+    name = next((name for name in names if FORMATS[name].matches(record)), None)
+    if name is None:
+        keys = ", ".join(repr(key)[:100] for key in list(record)[:10])
+        return "", Drop("unknown_format", f"not {' or '.join(names)}; keys: {keys}")
+    chat = FORMATS[name].read(record)
+    return name, chat if isinstance(chat, Drop) or chat else Drop("no_messages", f"{name} without a turn")
+
+
+# Parsing ----------------------------------------------------------------------------------------------------
+
+
+def parse_record(raw: bytes) -> tuple[dict[str, Any], int] | Drop:
+    """The record and how many lone surrogates in it became U+FFFD; or why it is none.
+
+    orjson refuses lone surrogates and NaN; the standard library reads them (NaN becomes null).
+    """
+    repairs = 0
+    try:
+        record = orjson.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+    except orjson.JSONDecodeError as error:
+        if "depth limit" in str(error):
+            return Drop("invalid_json", "nested deeper than 1,024 brackets")
+        try:
+            record, repairs = _parse_leniently(raw.removeprefix(b"\xef\xbb\xbf"))
+        except UnicodeDecodeError as problem:
+            return Drop("invalid_utf8", f"byte {problem.start} of the record: {problem.reason}")
+        except RecursionError:
+            return Drop("invalid_json", "nested too deep to be read as text that needs repair")
+        except ValueError:
+            return Drop("invalid_json", f"{error}, counted in the record")
+    if not isinstance(record, dict):
+        return Drop("not_an_object", f"the record is {type(record).__name__}, expected an object")
+    return record, repairs
+
+
+def _parse_leniently(raw: bytes) -> tuple[Any, int]:
+    value = json.loads(raw.decode("utf-8", "surrogatepass"), parse_constant=lambda _: None)
+    num_repairs = [0]
+    return _without_lone_surrogates(value, num_repairs), num_repairs[0]
+
+
+def _without_lone_surrogates(value: Any, num_repairs: list[int]) -> Any:
+    if isinstance(value, str):
+        if value.isascii():
+            return value
+        # Through UTF-16 two halves that stand together become their character.
+        text = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        num_repairs[0] += text.count("\ufffd") - value.count("\ufffd")
+        return text
+    if isinstance(value, list):
+        return [_without_lone_surrogates(item, num_repairs) for item in value]
+    if isinstance(value, dict):
+        return {
+            _without_lone_surrogates(key, num_repairs): _without_lone_surrogates(item, num_repairs)
+            for key, item in value.items()
+        }
+    return value
+
+
+# What a record says of itself -------------------------------------------------------------------------------
+
+_ID_KEYS = ("id", "conversation_id")
+_DATE_KEYS = ("create_time", "created_at", "date", "timestamp")
+
+
+def _record_meta(record: dict[str, Any]) -> dict[str, Any]:
+    meta: dict[str, Any] = {}
+    if (original_id := next(filter(None, (_id_text(record.get(key)) for key in _ID_KEYS)), "")) != "":
+        meta["id"] = original_id
+    if date := next(filter(None, (iso_date(record.get(key)) for key in _DATE_KEYS)), None):
+        meta["date"] = date
+    if record.get("set") == "train":
+        meta["set"] = "train"
+    if isinstance(record.get("model"), str) and record["model"]:
+        meta["model"] = record["model"]
+    if isinstance(record.get("tools"), (str, list)) and record["tools"]:
+        meta["tools"] = record["tools"]
+    return meta
+
+
+def _id_text(value: Any) -> str:
+    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+
+
+def iso_date(value: Any) -> str | None:
+    """Seconds or milliseconds since 1970, or an ISO date, as ISO date and time in UTC; None for anything else."""
+    try:
+        if isinstance(value, str) and not value.replace(".", "", 1).isdigit():
+            moment = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+            moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            seconds = float(value)
+            moment = datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, timezone.utc)
+        else:
+            return None
+        return moment.astimezone(timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return None

@@ -1,0 +1,111 @@
+"""The order of roles: [system] (user assistant)+, with tool results after an assistant that calls tools."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from schemas.conversation import Conversation, Drop, Message
+from schemas.pipeline_config import FilterConfig
+
+# What may stand behind each role; "" is the beginning or the end of the chat.
+_MAY_FOLLOW: dict[str, tuple[str, ...]] = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool", ""),
+    "tool": ("tool", "assistant"),
+}
+
+
+def empty_drop(conversation: Conversation, settings: FilterConfig) -> Drop | None:
+    """`empty`: no messages, or no assistant text at all."""
+    if not conversation.messages:
+        return Drop("empty", "no messages")
+    if not any(message.role == "assistant" and _says_something(message) for message in conversation.messages):
+        return Drop("empty", f"no assistant text in {len(conversation.messages)} messages")
+    return None
+
+
+def in_order(conversation: Conversation, settings: FilterConfig) -> Conversation | Drop:
+    """The chat with its roles in order; Drop `wrong_role_order` where that takes more than repairs, or policy forbids.
+
+    Repairs, in this order, each counted in meta["repairs"]:
+    - empty_turns_removed: user and assistant turns without text (an assistant's tool call is not empty)
+    - turns_merged: neighbours of one role joined by a blank line (tool results stay apart)
+    - leading_turns_cut: assistant and tool turns before the first user turn
+    - trailing_turns_cut: user and tool turns behind the last answer
+    A system message anywhere but at the beginning, or a tool result that no assistant asked for, is not repaired.
+    """
+    problem = _problem(conversation.messages)
+    if not problem:
+        return conversation
+    if settings.alternation == "drop":
+        return Drop("wrong_role_order", problem)
+    messages, repairs = conversation.messages, dict(conversation.meta.get("repairs", {}))
+    for name, repair in REPAIRS.items():
+        repaired = repair(messages)
+        if len(repaired) != len(messages):
+            repairs[name] = repairs.get(name, 0) + len(messages) - len(repaired)
+        messages = repaired
+    if problem := _problem(messages):
+        return Drop("wrong_role_order", problem)
+    return replace(conversation, messages=messages, meta={**conversation.meta, "repairs": dict(sorted(repairs.items()))})
+
+
+def _problem(messages: list[Message]) -> str:
+    """What is wrong with the order of roles, "" if nothing is."""
+    before = ""
+    for position, message in enumerate(messages):
+        if message.role in ("user", "assistant") and not _says_something(message):
+            return f"message {position} ({message.role}) is empty"
+        if message.role not in _MAY_FOLLOW[before]:
+            return f"message {position} is {message.role} {'after ' + before if before else 'at the beginning'}"
+        before = message.role
+    return "" if "" in _MAY_FOLLOW[before] else f"the chat ends with {before or 'nothing'}"
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.content.strip() or message.extras.get("tool_calls"))
+
+
+def _without_empty(messages: list[Message]) -> list[Message]:
+    return [message for message in messages if message.role in ("system", "tool") or _says_something(message)]
+
+
+def _merged(messages: list[Message]) -> list[Message]:
+    merged: list[Message] = []
+    for message in messages:
+        if merged and message.role == merged[-1].role != "tool":
+            merged[-1] = _joined(merged[-1], message)
+        else:
+            merged.append(message)
+    return merged
+
+
+def _joined(first: Message, second: Message) -> Message:
+    content = "\n\n".join(text for text in (first.content, second.content) if text.strip())
+    extras: dict[str, Any] = {**second.extras, **first.extras}
+    if calls := [*first.extras.get("tool_calls", ()), *second.extras.get("tool_calls", ())]:
+        extras["tool_calls"] = calls
+    return replace(first, content=content, extras=extras)
+
+
+def _without_leading(messages: list[Message]) -> list[Message]:
+    num_system = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    first = next((i for i in range(num_system, len(messages)) if messages[i].role in ("user", "system")), len(messages))
+    return messages[:num_system] + messages[first:]
+
+
+def _without_trailing(messages: list[Message]) -> list[Message]:
+    end = len(messages)
+    while end > 0 and messages[end - 1].role in ("user", "tool"):
+        end -= 1
+    return messages[:end]
+
+
+REPAIRS: dict[str, Callable[[list[Message]], list[Message]]] = {
+    "empty_turns_removed": _without_empty,
+    "turns_merged": _merged,
+    "leading_turns_cut": _without_leading,
+    "trailing_turns_cut": _without_trailing,
+}

@@ -1,0 +1,105 @@
+"""Stages 6 and 7: rows become examples in shards, and shards get a packing plan."""
+
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.parts import (
+    PartsToRun,
+    PartTask,
+    StageResult,
+    StageRun,
+    inputs_from,
+    side_files,
+    stage_before,
+    sum_counts,
+)
+from pipelines.storage import check_file, file_entry, read_arrow, write_arrow
+from pipelines.work import split_part
+from schemas.dataset import SPLITS
+from schemas.run import Manifest, PartEntry
+
+
+def run_split(run: StageRun, module: ModuleType) -> StageResult:
+    """05_held_out -> 06_shards."""
+    from pipelines.shards import write_dataset
+
+    folder, before = stage_before(run)
+    sides = [
+        (side, part, file) for side in SPLITS for part in before.parts for file in side_files(part, side)
+    ]
+    tasks = [
+        PartTask(
+            run.name,
+            run.config,
+            run.folder,
+            run.key(side, file.sha256),
+            f"{side} {part.label}",
+            (folder, file, side),
+        )
+        for side, part, file in sides
+    ]
+    key = run.key([task.key for task in tasks])
+    if (result := run.skip(key)) is not None:
+        return result
+    entries = run.run_parts(split_part, tasks)
+    tables = {
+        side: [
+            read_arrow(check_file(run.folder, e.kept[0]))
+            for e, (s, _, _) in zip(entries, sides, strict=True)
+            if s == side
+        ]
+        for side in SPLITS
+    }
+    module.check_counts(sum_counts(entry.counts for entry in entries), run.config.split)
+    paths = write_dataset(run.folder, tables, batch_rows=run.config.split.shard_rows)
+    files = tuple(file_entry(path, folder=run.folder, num_rows=rows) for path, rows in paths)
+    return run.finish(key, entries, inputs=inputs_from(before), files=files)
+
+
+def run_pack(run: StageRun, module: ModuleType) -> StageResult:
+    """06_shards -> 07_plan."""
+    folder, before = stage_before(run)
+    config = run.config
+    capacity = config.pack.capacity or config.split.max_tokens
+    epochs = {"train": config.train.epochs, "validation": 1, "test": 1}
+    key = run.key(before.key, capacity, epochs)
+    if (result := run.skip(key)) is not None:
+        return result
+    if run.dry:
+        raise PartsToRun(sum(epochs.values()), 0)
+    files, counts = [], Counter[str]()
+    for side in SPLITS:
+        table = _open_split(folder, before, side)
+        lengths, row_keys = table["num_tokens"].to_numpy(), module.row_keys(table)
+        for epoch in range(epochs[side]):
+            plan = module.plan_epoch(lengths, row_keys, capacity=capacity, seed=config.pack.seed, epoch=epoch)
+            path = run.folder / f"{side}-epoch-{epoch:04d}.arrow"
+            files.append(file_entry(path, folder=run.folder, num_rows=write_arrow(path, plan)))
+            if epoch == 0:
+                summary = module.packing_summary(plan, capacity)
+                counts[f"{side}_bins"] = int(summary["num_bins"])
+                counts[f"{side}_tokens"] = int(np.sum(lengths, dtype=np.int64))
+    run.num_parts_run = len(files)
+    part = PartEntry(
+        key=key,
+        label="plan",
+        kept=(),
+        dropped=None,
+        num_rows_in=before.num_rows_out,
+        num_rows_out=before.num_rows_out,
+        drops={},
+    )
+    return run.finish(key, [part], inputs=inputs_from(before), files=tuple(files), counts=dict(counts))
+
+
+def _open_split(folder: Path, manifest: Manifest, side: str) -> pa.Table:
+    from pipelines.shards import open_split
+
+    for file in manifest.files:
+        if file.path.startswith(f"{side}/"):
+            check_file(folder, file)
+    return open_split(folder, side)

@@ -1,0 +1,184 @@
+"""`python -m trainer.launch {train,evaluate,promote,generate} --config <resolved config.json>`: the trainer's door.
+
+Light until a command is chosen. Called as a module it prints errors as one line and ends with their exit code;
+`main` called as a function raises them.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from schemas.pipeline_config import PipelineConfig
+
+OUR_PACKAGES = ("schemas", "pipelines", "trainer", "flows")
+
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Set before the libraries are imported, unless the user set them: no network, no telemetry, no chatter."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command under the lock of its run root. Raises errors of schemas.errors."""
+    check_packages()
+    options = _parser().parse_args(arguments)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from pipelines import storage
+
+    storage.exit_with_parent()
+    config = read_config(options.config)
+    with storage.hold_run_root(config.run_root, wait_seconds=config.engine.lock_wait_seconds):
+        COMMANDS[options.command](config, options)
+
+
+def read_config(path: Path) -> "PipelineConfig":
+    """The resolved config that a run leaves in its run root. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    from schemas.errors import ConfigError
+    from schemas.pipeline_config import PipelineConfig
+
+    try:
+        return PipelineConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"no config at {path}; give the config.json of a run root") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{path}: {error.error_count()} wrong values, first {place!r}: {first['msg']}"
+        ) from None
+
+
+def check_packages() -> None:
+    """The four packages must lie side by side: their names are everybody's. Raises ForeignPackageError."""
+    ours = Path(__file__).resolve().parent.parent
+    for name in OUR_PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
+        if found != ours / name:
+            _refuse_foreign(
+                f"package {name!r} is found in {found}, expected in {ours / name}: another distribution shadows "
+                "it; install sft-pipeline in a virtual environment of its own"
+            )
+
+
+def _refuse_foreign(problem: str) -> None:
+    try:
+        from schemas.errors import ForeignPackageError
+    except ImportError:  # schemas itself is the foreign one
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    raise ForeignPackageError(problem)
+
+
+# Commands ---------------------------------------------------------------------------------------------------
+
+
+def _train(config: "PipelineConfig", options: argparse.Namespace) -> None:
+    _silence_libraries()
+    from schemas.run import CHECKPOINTS_FOLDER
+    from trainer.train import train
+
+    result = train(config)
+    print(config.run_root / CHECKPOINTS_FOLDER / result.key / result.output)
+
+
+def _evaluate(config: "PipelineConfig", options: argparse.Namespace) -> None:
+    _silence_libraries()
+    from schemas.run import EVALUATION_NAME
+    from trainer.evaluation import evaluate
+
+    evaluate(config)
+    print(config.run_root / EVALUATION_NAME)
+
+
+def _promote(config: "PipelineConfig", options: argparse.Namespace) -> None:
+    from trainer.promotion import promote, rollback
+
+    promotion = rollback(config) if options.rollback else promote(config)
+    print(promotion.explanation)
+
+
+def _generate(config: "PipelineConfig", options: argparse.Namespace) -> None:
+    _silence_libraries()
+    from trainer.generate import run_generate
+
+    run_generate(
+        config,
+        prompts=options.prompt,
+        input_path=options.input,
+        output_path=options.output,
+        adapter=options.adapter,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+    )
+
+
+COMMANDS: dict[str, Callable[["PipelineConfig", argparse.Namespace], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "promote": _promote,
+    "generate": _generate,
+}
+
+
+def _silence_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.launch", description="Train, evaluate, promote and try a model."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {name: commands.add_parser(name, help=text) for name, text in _HELP.items()}
+    for command in parsers.values():
+        command.add_argument("--config", type=Path, required=True, help="config.json of a run root")
+    parsers["promote"].add_argument("--rollback", action="store_true", help="put the one before into service")
+    generate = parsers["generate"]
+    generate.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    generate.add_argument("--input", type=Path, help="JSON lines with prompts")
+    generate.add_argument("--output", type=Path, help="where the answers go")
+    generate.add_argument("--adapter", default="promoted", help="promoted, current, base or a folder")
+    generate.add_argument("--max-new-tokens", type=int)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    return parser
+
+
+_HELP = {
+    "train": "shards and plan in, adapter out; goes on where a killed run stopped",
+    "evaluate": "loss of base, incumbent and candidate on held-out chats",
+    "promote": "put the candidate into service if it is better",
+    "generate": "answer prompts with a trained model",
+}
+
+
+def run_as_module() -> None:
+    """What `python -m` runs: one line on standard error and the error's exit code in place of a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:  # a bug of ours: its traceback is wanted
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    run_as_module()
