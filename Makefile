@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # uv does not read pip's own setting for local wheels.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+# Compiled at once: where Python may not write bytecode, every start would compile thousands of files anew.
+UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 MODEL := .cache/models/smollm2-135m-instruct
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1

@@ -4,6 +4,7 @@ Only what the user has not set: a server, a home or a profile of theirs is used 
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def use_local_prefect(run_root: Path, *, debug: bool) -> None:
         home.mkdir(parents=True, exist_ok=True)
         home.chmod(0o700)  # its database holds parameters and logs, and Prefect writes it readable by all
         settings["PREFECT_HOME"] = str(home)
+        sys.stderr.write(f"{'prefect':<10} starting a local one, its records are in {home}\n")
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

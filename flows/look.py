@@ -82,11 +82,20 @@ def _first_records(path: Path) -> Iterator[Conversation | Drop]:
         parts = plan_file(
             head, source_name="look", file=path.name, spool_path=Path(folder) / "spool", config=config.merge
         )
-        results = [result for part in parts for _, result in read_part(part, config, ordinal_offsets={})]
-    # The last record of a cut head is broken by our own cut.
-    while is_cut and results and isinstance(results[-1], Drop):
-        results.pop()
-    yield from results
+        results = (
+            row if result is None else result
+            for part in parts
+            for row, result in read_part(part, config, ordinal_offsets={})
+        )
+        yield from _without_our_cut(list(results)) if is_cut else results
+
+
+def _without_our_cut(results: list[Conversation | Drop]) -> list[Conversation | Drop]:
+    """The last record of a cut head is broken by us alone, and so is the end of the array that it lies in."""
+    for _ in range(2):
+        if results and isinstance(results[-1], Drop):
+            results.pop()
+    return results
 
 
 def _head(path: Path, copy: Path) -> tuple[Path, bool]:

@@ -6,7 +6,7 @@ Decoded from the shards themselves, so it shows what will be trained, not what a
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -21,10 +21,12 @@ TRAINED_STYLE, READ_STYLE = "bold green", "dim"
 Pieces = Sequence[tuple[str, bool]]
 
 
-def print_examples(config: PipelineConfig, *, num_examples: int, color: bool) -> None:
+def print_examples(
+    config: PipelineConfig, *, num_examples: int, color: bool, file: TextIO | None = None
+) -> None:
     """Prints the first examples of the training side. Raises InputError when the shards are not finished."""
     console = Console(
-        file=sys.stdout, force_terminal=color, no_color=not color, highlight=False, soft_wrap=True
+        file=file or sys.stdout, force_terminal=color, no_color=not color, highlight=False, soft_wrap=True
     )
     for head, pieces in examples(config, num_examples):
         console.print(Text(head))

@@ -18,6 +18,8 @@ from prefect.runtime import flow_run
 
 from flows.preflight import Run
 from flows.progress import run_with_progress, stage_line
+from flows.show_examples import print_examples
+from flows.terminal import wants_color
 from flows.training import Say, run_trainer
 from schemas.run import Manifest
 
@@ -51,9 +53,17 @@ def run_data_stage(run: Run, name: str) -> None:
 
 
 def run_trainer_stage(run: Run, name: str) -> None:
-    """train, evaluate or promote: a child process that dies with this flow."""
+    """train, evaluate or promote: a child process that dies with this flow.
+
+    Before training a person sees one example, what is trained set apart; a log of Prefect never does.
+    """
+    say = speaker()
+    if name == "train" and say is _print:
+        print_examples(
+            run.config, num_examples=1, color=wants_color(None, stream=sys.stderr), file=sys.stderr
+        )
     owner = flow_run.get_id() or ""
-    run_trainer(name, run.config.run_root, lock=run.lock, say=speaker(), owner=owner)
+    run_trainer(name, run.config.run_root, lock=run.lock, say=say, owner=owner)
 
 
 merge = step("merge", run_data_stage)

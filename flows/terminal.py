@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from typing import TextIO
 
 # C0 and C1 controls but line feed and tab, direction marks (CVE-2021-42574), line separators, tag characters.
 _UNSAFE = re.compile(
@@ -29,10 +30,10 @@ def shortened(text: str, num_characters: int = SHOWN_CHARACTERS) -> str:
     return f"{line[:half]} ...{len(line) - 2 * half:,} characters... {line[-half:]}"
 
 
-def wants_color(choice: bool | None) -> bool:
+def wants_color(choice: bool | None, *, stream: TextIO | None = None) -> bool:
     """What the user asked for; else colour on a terminal alone, never against NO_COLOR or TERM=dumb."""
     if choice is not None:
         return choice
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
-    return sys.stdout.isatty()
+    return (stream or sys.stdout).isatty()

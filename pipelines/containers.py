@@ -46,31 +46,26 @@ def plan_file(
     Raises InputError for a file that can't be read, is of a foreign kind or unpacks to too much.
     """
     plain = unpack(path, spool_path, max_ratio=config.max_decompressed_ratio)
-    draft = Draft(source_name, file, str(plain.path), config.part_bytes)
     with plain.path.open("rb") as handle:
-        if _read(handle, 0, 4) == parquet_rows.MAGIC:
+        container = _container(handle)
+        draft = Draft(source_name, file, str(plain.path), container, config.part_bytes)
+        if container == "parquet":
             return _plan_parquet(draft, handle, config)
         _plan_json(draft, handle, plain.damage, config)
     return draft.finish()
 
 
 def _plan_json(draft: Draft, handle: BinaryIO, damage: str, config: MergeConfig) -> None:
-    size = handle.seek(0, 2)
-    start = len(_BOM) if _read(handle, 0, 3) == _BOM else 0
-    container = _container(handle, start)
-    scanner = _scanner(handle, start, size, container, config.max_record_bytes)
+    start, size = _text_start(handle), handle.seek(0, 2)
+    scanner = _scanner(handle, start, size, draft.container, 0, config.max_record_bytes)
     reaches_end = False
     for segment in scanner:
-        draft.add(segment, _state(container, scanner), handle)
+        draft.add(segment, scanner.depth, handle)
         reaches_end = segment.raw is None and segment.end == size
     # One drop says that the file is cut off: the last record's break, or one of no bytes.
-    if (damage or scanner.inside) and not reaches_end:
+    if (damage or scanner.depth) and not reaches_end:
         detail = damage or f"the file ends at byte {size} inside an array"
-        draft.add(Segment(size, size, None, "truncated_file", detail), _state(container, scanner), handle)
-
-
-def _state(container: Container, scanner: LineScanner | ValueScanner) -> Container:
-    return "array" if scanner.inside else container
+        draft.add(Segment(size, size, None, "truncated_file", detail), scanner.depth, handle)
 
 
 def _plan_parquet(draft: Draft, handle: BinaryIO, config: MergeConfig) -> list[PartRange]:
@@ -81,7 +76,8 @@ def _plan_parquet(draft: Draft, handle: BinaryIO, config: MergeConfig) -> list[P
         )
     except (OSError, pa.ArrowException) as error:
         detail = f"not a whole Parquet file of {size} bytes: {error}"
-        draft.add(Segment(0, size, None, "invalid_parquet", detail), "values", handle)
+        draft.container = "values"  # of which the break is all
+        draft.add(Segment(0, size, None, "invalid_parquet", detail), 0, handle)
         return draft.finish()
     return [
         PartRange(
@@ -106,44 +102,47 @@ def read_range(part: PartRange) -> Iterator[RawRecord]:
         raise _changed(part)
 
 
-def _container(handle: BinaryIO, start: int) -> Container:
+def _container(handle: BinaryIO) -> Container:
     """By the first byte that is no space; objects are lines where the first line is one, or a line follows."""
-    head = _read(handle, start, _HEAD_BYTES).lstrip(b" \t\r\n")
-    if not head.startswith((b"{", b"[")):
-        return "lines"
+    if _read(handle, 0, len(parquet_rows.MAGIC)) == parquet_rows.MAGIC:
+        return "parquet"
+    head = _read(handle, _text_start(handle), _HEAD_BYTES).lstrip(b" \t\r\n")
+    if head.startswith(b"["):
+        return "values"
     first, newline, rest = head.partition(b"\n")
-    if head.startswith(b"{"):
-        end = object_end(first)
-        if first[end:].strip() if end is not None else newline and not rest.startswith(b'{"'):
-            return "values"
+    if not first.startswith(b"{"):
         return "lines"
-    return "values"
+    end = object_end(first)
+    if end is not None:
+        return "values" if first[end:].strip() else "lines"
+    return "values" if newline and not rest.startswith(b'{"') else "lines"
+
+
+def _text_start(handle: BinaryIO) -> int:
+    return len(_BOM) if _read(handle, 0, len(_BOM)) == _BOM else 0
 
 
 def _scanner(
-    handle: BinaryIO, start: int, end: int, container: Container, max_record_bytes: int | None
+    handle: BinaryIO, start: int, end: int, container: Container, depth: int, max_record_bytes: int | None
 ) -> LineScanner | ValueScanner:
     """`max_record_bytes` is None for bytes that were found to be intact: nothing is judged in them again."""
     limit, judges = max_record_bytes or _UNLIMITED, max_record_bytes is not None
     if container == "lines":
         return LineScanner(handle, start, end, max_record_bytes=limit, ends_file=judges)
-    inside = container == "array"
-    return ValueScanner(handle, start, end, inside=inside, max_record_bytes=limit, learns=judges)
+    return ValueScanner(handle, start, end, depth=depth, max_record_bytes=limit, learns=judges)
 
 
 def _planned_segments(part: PartRange, handle: BinaryIO) -> Iterator[Segment]:
-    container, at = part.container, part.start
+    at, depth = part.start, part.depth
     for item in (*part.breaks, Break(part.end, part.end, "", "")):
-        scanner = _scanner(handle, at, item.start, container, None)
+        scanner = _scanner(handle, at, item.start, part.container, depth, None)
         for segment in scanner:
             if segment.raw is None:
                 raise _changed(part)
             yield segment
-        if container != "lines":
-            container = "array" if scanner.inside else "values"
         if item.reason:
             yield Segment(item.start, item.end, None, item.reason, item.detail)
-        at = item.end
+        at, depth = item.end, scanner.depth
 
 
 def _open(part: PartRange) -> BinaryIO:

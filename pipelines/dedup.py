@@ -91,7 +91,7 @@ def features(rows: Iterable[Conversation], config: PipelineConfig) -> pa.Table:
         turn_keys.extend(keys)
         exempt_groups.append(_exempt_group(row))
         numbers["num_turns"].append(len(keys))
-        numbers["num_chars"].append(len(text))
+        numbers["num_chars"].append(sum(len(said) for role, said in turns if role in ("user", "assistant")))
         numbers["date_us"].append(_microseconds(row.meta.get("date")))
         texts.append(text if config.dedup.near else "")
     ends = np.cumsum(np.array(numbers["num_turns"], np.int64))

@@ -236,7 +236,11 @@ def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[st
     if "unk_token" in model:
         renamed["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        renamed["merges"] = [[a, b] for a, b in model["merges"] if aliases.keys().isdisjoint((a, b, a + b))]
+        renamed["merges"] = [
+            [a, b]
+            for a, b in model["merges"]
+            if a not in aliases and b not in aliases and a + b not in aliases
+        ]
     return renamed
 
 
@@ -246,8 +250,8 @@ def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[st
 def _run(backend: Tokenizer, text: str) -> Encoded | Drop:
     try:
         encoding = backend.encode(text, add_special_tokens=False)
-    except UnicodeEncodeError as error:
-        return Drop("not_unicode", f"character {error.start}: {error.reason}")
+    except TypeError:  # what the library says to a str that it can't turn into UTF-8
+        return Drop("not_unicode", "a lone surrogate in the text")
     except BaseException as error:
         # A regular expression that gives up panics in Rust: a BaseException that `except Exception` misses.
         if type(error) is not Exception and type(error).__name__ != "PanicException":

@@ -130,7 +130,8 @@ def _text_before(node: LexborNode, stop: int) -> tuple[list[str], bool]:
 
 def inline_code_text(node: LexborNode) -> str:
     """Text of <code> in prose, on one line."""
-    return re.sub(r"[ \t]*[\n\r][ \t]*", " ", _code_text(node))
+    text = _code_text(node)
+    return re.sub(r"[ \t]*[\n\r][ \t]*", " ", text) if "\n" in text or "\r" in text else text
 
 
 # ------------------------------------------------------------------------------------------------- formulas

@@ -29,7 +29,7 @@ class Passage:
     visible: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fragment:
     """Markdown for a token's place. A block stands alone on its lines; a `passage` is converted on its own first."""
 
@@ -59,6 +59,7 @@ class Marks:
     characters: re.Pattern[str]
     openers: str
     closers: str
+    empty: str
     any_opener: re.Pattern[str]
     structure: re.Pattern[str]
     blanks_behind_opener: re.Pattern[str]
@@ -101,10 +102,11 @@ def _marks(first: int) -> Marks:
         literal=literal,
         escaped=escaped,
         restored=restored,
-        tokens=re.compile(rf"^([ \d.*+-]*){token}$|{token}", re.MULTILINE),
+        tokens=re.compile(rf"^([ \d.)*+-]*){token}$|{token}", re.MULTILINE),
         characters=re.compile(f"[{''.join(restored)}]"),
         openers=openers,
         closers=closers,
+        empty=f" \n{openers}{closers}",
         structure=re.compile(f"[{openers}{closers}{cell_break}]"),
         any_opener=re.compile(f"[{openers}]"),
         blanks_behind_opener=re.compile(f"([{openers}])([ \n]+)"),

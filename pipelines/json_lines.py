@@ -48,7 +48,7 @@ class LineScanner:
     `ends_file`: whether a last line without its end may have been cut off.
     """
 
-    inside = False
+    depth = 0
 
     def __init__(
         self, file: BinaryIO, start: int, end: int, *, max_record_bytes: int, ends_file: bool = True

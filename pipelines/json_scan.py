@@ -11,7 +11,8 @@ What can't be followed becomes a break: a span of bytes with a reason, which sta
   intact elements, or to another break; one whose row of elements ends inside an outer value was nested.
 - An element still open at the end of the file or at `max_record_bytes` swallowed its neighbours if a known
   beginning lies inside it: then the break ends there. Otherwise it is cut off, or too large.
-- `[` in front of a known beginning inside an array, and what is no value: a break up to the next record.
+- What is no value: a break up to the next record.
+- An array inside an array is stepped into where it begins with an object, else it is an element.
 
 Each byte is read a bounded number of times, however broken the file is.
 """
@@ -45,10 +46,10 @@ _MAX_SWALLOWING = 64  # each costs one more walk over max_record_bytes
 
 
 class ValueScanner:
-    """Records of JSON values in bytes [start, end) of a file; `inside` is whether an array is open at `start`.
+    """Records of JSON values in bytes [start, end) of a file, with `depth` arrays open at `start`.
 
     `learns`: whether the beginnings of records are kept, to know them again behind a break.
-    Iterating moves `inside` along: at a segment it says whether that segment lies in an array.
+    Iterating moves `depth` along: at a segment it says how many arrays are open around it.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class ValueScanner:
         start: int,
         end: int,
         *,
-        inside: bool,
+        depth: int,
         max_record_bytes: int,
         learns: bool = True,
     ) -> None:
         self.window = Window(file, start, end)
-        self.inside = inside
+        self.depth = depth
         self.max_record_bytes = max_record_bytes
         self._at = 0  # index of the first byte that is in no segment yet
         self._known: set[bytes] = set()  # how records began so far
@@ -90,27 +91,30 @@ class ValueScanner:
         """One step on where no object begins: -1, None at the end, or the index of what is no object."""
         window = self.window
         at = self._at = end_of(SEPARATORS, window.data, self._at)
-        if at == len(window.data):
-            if window.complete:
-                return None
+        following = end_of(SEPARATORS, window.data, at + 1) if at < len(window.data) else at
+        if following == len(window.data) and not window.complete:
             self._at -= window.slide(max(0, at - LOOK_BEHIND_BYTES))
-        elif window.data[at] == (0x5D if self.inside else 0x5B):  # ] or [
-            self.inside = not self.inside
-            self._at += 1
-        elif window.data[at] != 0x7B:  # {
+            return -1
+        if at == len(window.data):
+            return None
+        byte, next_byte = window.data[at], window.data[following : following + 1]
+        if byte == 0x5D and self.depth:  # ]
+            self.depth -= 1
+        elif byte == 0x5B and (not self.depth or next_byte == b"{"):  # [
+            self.depth += 1
+        elif byte != 0x7B:  # {
             return at
+        else:
+            return -1
+        self._at += 1
         return -1
 
     def _not_an_object(self, start: int) -> Segment:
-        data = self.window.data
-        if not self.inside:
+        if not self.depth:
             return self._broken(start, start + 1)
-        if data[start] != 0x5B:  # [
-            return self._scalar(start)
-        first = end_of(SEPARATORS, data, start + 1)
-        if beginning(data, first) in self._known:
-            return self._broken(start, first)
-        return self._open(start, start + 1, [ARRAY])
+        if self.window.data[start] == 0x5B:  # [
+            return self._open(start, start + 1, [ARRAY])
+        return self._scalar(start)
 
     def _open(self, start: int, at: int, stack: list[Pattern]) -> Segment:
         """The element from `start` on, whose brackets in `stack` are open at `at`."""

@@ -12,6 +12,7 @@ _BACKTICKS = re.compile(r"`+")
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.{1,2000}?)(?<!`)\1(?!`)", re.DOTALL)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_AUTOLINK = re.compile(r"<(?:[A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*|[^\s<>@]+@[^\s<>@]+)>")
 _LINK_LIKE = re.compile(r"!?\[[^\[\]\n]*\](?=[(\[])|^\[[^\[\]\n]*\](?=:)", re.MULTILINE)
 _BLOCK_START = re.compile(
     r"^(?:(?P<heading>\#{1,6})(?=\s|$)"
@@ -59,25 +60,33 @@ def map_prose(text: str, function: Callable[[str], str]) -> str:
     return "".join(pieces)
 
 
+def without_fences(text: str) -> str:
+    """The text without its fenced code."""
+    pieces, position = [], 0
+    for start, end in fenced_blocks(text):
+        pieces.append(text[position:start])
+        position = end
+    return "".join([*pieces, text[position:]])
+
+
 def without_code(text: str) -> str:
-    """The text with fenced code and code spans replaced by a blank."""
-    if "`" not in text and "~~~" not in text:
-        return text
-    for start, end in reversed(fenced_blocks(text)):
-        text = f"{text[:start]} {text[end:]}"
-    return _CODE_SPAN.sub(" ", text)
+    """The text without fenced code, and a blank for each code span."""
+    text = without_fences(text)
+    return _CODE_SPAN.sub(" ", text) if "`" in text else text
 
 
 def fenced_code(code: str, language: str) -> str:
     """A fenced block whose content is `code` to the byte; one final newline more where it had none."""
-    runs = [len(run) for run in _BACKTICKS.findall(code)]
-    fence = "`" * max(3, 1 + max(runs, default=0))
+    longest = max(map(len, _BACKTICKS.findall(code)), default=0) if "```" in code else 0
+    fence = "`" * max(3, 1 + longest)
     end_of_code = "" if code.endswith("\n") or not code else "\n"
     return f"{fence}{language}\n{code}{end_of_code}{fence}"
 
 
 def code_span(code: str) -> str:
     """Inline code; the delimiter is one that the code does not hold."""
+    if "`" not in code and code[0] != " ":
+        return f"`{code}`"
     runs = {len(run) for run in _BACKTICKS.findall(code)}
     length = next(n for n in range(1, len(runs) + 2) if n not in runs)
     padded = code[0] == "`" or code[-1] == "`" or (code[0] == code[-1] == " " and code.strip(" ") != "")
@@ -90,7 +99,8 @@ def positions_to_escape(run: str, *, emphasis: str, code: str, line_starts: bool
 
     `emphasis` and `code` are characters that stand in `run` for real emphasis and for real code spans. Lines are
     separated by "\\n". With `line_starts` false (headings, table cells) no block can begin here.
-    A literal "<" is never among them: chat renderers show raw HTML in prose as text, so models write it unescaped.
+    A "<" is among them only where it opens an address: chat renderers show raw HTML in prose as text, so models write
+    it unescaped.
     """
     places: set[int] = set()
     has_emphasis = any(mark in run for mark in emphasis)
@@ -102,6 +112,8 @@ def positions_to_escape(run: str, *, emphasis: str, code: str, line_starts: bool
         places |= {place for m in re.finditer("~~+", run) for place in range(*m.span())}
     if "`" in run and (run.count("`") > 1 or any(mark in run for mark in code)):
         places |= {place for place, character in enumerate(run) if character == "`"}
+    if "<" in run:
+        places |= {m.start() for m in _AUTOLINK.finditer(run)}
     if "[" in run:
         places |= {run.index("[", m.start()) for m in _LINK_LIKE.finditer(run)}
     if "\\" in run:

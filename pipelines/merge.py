@@ -4,21 +4,18 @@ A record that can't be read becomes a Conversation without messages, with its fi
 Drop that says why: rows in = rows out + drops.
 """
 
-import glob
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
 from pipelines.containers import RAW_HEAD_BYTES, RawRecord, plan_file, read_range
 from pipelines.formats import alpaca, messages, sharegpt
+from pipelines.parse import parse_record, record_meta
 from pipelines.part_ranges import PartRange
+from pipelines.sources import find_files
 from schemas.conversation import (
     Conversation,
     Drop,
@@ -32,9 +29,6 @@ from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig, SourceConfig
 
 STAGE_VERSION = 1
-
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-"""What a folder or glob is searched for, also with .gz or .zst behind it."""
 
 
 class Format(NamedTuple):
@@ -94,50 +88,6 @@ def plan_source(
     if not parts:
         raise InputError(f"source {source.name} has no records: {len(files)} empty files at {source.path}")
     return SourcePlan(parts, notes)
-
-
-def find_files(
-    source: SourceConfig, *, base_folder: Path = Path()
-) -> tuple[list[tuple[str, Path]], list[str]]:
-    """(label, path) of a source's files in the order of their labels, and notes on what was ignored.
-
-    A label is the file's path inside the source: inside the folder, or inside the part of a glob without wildcards.
-    """
-    if "://" in source.path:
-        raise InputError(f"source {source.name}: {source.path} is a URL; download it and name the local path")
-    path = base_folder / source.path
-    if path.is_file():
-        return [(path.name, path)], []
-    root, found = (path, _walk(path)) if path.is_dir() else _glob(path)
-    labelled = sorted((file.relative_to(root).as_posix(), file) for file in found)
-    known = [(label, file) for label, file in labelled if _has_known_suffix(label)]
-    if not known:
-        wanted = ", ".join(SUFFIXES)
-        what = f"{len(labelled)} files of other kinds" if labelled else "nothing"
-        raise InputError(f"source {source.name}: found {what} at {path}, expected files {wanted} (.gz, .zst)")
-    ignored = [label for label, _ in labelled if not _has_known_suffix(label)]
-    notes = [f"source {source.name}: ignored {len(ignored)} files, such as {ignored[0]}"] if ignored else []
-    return known, notes
-
-
-def _walk(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return [path for path in found if path.is_file()]
-
-
-def _glob(pattern: Path) -> tuple[Path, list[Path]]:
-    parts = pattern.parts
-    num_fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    found = (Path(name) for name in glob.glob(str(pattern), recursive=True))
-    return Path(*parts[:num_fixed]), [path for path in found if path.is_file()]
-
-
-def _has_known_suffix(label: str) -> bool:
-    return label.lower().removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES)
 
 
 # Records to rows --------------------------------------------------------------------------------------------
@@ -212,7 +162,7 @@ def _read_record(
     if isinstance(parsed, Drop):
         return _unreadable(raw, meta, parsed)
     record, num_surrogates = parsed
-    meta |= _record_meta(record)
+    meta |= record_meta(record)
     name, chat = _read_chat(record, source.format)
     if isinstance(chat, Drop):
         return _unreadable(raw, meta, chat)
@@ -237,95 +187,3 @@ def _read_chat(record: dict[str, Any], wanted: str) -> tuple[str, list[Message] 
         return "", Drop("unknown_format", f"not {' or '.join(names)}; keys: {keys}")
     chat = FORMATS[name].read(record)
     return name, chat if isinstance(chat, Drop) or chat else Drop("no_messages", f"{name} without a turn")
-
-
-# Parsing ----------------------------------------------------------------------------------------------------
-
-
-def parse_record(raw: bytes) -> tuple[dict[str, Any], int] | Drop:
-    """The record and how many lone surrogates in it became U+FFFD; or why it is none.
-
-    orjson refuses lone surrogates and NaN; the standard library reads them (NaN becomes null).
-    """
-    repairs = 0
-    try:
-        record = orjson.loads(raw.removeprefix(b"\xef\xbb\xbf"))
-    except orjson.JSONDecodeError as error:
-        if "depth limit" in str(error):
-            return Drop("invalid_json", "nested deeper than 1,024 brackets")
-        try:
-            record, repairs = _parse_leniently(raw.removeprefix(b"\xef\xbb\xbf"))
-        except UnicodeDecodeError as problem:
-            return Drop("invalid_utf8", f"byte {problem.start} of the record: {problem.reason}")
-        except RecursionError:
-            return Drop("invalid_json", "nested too deep to be read as text that needs repair")
-        except ValueError:
-            return Drop("invalid_json", f"{error}, counted in the record")
-    if not isinstance(record, dict):
-        return Drop("not_an_object", f"the record is {type(record).__name__}, expected an object")
-    return record, repairs
-
-
-def _parse_leniently(raw: bytes) -> tuple[Any, int]:
-    value = json.loads(raw.decode("utf-8", "surrogatepass"), parse_constant=lambda _: None)
-    num_repairs = [0]
-    return _without_lone_surrogates(value, num_repairs), num_repairs[0]
-
-
-def _without_lone_surrogates(value: Any, num_repairs: list[int]) -> Any:
-    if isinstance(value, str):
-        if value.isascii():
-            return value
-        # Through UTF-16 two halves that stand together become their character.
-        text = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        num_repairs[0] += text.count("\ufffd") - value.count("\ufffd")
-        return text
-    if isinstance(value, list):
-        return [_without_lone_surrogates(item, num_repairs) for item in value]
-    if isinstance(value, dict):
-        return {
-            _without_lone_surrogates(key, num_repairs): _without_lone_surrogates(item, num_repairs)
-            for key, item in value.items()
-        }
-    return value
-
-
-# What a record says of itself -------------------------------------------------------------------------------
-
-_ID_KEYS = ("id", "conversation_id")
-_DATE_KEYS = ("create_time", "created_at", "date", "timestamp")
-
-
-def _record_meta(record: dict[str, Any]) -> dict[str, Any]:
-    meta: dict[str, Any] = {}
-    if (original_id := next(filter(None, (_id_text(record.get(key)) for key in _ID_KEYS)), "")) != "":
-        meta["id"] = original_id
-    if date := next(filter(None, (iso_date(record.get(key)) for key in _DATE_KEYS)), None):
-        meta["date"] = date
-    if record.get("set") == "train":
-        meta["set"] = "train"
-    if isinstance(record.get("model"), str) and record["model"]:
-        meta["model"] = record["model"]
-    if isinstance(record.get("tools"), (str, list)) and record["tools"]:
-        meta["tools"] = record["tools"]
-    return meta
-
-
-def _id_text(value: Any) -> str:
-    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
-
-
-def iso_date(value: Any) -> str | None:
-    """Seconds or milliseconds since 1970, or an ISO date, as ISO date and time in UTC; None for anything else."""
-    try:
-        if isinstance(value, str) and not value.replace(".", "", 1).isdigit():
-            moment = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            seconds = float(value)
-            moment = datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, timezone.utc)
-        else:
-            return None
-        return moment.astimezone(timezone.utc).isoformat(timespec="seconds")
-    except (ValueError, OverflowError, OSError):
-        return None

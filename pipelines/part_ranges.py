@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 from pipelines.json_lines import Segment
 from schemas.conversation import blake2b_128
 
-Container: TypeAlias = Literal["array", "values", "lines", "parquet"]
+Container: TypeAlias = Literal["values", "lines", "parquet"]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -36,7 +36,6 @@ class PartRange:
     path: str
     """Where the bytes are: the file itself, or its spool."""
     container: Container
-    """How the first byte is to be read; array: inside an open one."""
     start: int
     end: int
     """Bytes [start, end) of `path`; for Parquet, rows."""
@@ -44,6 +43,8 @@ class PartRange:
     num_records: int
     digest: str
     """blake2b-128 of the raw bytes of its records, and of its breaks."""
+    depth: int = 0
+    """How many arrays are open at `start`."""
     breaks: tuple[Break, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -63,24 +64,25 @@ class Draft:
     source_name: str
     file: str
     path: str
+    container: Container
     part_bytes: int
     _parts: list[PartRange] = field(default_factory=list)
     _first_record: int = 0
     _num_records: int = 0
     _num_bytes: int = 0
-    _container: Container = "values"
+    _depth: int = 0
     _start: int = 0
     _end: int = 0
     _breaks: list[Break] = field(default_factory=list)
     _digest: Any = None
 
-    def add(self, segment: Segment, state: Container, handle: BinaryIO) -> None:
-        """Put in the next segment; `state` is how its first byte is to be read."""
+    def add(self, segment: Segment, depth: int, handle: BinaryIO) -> None:
+        """Put in the next segment, with `depth` arrays open around it."""
         num_bytes = segment.end - segment.start
         if self._num_records and self._num_bytes + num_bytes > 4 * self.part_bytes:
             self._close()
         if not self._num_records:
-            self._container, self._start = state, segment.start
+            self._depth, self._start = depth, segment.start
             self._digest = hashlib.blake2b(digest_size=16)
         record_hash = segment_hash(segment, handle)
         self._digest.update(segment_identity(segment, record_hash))
@@ -104,12 +106,13 @@ class Draft:
             source_name=self.source_name,
             file=self.file,
             path=self.path,
-            container=self._container,
+            container=self.container,
             start=self._start,
             end=self._end,
             first_record=self._first_record,
             num_records=self._num_records,
             digest=self._digest.hexdigest(),
+            depth=self._depth,
             breaks=tuple(self._breaks),
         )
         self._parts.append(part)

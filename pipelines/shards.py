@@ -6,6 +6,7 @@ dataset_dict.json
 <split>/state.json               names of the data files; the fingerprint is a digest of their content
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.cut import Example
-from pipelines.storage import durable_file, file_sha256, read_arrow, read_json, sync_folder, write_json
+from pipelines.storage import (
+    durable_file,
+    file_sha256,
+    read_arrow,
+    read_json,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
 from schemas.conversation import blake2b_128
 from schemas.dataset import SHARD
 from schemas.errors import IntegrityError
@@ -43,7 +52,8 @@ def write_dataset(
         fingerprint = blake2b_128(*(bytes.fromhex(file_sha256(path)) for path, _ in data))
         state, info = folder / split / "state.json", folder / split / "dataset_info.json"
         write_json(state, _state([path.name for path, _ in data], split, fingerprint))
-        write_json(info, _dataset_info(split, data))
+        # Not by write_json, which sorts: features must stand in the order of the columns.
+        write_bytes(info, json.dumps(_dataset_info(split, data), indent=2).encode() + b"\n")
         written += [*data, (state, 0), (info, 0)]
     write_json(folder / "dataset_dict.json", {"splits": list(tables)})
     return [*written, (folder / "dataset_dict.json", 0)]
@@ -104,7 +114,12 @@ def _batches(tables: Iterable[pa.Table], batch_rows: int) -> Iterator[pa.RecordB
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    return table.combine_chunks().to_batches()[0]
+    # With an empty array beside them, chunks are always copied: a slice would be written with its parent's buffers.
+    columns = [
+        pa.concat_arrays([*column.chunks, pa.array([], column.type), pa.array([], column.type)])
+        for column in table.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SHARD)
 
 
 def _write_data(folder: Path, batches: Iterator[pa.RecordBatch], file_bytes: int) -> Written:
@@ -183,14 +198,7 @@ def _dataset_info(split: str, data: Written) -> dict[str, Any]:
         "features": {field.name: _feature(field.type) for field in SHARD},
         "homepage": "",
         "license": "",
-        "splits": {
-            split: {
-                "name": split,
-                "num_bytes": num_bytes,
-                "num_examples": num_examples,
-                "_type": "SplitInfo",
-            }
-        },
+        "splits": {split: {"name": split, "num_bytes": num_bytes, "num_examples": num_examples}},
     }
 
 

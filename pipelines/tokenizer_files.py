@@ -30,6 +30,7 @@ def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     folder = tokenizer_folder(config)
+    _files(folder)
     _refuse_remote_code(folder)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -115,18 +116,24 @@ def _template_file(config: PipelineConfig) -> bytes:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Digest of every file that a tokenizer may be loaded from, by name. Raises InputError when there is none."""
+    """Digest of every file that a tokenizer may be loaded from, by name."""
+    parts: list[bytes] = []
+    for path in _files(folder):
+        parts += (path.relative_to(folder).as_posix().encode(), path.read_bytes())
+    return blake2b_128(*parts)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Raises InputError when there is no tokenizer, RefusedError when one is larger than any known."""
     paths = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
     if not paths:
         raise InputError(f"{folder} has no tokenizer: expected tokenizer.json or another of its files")
-    parts: list[bytes] = []
     for path in paths:
         if (num_bytes := path.stat().st_size) > MAX_TOKENIZER_BYTES:
             raise RefusedError(
                 f"{path} has {num_bytes} bytes, more than the {MAX_TOKENIZER_BYTES} of any known tokenizer"
             )
-        parts += (path.relative_to(folder).as_posix().encode(), path.read_bytes())
-    return blake2b_128(*parts)
+    return paths
 
 
 _TOKENIZER_FILES = (

@@ -48,6 +48,9 @@ META_KEYS = {
     "answers": "what the source says of its assistant turns: auto, html or text; text once they are cleaned",
     "language": "languages of the chat by share of letters, largest first: [['en', 0.93], ...]",
     "unfinished": "true where an answer's markup says that it was cut off while being written",
+    "model": "the model that answered, where the record names it",
+    "tools": "the tools that the chat may call, as the record gives them",
+    "raw": "first 64 KiB of a record that could not be read",
     "repairs": "what the stages changed, by name and count",
 }
 

@@ -73,6 +73,8 @@ class FilterConfig(Section):
     """Wrong role order: merge neighbours of one role and cut unpaired ends, or drop the chat."""
     max_digit_run: int = Field(default=0, ge=0)
     """Drop chats with one digit repeated more often than this; 0 is off."""
+    broken_numbering: Literal["keep", "drop"] = "drop"
+    """Answers with lists numbered 1. 1. 1., as exports leave them that lost the numbers."""
 
 
 class DedupConfig(Section):

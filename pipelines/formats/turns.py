@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import orjson
+
 from schemas.conversation import Drop, Message, Role
 
 ROLE_NAMES: dict[str, Role] = {
@@ -39,6 +41,9 @@ def read_turn(turn: Any, *, name_key: str, text_key: str) -> Message | Drop:
     text = join_parts(value) if isinstance(value, list) and text_key == "content" else read_text(value)
     if isinstance(text, Drop):
         return text
+    for key in _CALLS:
+        if not is_plain(turn.get(key)):
+            return Drop("bad_value", f"{key} is nested too deep to be kept")
     extras = read_extras(turn, without=(name_key, text_key))
     if str(name).strip().lower() == "function_call":
         extras["kind"] = "function_call"
@@ -75,6 +80,15 @@ def join_parts(parts: list[Any]) -> str | Drop:
     return "".join(texts)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether JSON can hold it at a depth that every reader of ours takes (254)."""
+    try:
+        orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return False
+    return True
+
+
 def with_system(text: Any, messages: list[Message]) -> list[Message]:
     """The messages behind a record's own system text, unless they begin with one or it is empty."""
     if not isinstance(text, str) or not text.strip() or (messages and messages[0].role == "system"):
@@ -87,7 +101,7 @@ def _is_small(value: Any) -> bool:
         return len(value) <= MAX_EXTRA_BYTES and len(value.encode()) <= MAX_EXTRA_BYTES
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, (bool, int))
+    return isinstance(value, int) and abs(value) < 2**63
 
 
 def _shown(value: Any) -> str:

@@ -3,14 +3,15 @@
 import re
 from collections import defaultdict
 
-from pipelines.markdown import map_prose
+from pipelines.markdown import without_fences
 from schemas.conversation import Conversation, Drop
 from schemas.pipeline_config import FilterConfig
 
 MIN_BROKEN_ITEMS = 3
 """Items in a row that must all be numbered 1: two one-item lists, or an example of such a list, are no fault."""
 
-_LINE = re.compile(r"^([ \t>]*)(?:(\d{1,9})[.)][ \t]+(?=\S))?(.*)$")
+_NUMBERED_ONE = re.compile(r"^[ \t>]*1[.)][ \t]+\S", re.MULTILINE)
+_BULLET = re.compile(r"[-*+][ \t]")
 
 
 def digit_repetition(conversation: Conversation, settings: FilterConfig) -> Drop | None:
@@ -35,19 +36,18 @@ def broken_numbering(conversation: Conversation, settings: FilterConfig) -> Drop
 
 
 def has_broken_numbering(text: str) -> bool:
-    """Three items in a row numbered 1, of one list: at one indentation, nothing between them but what belongs to
-    an item (deeper lines, bullets, blank lines). Code is not looked at."""
-    if text.count("1.") + text.count("1)") < MIN_BROKEN_ITEMS:
+    """Three items in a row numbered 1 at one indentation, with nothing between them but what may belong to an item:
+    deeper lines, bullets, code and blank lines."""
+    if len(_NUMBERED_ONE.findall(text)) < MIN_BROKEN_ITEMS:
         return False
-    ones: dict[int, int] = defaultdict(int)
-    for line in map_prose(text, lambda prose: prose).split("\n"):
-        match = _LINE.match(line)
-        indent = len(match[1].expandtabs(4)) if match else 0
-        if match is None or not match[3].strip():
+    num_ones: dict[int, int] = defaultdict(int)
+    for line in without_fences(text).split("\n"):
+        stripped = line.lstrip(" \t>")
+        if not stripped or _BULLET.match(stripped):
             continue
-        for deeper in [other for other in ones if other > indent]:
-            del ones[deeper]
-        ones[indent] = ones[indent] + 1 if match[2] == "1" else 0
-        if ones[indent] >= MIN_BROKEN_ITEMS:
+        indent = len(line[: len(line) - len(stripped)].expandtabs(4))
+        num_ones = defaultdict(int, {other: ones for other, ones in num_ones.items() if other <= indent})
+        num_ones[indent] = num_ones[indent] + 1 if _NUMBERED_ONE.match(stripped) else 0
+        if num_ones[indent] >= MIN_BROKEN_ITEMS:
             return True
     return False

@@ -61,7 +61,9 @@ def _problem(messages: list[Message]) -> str:
         if message.role not in _MAY_FOLLOW[before]:
             return f"message {position} is {message.role} {'after ' + before if before else 'at the beginning'}"
         before = message.role
-    return "" if "" in _MAY_FOLLOW[before] else f"the chat ends with {before or 'nothing'}"
+    if not messages:
+        return "no user turn with an answer to it"
+    return "" if "" in _MAY_FOLLOW[before] else f"the chat ends with {before}"
 
 
 def _says_something(message: Message) -> bool:

@@ -69,10 +69,15 @@ def test_what_a_killed_run_left_is_removed_and_a_failure_leaves_nothing(
 ) -> None:
     (folder.parent / ".model-killed").mkdir()
     (folder.parent / ".model-killed" / "half").write_text("half")
-    with pytest.raises(OSError, match="disk"), demo_model.room_aside(folder) as aside:
+    with pytest.raises(OSError, match="disk full"):
+        fail_while_writing(demo_model, folder)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def fail_while_writing(demo_model: ModuleType, folder: Path) -> None:
+    with demo_model.room_aside(folder) as aside:
         (aside / "half").write_text("half")
         raise OSError("disk full")
-    assert list(folder.parent.iterdir()) == [folder]
 
 
 @pytest.mark.smollm

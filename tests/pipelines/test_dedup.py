@@ -138,6 +138,12 @@ def test_a_beginning_goes_for_the_chat_that_none_extends() -> None:
     assert verdicts_of(rows) == {"a": ("branch_of_longer", "c"), "b": ("branch_of_longer", "c")}
 
 
+def test_a_beginning_goes_for_the_end_of_the_chain_though_the_middle_comes_first_in_the_order() -> None:
+    turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+    rows = [chat("a", *turns[:2]), chat("b", *turns), chat("c", *turns, ("tool", "done"))]
+    assert verdicts_of(rows) == {"a": ("branch_of_longer", "c"), "b": ("branch_of_longer", "c")}
+
+
 def test_of_two_longer_chats_the_first_in_the_order_survives() -> None:
     rows = [chat("a", "1", "2"), chat("b", "1", "2", "3", "4"), chat("c", "1", "2", "3", "44")]
     assert verdicts_of(rows) == {"a": ("branch_of_longer", "c")}
@@ -308,7 +314,8 @@ def plain_reading(rows: list[Conversation], config: DedupConfig) -> Verdicts:
 def survivor_order(row: Conversation) -> tuple[int, float, str]:
     date = row.meta.get("date")
     seconds = datetime.fromisoformat(date).replace(tzinfo=timezone.utc).timestamp() if date else float("-inf")
-    return (-len(compared(row)), -seconds, row.row_id)
+    num_chars = sum(len(m.content) for m in row.messages if m.role in ("user", "assistant"))
+    return (-num_chars, -seconds, row.row_id)
 
 
 def turns_of(row: Conversation) -> list[tuple[str, str]]:

@@ -130,6 +130,9 @@ def test_columns_give_sets_back_whatever_their_chunks(values: list[str], data: s
     back = from_column(pa.chunked_array([column[:cut], column[cut:]], GRAMS_TYPE))
     assert back.starts.tolist() == sets.starts.tolist()
     assert back.hashes.tolist() == sets.hashes.tolist()
+    slice_alone = from_column(pa.chunked_array([column[cut:]], GRAMS_TYPE))
+    assert slice_alone.starts.tolist() == gram_sets(values[cut:]).starts.tolist()
+    assert slice_alone.hashes.tolist() == gram_sets(values[cut:]).hashes.tolist()
     assert len(from_column(pa.chunked_array([], GRAMS_TYPE))) == 0
 
 

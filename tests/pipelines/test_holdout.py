@@ -159,6 +159,14 @@ def test_a_row_near_two_held_out_sides_is_dropped() -> None:
     assert sides_of(decision) == {"a": "validation", "b": "test"}
 
 
+def test_the_survivor_is_the_lowest_id_though_its_row_has_left_the_folder() -> None:
+    config = config_with(validation=0.3, test=0.3, near_threshold=0.3)
+    one, two = first_turn_on("validation", config), first_turn_on("validation", config, number=1)
+    ledger = decide([chat("a", one), chat("z", two)], EMPTY, config).ledger
+    identity = chat("m", f"{one} {two}", set="train")
+    assert drops_of(decide([chat("z", two), identity], ledger, config)) == {"m": "a"}
+
+
 def test_an_old_train_row_keeps_its_place_against_a_new_row_near_both() -> None:
     config = config_with(validation=0.3, test=0.3, near_threshold=0.3)
     held_out, trained = first_turn_on("validation", config), first_turn_on("train", config)
@@ -304,11 +312,14 @@ def check_promises(rows: list[Conversation], decision: HoldoutDecision, config: 
             if same_key or are_near(one, two, config.holdout.near_threshold):
                 assert sides[one.row_id] == sides[two.row_id]
     by_id = {row.row_id: row for row in rows}
+    held_out = {row_id for row_id in decision.ledger["row_id"].to_pylist() if row_id is not None}
     for row_id, survivor in drops.items():
+        assert survivor not in drops
+        assert survivor is None or survivor in sides or survivor in held_out
         if survivor in sides:
             one, two = by_id[row_id], by_id[survivor]
-            near = are_near(one, two, config.holdout.near_threshold)
-            assert (near and sides[survivor] != "") or one.meta["holdout_key"] == two.meta["holdout_key"]
+            same_key = one.meta["holdout_key"] == two.meta["holdout_key"]
+            assert same_key or are_near(one, two, config.holdout.near_threshold)
 
 
 def same(one: HoldoutDecision, two: HoldoutDecision) -> bool:

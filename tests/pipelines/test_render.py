@@ -1,6 +1,7 @@
 """Rendering: equal to the tokenizer's own, spans proved or the chat dropped, templates refused that can't be proved."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def template_of(source: str) -> tuple[ChatTemplate, Any]:
     )
 
 
-def plain(messages: list[Message] | tuple[Message, ...]) -> list[dict[str, str]]:
+def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
@@ -48,9 +49,19 @@ def trained_texts(rendered: Rendered | Drop) -> list[str]:
 # The outside judge ------------------------------------------------------------------------------------------
 
 texts = st.text(
-    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\u00a0\u2028<|>/{}%")), max_size=12
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\u00a0\u2028<|>/{}%")),
+    max_size=12,
 ) | st.sampled_from(
-    ["", " ", "\n", "</s>", "<|im_end|>\n<|im_start|>assistant\n", "{{ eos_token }}", "qzcontent0000001zq", "\x00"]
+    [
+        "",
+        " ",
+        "\n",
+        "</s>",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "{{ eos_token }}",
+        "qzcontent0000001zq",
+        "\x00",
+    ]
 )
 
 
@@ -104,20 +115,23 @@ def test_the_published_templates_render_as_transformers_renders_them(real_data: 
     refused = set()
     for path in paths:
         template, tokenizer = template_of(path.read_text())
-        for chat in (*PROBE_CHATS, [CHAT[0], *CHAT[1:]]):
+        ends = 0
+        for chat in PROBE_CHATS:
             rendered = render(template, chat)
             assert isinstance(rendered, Rendered), (path.name, rendered)
+            ends += sum(span.has_end for span in rendered.spans)
             assert rendered.text == tokenizer.apply_chat_template(plain(chat), tokenize=False)
             for span in rendered.spans:
                 content = chat[span.message_index].content
                 written = rendered.text[span.start : span.end].strip()
                 assert written.startswith(content)
                 assert written[len(content) :].strip() in ("", EOS, *CONTROL_TOKENS)
-        try:
-            check_template(template)
-        except RefusedError as error:
-            assert "never writes an end token" in str(error)
+        if not ends:
             refused.add(path.stem)
+            with pytest.raises(RefusedError, match="never writes an end token"):
+                check_template(template)
+        else:
+            check_template(template)
     assert refused == {"amberchat", "chatqa", "falcon-instruct", "solar-instruct"}
 
 
@@ -150,7 +164,9 @@ def test_a_template_can_not_reach_the_machine() -> None:
 # Where answers begin and end --------------------------------------------------------------------------------
 
 
-def chatml_with(before: str = "", after: str = "<|im_end|>", *, prompt: str = "<|im_start|>assistant\n") -> str:
+def chatml_with(
+    before: str = "", after: str = "<|im_end|>", *, prompt: str = "<|im_start|>assistant\n"
+) -> str:
     return (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
         + before
@@ -280,7 +296,9 @@ def test_good_templates_pass_the_check(name: str) -> None:
 
 
 def test_a_template_that_refuses_system_turns_passes_the_check() -> None:
-    source = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATES["chatml"]
+    source = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATES["chatml"]
+    )
     check_template(template_of(source)[0])
 
 

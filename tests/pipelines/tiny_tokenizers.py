@@ -147,10 +147,15 @@ def _trained(family: str) -> str:
 
 def tiny_tokenizer(family: str, chat_template: str | None = None) -> Any:
     """A fresh `PreTrainedTokenizerFast` of one of the families."""
+    return wrapped(Tokenizer.from_str(_trained(family)), chat_template)
+
+
+def wrapped(tokenizer: Tokenizer, chat_template: str | None = None) -> Any:
+    """As transformers sees a tokenizer that has BOS, EOS and UNK."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained(family)),
+        tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,

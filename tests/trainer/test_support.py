@@ -1,0 +1,161 @@
+"""The table of rules: each one fires, says what to do, and the whole cross product of settings has an answer."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.errors import InputError, RefusedError
+from schemas.pipeline_config import PipelineConfig
+from trainer.support import RULES, check_supported, model_folder, refusals
+
+ROOT = Path(__file__).parent.parent.parent
+LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
+
+
+def config_of(folder: Path, architecture: dict[str, Any] | None = None, **sections: Any) -> PipelineConfig:
+    model_folder = folder / "model"
+    model_folder.mkdir(exist_ok=True)
+    (model_folder / "config.json").write_text(json.dumps(architecture or LLAMA))
+    return PipelineConfig.model_validate(
+        {
+            "run_root": folder / "run",
+            "sources": [{"name": "tiny", "path": "chats.json"}],
+            "model": {"path": str(model_folder)},
+            **sections,
+        }
+    )
+
+
+def test_defaults_are_supported(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    assert refusals(config) == []
+    check_supported(config)
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "model": {"model": None},
+    "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
+    "positions": {"split": {"max_tokens": 8192}},
+    "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}},
+    "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
+    "recurrent-layers": {"architecture": {"model_type": "jamba"}},
+    "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
+    "warm-up": {"train": {"warmup_steps": 10, "max_steps": 10}},
+    "micro-step": {"train": {"bins_per_step": 2, "bins_per_micro_step": 4}},
+}
+
+
+def test_every_rule_has_a_case_here() -> None:
+    assert set(BROKEN) == {rule.id for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_is_named_alone_with_what_to_do(tmp_path: Path, rule: str) -> None:
+    config = config_of(tmp_path, **BROKEN[rule])
+    problems = refusals(config)
+    assert [problem.split(":")[0] for problem in problems] == [rule]
+    with pytest.raises(RefusedError, match=re.escape(problems[0])):
+        check_supported(config)
+    alternative = next(known.alternative for known in RULES if known.id == rule)
+    assert problems[0].endswith(alternative)
+    assert "\n" not in problems[0]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
+        {"model_type": "gemma3", "text_config": {"model_type": "mamba2"}},
+    ],
+)
+def test_recurrent_layers_are_found_in_hybrids_and_one_level_down(
+    tmp_path: Path, architecture: dict[str, Any]
+) -> None:
+    assert refusals(config_of(tmp_path, architecture))[0].startswith("recurrent-layers")
+
+
+def test_sliding_windows_are_no_recurrence(tmp_path: Path) -> None:
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    assert refusals(config_of(tmp_path, {**LLAMA, **layers})) == []
+
+
+def test_several_broken_rules_are_all_named_at_once(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"model_type": "jamba", "quantization_config": {}}, **BROKEN["warm-up"])
+    assert [problem.split(":")[0] for problem in refusals(config)] == [
+        "quantised-base",
+        "recurrent-layers",
+        "warm-up",
+    ]
+
+
+def test_the_whole_cross_product_answers(tmp_path: Path) -> None:
+    """No combination of settings makes the table itself fail."""
+    architectures = [LLAMA, {"model_type": "jamba"}, {"model_type": "x", "quantization_config": {}}]
+    choices = itertools.product(
+        architectures,
+        ("lora", "full"),
+        ("auto", "float32", "bfloat16"),
+        ("auto", "cpu", "cuda"),
+        ("constant", "linear", "cosine"),
+        (False, True),
+        (1, 8),
+        (None, 4096),
+    )
+    answers = set()
+    for architecture, method, dtype, device, schedule, switch, bins, capacity in choices:
+        config = config_of(
+            tmp_path,
+            architecture,
+            model={"path": str(tmp_path / "model"), "dtype": dtype, "device": device},
+            train={
+                "method": method,
+                "schedule": schedule,
+                "gradient_checkpointing": switch,
+                "deterministic": switch,
+                "bins_per_step": 8,
+                "bins_per_micro_step": bins,
+            },
+            pack={"capacity": capacity},
+        )
+        problems = refusals(config)
+        assert bool(problems) == (architecture is not LLAMA)
+        answers.add(tuple(problem.split(":")[0] for problem in problems))
+    assert answers == {(), ("recurrent-layers",), ("quantised-base",)}
+
+
+def test_a_model_that_is_not_here_is_no_broken_rule_but_loading_it_says_so(tmp_path: Path) -> None:
+    config = config_of(tmp_path, model={"path": "no-such-org/no-such-model"})
+    assert refusals(config) == []
+    with pytest.raises(InputError, match="neither a folder nor in the local hub cache"):
+        model_folder("no-such-org/no-such-model")
+    with pytest.raises(InputError, match="neither a folder"):
+        model_folder("/no/such/folder")
+
+
+def test_a_damaged_config_json_is_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is not valid JSON"):
+        refusals(config)
+
+
+def test_asking_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(config_of(tmp_path).model_dump_json())
+    program = (
+        "import sys; from pathlib import Path; from schemas.pipeline_config import PipelineConfig;"
+        "from trainer.support import refusals;"
+        "config = PipelineConfig.model_validate_json(Path(sys.argv[1]).read_bytes());"
+        "assert refusals(config) == [];"
+        "print(sorted({'torch', 'transformers', 'peft', 'polars', 'prefect'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
