@@ -7,7 +7,6 @@ counts, never chat text.
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_table_artifact
@@ -19,9 +18,9 @@ from prefect.runtime import flow_run
 from flows.preflight import Run
 from flows.progress import run_with_progress, stage_line
 from flows.show_examples import print_examples
+from flows.tables import Table, stage_table, trainer_table
 from flows.terminal import wants_color
 from flows.training import Say, run_trainer
-from schemas.run import Manifest
 
 Step = Callable[[Run], None]
 
@@ -63,7 +62,8 @@ def run_trainer_stage(run: Run, name: str) -> None:
             run.config, num_examples=1, color=wants_color(None, stream=sys.stderr), file=sys.stderr
         )
     owner = flow_run.get_id() or ""
-    run_trainer(name, run.config.run_root, lock=run.lock, say=say, owner=owner)
+    lines = run_trainer(name, run.config.run_root, lock=run.lock, say=say, owner=owner)
+    publish(name, trainer_table(name, run.config.run_root, lines=lines))
 
 
 merge = step("merge", run_data_stage)
@@ -94,19 +94,6 @@ def _print(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def stage_table(manifest: Manifest) -> list[dict[str, Any]]:
-    """Rows of the artifact: what came in, what went out, and every reason with its count."""
-    table: list[dict[str, Any]] = [
-        {"what": "rows in", "rows": manifest.num_rows_in},
-        {"what": "rows out", "rows": manifest.num_rows_out},
-        {"what": "pieces cut", "rows": manifest.num_pieces_cut},
-    ]
-    drops = sorted(manifest.drops.items(), key=lambda item: (-item[1], item[0]))
-    table += [{"what": f"dropped: {reason}", "rows": count} for reason, count in drops]
-    table += [{"what": f"counted: {name}", "rows": count} for name, count in sorted(manifest.counts.items())]
-    return table
-
-
-def publish(name: str, table: list[dict[str, Any]]) -> None:
+def publish(name: str, table: Table) -> None:
     """A table artifact keyed by stage, so that the interface shows its history over runs."""
-    create_table_artifact(key=name, table=table, description=f"Stage {name}: counts")
+    create_table_artifact(key=name, table=table, description=f"Stage {name}")

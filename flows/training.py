@@ -48,13 +48,15 @@ class Child:
     owner: str
 
 
-def run_trainer(command: str, run_root: Path, *, lock: int | None, say: Say, owner: str = "") -> None:
-    """`python -m trainer.launch COMMAND --config <run root>/config.json` to its end.
+def run_trainer(
+    command: str, run_root: Path, *, lock: int | None, say: Say, owner: str = ""
+) -> tuple[str, ...]:
+    """`python -m trainer.launch COMMAND --config <run root>/config.json` to its end; its last lines.
 
     Raises TrainingError, or UsageError when the trainer refused, with the trainer's own last line.
     """
     config_path = run_root / RESOLVED_CONFIG_NAME
-    run_child(
+    return run_child(
         ["trainer.launch", command, "--config", str(config_path)],
         pid_path=run_root / PID_NAME,
         lock=lock,
@@ -65,8 +67,8 @@ def run_trainer(command: str, run_root: Path, *, lock: int | None, say: Say, own
 
 def run_child(
     module_and_arguments: Sequence[str], *, pid_path: Path, lock: int | None, say: Say, owner: str = ""
-) -> None:
-    """Run a module of ours as a child process group; every line that it prints goes to `say`.
+) -> tuple[str, ...]:
+    """Run a module of ours as a child process group; every line that it prints goes to `say`. Its last lines.
 
     `lock` is the descriptor of the held run root: the child keeps the lock should we die before it.
     """
@@ -94,6 +96,7 @@ def run_child(
             pid_path.unlink(missing_ok=True)
     if code != 0:
         raise _failure(module_and_arguments, code, last_lines)
+    return tuple(last_lines)
 
 
 def stop_child(run_root: Path, *, owner: str) -> bool:

@@ -58,12 +58,12 @@ def plan_file(
 def _plan_json(draft: Draft, handle: BinaryIO, damage: str, config: MergeConfig) -> None:
     start, size = _text_start(handle), handle.seek(0, 2)
     scanner = _scanner(handle, start, size, draft.container, 0, config.max_record_bytes)
-    reaches_end = False
+    says_so = False
     for segment in scanner:
         draft.add(segment, scanner.depth, handle)
-        reaches_end = segment.raw is None and segment.end == size
+        says_so = segment.reason == "truncated_file" or (segment.raw is None and segment.end == size)
     # One drop says that the file is cut off: the last record's break, or one of no bytes.
-    if (damage or scanner.depth) and not reaches_end:
+    if (damage or scanner.depth) and not says_so:
         detail = damage or f"the file ends at byte {size} inside an array"
         draft.add(Segment(size, size, None, "truncated_file", detail), scanner.depth, handle)
 
@@ -129,7 +129,7 @@ def _scanner(
     limit, judges = max_record_bytes or _UNLIMITED, max_record_bytes is not None
     if container == "lines":
         return LineScanner(handle, start, end, max_record_bytes=limit, ends_file=judges)
-    return ValueScanner(handle, start, end, depth=depth, max_record_bytes=limit, learns=judges)
+    return ValueScanner(handle, start, end, depth=depth, max_record_bytes=limit)
 
 
 def _planned_segments(part: PartRange, handle: BinaryIO) -> Iterator[Segment]:
@@ -160,19 +160,21 @@ def _raw_record(segment: Segment, handle: BinaryIO) -> RawRecord:
 
 
 def _read_parquet(part: PartRange) -> Iterator[RawRecord]:
-    path, num_read = Path(part.path), 0
+    path = Path(part.path)
     try:
-        if parquet_rows.range_digest(path, part.start, part.end) != part.digest:
-            raise _changed(part)
-        for raw in parquet_rows.read_row_range(path, part.start, part.end):
-            yield RawRecord(raw, blake2b_128(raw))
-            num_read += 1
-    except FileNotFoundError:
-        raise _changed(part) from None
+        digest = parquet_rows.range_digest(path, part.start, part.end)
     except (OSError, pa.ArrowException) as error:
-        detail = f"row can't be read: {error}"
-        for row in range(part.start + num_read, part.end):
-            yield RawRecord(b"", blake2b_128(b"row %d" % (row - part.start)), "invalid_parquet", detail)
+        raise _changed(part) from error
+    if digest != part.digest:
+        raise _changed(part)
+    for row, raw in enumerate(parquet_rows.read_row_range(path, part.start, part.end)):
+        if isinstance(raw, bytes):
+            yield RawRecord(raw, blake2b_128(raw))
+        else:
+            # Rows of one page are lost together: the number in the part tells them apart.
+            yield RawRecord(
+                b"", blake2b_128(b"row %d" % row), "invalid_parquet", f"the row can't be read: {raw}"
+            )
 
 
 def _read(handle: BinaryIO, start: int, num_bytes: int) -> bytes:

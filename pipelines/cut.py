@@ -197,29 +197,49 @@ def _round_costs(whole: Piece, rounds: list[tuple[int, int]]) -> list[int]:
     return [max(0, int(cost)) for cost in np.diff(tokens)]  # a template may write messages in another order
 
 
+NEAR_TOKENS = 16
+"""Costs are about right: a round that would pass the limit by less is measured before it is left to another piece."""
+
+
 def _longest_from(cutter: _Cutter, first: int) -> Piece | Drop | None:
     """The longest piece that begins with a round; None where that round alone is too long."""
-    end = len(cutter.rounds)
-    while end > first:
-        end = min(end, first + _num_that_fit(cutter.costs[first:end], _limit(cutter, first)))
+    end = too_far = len(cutter.rounds) + 1
+    found: Piece | None = None
+    while found is None and end > first + 1:
+        end = min(end - 1, first + _num_that_fit(cutter.costs[first : end - 1], _limit(cutter, first)))
         piece = _measured(cutter, first, end)
-        if isinstance(piece, Drop) or _fits(cutter, piece):
+        if isinstance(piece, Drop):
             return piece
-        end -= 1
-    return None
+        found, too_far = (piece, too_far) if _fits(cutter, piece) else (None, end)
+    while found is not None and end + 1 < too_far and _near(cutter, found, cutter.costs[end]):
+        longer = _measured(cutter, first, end + 1)
+        if isinstance(longer, Drop) or not _fits(cutter, longer):
+            break
+        found, end = longer, end + 1
+    return found
 
 
 def _longest_to(cutter: _Cutter, end: int) -> Piece | Drop | None:
     """The longest piece that ends before round `end`; None where the round before it is too long alone."""
-    first = 0
-    while first < end:
-        backwards = cutter.costs[first:end][::-1]
-        first = max(first, end - _num_that_fit(backwards, _limit(cutter, first)))
+    first = too_far = -1
+    found: Piece | None = None
+    while found is None and first < end - 1:
+        backwards = cutter.costs[first + 1 : end][::-1]
+        first = max(first + 1, end - _num_that_fit(backwards, _limit(cutter, first + 1)))
         piece = _measured(cutter, first, end)
-        if isinstance(piece, Drop) or _fits(cutter, piece):
+        if isinstance(piece, Drop):
             return piece
-        first += 1
-    return None
+        found, too_far = (piece, too_far) if _fits(cutter, piece) else (None, first)
+    while found is not None and first - 1 > too_far and _near(cutter, found, cutter.costs[first - 1]):
+        longer = _measured(cutter, first - 1, end)
+        if isinstance(longer, Drop) or not _fits(cutter, longer):
+            break
+        found, first = longer, first - 1
+    return found
+
+
+def _near(cutter: _Cutter, piece: Piece, cost: int) -> bool:
+    return len(piece.encoded.ids) + cost <= cutter.chat.config.max_tokens + NEAR_TOKENS
 
 
 def _measured(cutter: _Cutter, first: int, end: int) -> Piece | Drop:

@@ -88,7 +88,8 @@ def build_encoder(tokenizer: Any) -> ChatEncoder:
         special_tokens=tokenizer.special_tokens_map,
         control_tokens=list(control_ids),
     )
-    unknown = json.loads(backend.to_str())["model"].get("unk_token")
+    # A unigram model knows its unknown token by number only, which Python is not shown.
+    unknown = getattr(backend.model, "unk_token", None)
     unknown_id = tokenizer.unk_token_id if unknown is None else backend.token_to_id(unknown)
     return ChatEncoder(tokenizer, backend, template, control_ids, is_control, unknown_id)
 

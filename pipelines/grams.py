@@ -52,7 +52,7 @@ _UNSPACED = (
 _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
-CONTENT_EXTRAS = ("function_call", "reasoning_content", "thinking", "tool_calls")
+CONTENT_EXTRAS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_calls")
 """Extras that are part of what was said: two calls with empty text and different arguments differ."""
 
 

@@ -60,6 +60,7 @@ class _Page:
     wrap: str = "p"  # the element around the next run; "" for text that stands bare in a list item
     open_tags: list[str] = field(default_factory=list)
     in_cell: bool = False
+    list_depth: int = 0
     bare_block: int = -1  # index of the block that is bare text of a list item, if it is the last one
 
 
@@ -115,7 +116,9 @@ def _text(node: LexborNode, page: _Page) -> None:
     text = node.text_content or ""
     if not page.run and text.isspace():
         return
-    if not text.isprintable():  # new lines, tabs, zero-width spaces; a regex for every node costs a tenth of the time
+    if (
+        not text.isprintable()
+    ):  # new lines, tabs, zero-width spaces; a regex for every node costs a tenth of the time
         text = _BLANKS.sub(" ", text).replace("\u200b", "")
     page.run.append(text)
 
@@ -241,7 +244,11 @@ def _line_break(node: LexborNode, page: _Page, depth: int) -> None:
 
 def _rule(node: LexborNode, page: _Page, depth: int) -> None:
     _end_run(page)
-    if not page.in_cell:
+    if page.in_cell:
+        return
+    if page.list_depth:  # "- ---" would be one rule, not an item with a rule in it
+        _block_token(page, Fragment("***", is_block=True))
+    else:
         page.blocks.append("<hr>")
 
 
@@ -274,11 +281,12 @@ def _quote(node: LexborNode, page: _Page, depth: int) -> None:
 def _passage(node: LexborNode, page: _Page, depth: int) -> Passage:
     """The children of a quote, to be converted apart: converters put what follows a list into the list."""
     outer = page.blocks, page.visible, page.open_tags, page.wrap
-    page.blocks, page.visible, page.open_tags, page.wrap = [], [], [], "p"
+    page.blocks, page.visible, page.open_tags, page.wrap, page.bare_block = [], [], [], "p", -1
     _children(node, page, depth)
     _end_run(page)
     passage = Passage("".join(page.blocks), "".join(page.visible))
     page.blocks, page.visible, page.open_tags, page.wrap = outer
+    page.bare_block = -1
     return passage
 
 
@@ -304,7 +312,9 @@ def _list(node: LexborNode, page: _Page, depth: int) -> None:
     for child in node.iter(include_text=True):
         if not child.is_text_node or (child.text_content or "").strip():
             page.wrap = wrap
+            page.list_depth += 1
             _list_item(child, page, depth, is_first=len(page.blocks) == num_blocks)
+            page.list_depth -= 1
     if len(page.blocks) > num_blocks:
         page.blocks[num_blocks] = opening + page.blocks[num_blocks]
         page.blocks.append(f"</{node.tag}>")
@@ -435,7 +445,7 @@ def _end_run(page: _Page) -> None:
         if text.isspace():
             return
     text = _tidy(text, page)
-    if not text.strip(marks.empty):
+    if not text.strip(marks.empty).strip():
         return
     text = _marked(text, page)
     page.visible.append(text)

@@ -48,7 +48,6 @@ _MAX_SWALLOWING = 64  # each costs one more walk over max_record_bytes
 class ValueScanner:
     """Records of JSON values in bytes [start, end) of a file, with `depth` arrays open at `start`.
 
-    `learns`: whether the beginnings of records are kept, to know them again behind a break.
     Iterating moves `depth` along: at a segment it says how many arrays are open around it.
     """
 
@@ -60,14 +59,12 @@ class ValueScanner:
         *,
         depth: int,
         max_record_bytes: int,
-        learns: bool = True,
     ) -> None:
         self.window = Window(file, start, end)
         self.depth = depth
         self.max_record_bytes = max_record_bytes
         self._at = 0  # index of the first byte that is in no segment yet
         self._known: set[bytes] = set()  # how records began so far
-        self._learns = learns
         self._num_whole = 0
         self._num_swallowing = 0
 
@@ -148,7 +145,7 @@ class ValueScanner:
     def _whole(self, start: int, end: int) -> Segment:
         window, self._at = self.window, end
         self._num_whole += 1
-        if self._learns and (self._num_whole < 64 or self._num_whole % 64 == 0):
+        if self._num_whole < 64 or self._num_whole % 64 == 0:
             self._learn(start)
         if end - start > self.max_record_bytes:
             return too_large(window.base + start, window.base + end, self.max_record_bytes)

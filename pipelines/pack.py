@@ -6,7 +6,7 @@ plan hangs on lengths, keys, seed and epoch alone: another machine, or the train
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -18,6 +18,8 @@ from schemas.errors import LimitError
 from schemas.pipeline_config import PipelineConfig
 
 STAGE_VERSION = 1
+
+_COPY_STEP = 0x9E3779B97F4A7C15  # odd, so that the copies of an example get different keys
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
@@ -47,6 +49,22 @@ def row_keys(table: pa.Table) -> np.ndarray:
     ids, pieces = table["row_id"].to_pylist(), table["piece"].to_pylist()
     named = b"".join(_key(f"{row_id}/{piece}".encode()) for row_id, piece in zip(ids, pieces, strict=True))
     return np.frombuffer(named, "<u8").astype(np.uint64)
+
+
+def weighted_examples(
+    sources: Sequence[str], keys: np.ndarray, weights: Mapping[str, float], *, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples stand in an epoch, and a key for each: int64 and uint64 [examples of the epoch].
+
+    `sources` and `keys` are by example. A weight's whole part is a number of copies; its fraction is the share of
+    examples that get one more, other ones in each epoch, by hash(seed, epoch, key).
+    """
+    weight = np.array([weights.get(source, 1.0) for source in sources], np.float64)
+    draws = _mixed(keys, seed, epoch).astype(np.float64) / 2.0**64
+    copies = (np.floor(weight) + (draws < weight % 1.0)).astype(np.int64)
+    examples = np.repeat(np.arange(len(keys)), copies)
+    number = np.arange(len(examples)) - np.repeat(np.cumsum(copies) - copies, copies)
+    return examples, keys[examples] + number.astype(np.uint64) * np.uint64(_COPY_STEP)
 
 
 def packing_summary(plan: pa.Table, capacity: int) -> dict[str, int | float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.unpack import MIN_BUDGET_BYTES
@@ -48,15 +49,26 @@ def range_digest(path: Path, start: int, end: int) -> str:
     return _range_digest(path, pq.read_metadata(path), start, end, {})
 
 
-def read_row_range(path: Path, start: int, end: int) -> Iterator[bytes]:
-    """Rows [start, end) as JSON with sorted keys. Raises OSError or pa.ArrowException where the file is broken."""
+def read_row_range(path: Path, start: int, end: int) -> Iterator[bytes | Exception]:
+    """Rows [start, end) as JSON with sorted keys; the error in place of each row that it keeps from being read."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        groups, row = _groups_of_rows(file.metadata, start, end)
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
+        groups, first = _groups_of_rows(file.metadata, start, end)
+        for group in groups:
+            num_rows = file.metadata.row_group(group).num_rows
+            yield from _read_group(file, group, max(0, start - first), min(num_rows, end - first))
+            first += num_rows
+
+
+def _read_group(file: pq.ParquetFile, group: int, start: int, end: int) -> Iterator[bytes | Exception]:
+    row = 0
+    try:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group]):
             skipped = max(0, start - row)
             for record in batch.slice(skipped, max(0, end - row - skipped)).to_pylist():
                 yield orjson.dumps(record, default=_plain, option=orjson.OPT_SORT_KEYS)
             row += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        yield from (error for _ in range(max(row, start), end))
 
 
 def _groups(metadata: Any) -> list[Any]:

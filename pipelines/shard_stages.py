@@ -1,10 +1,8 @@
 """Stages 6 and 7: rows become examples in shards, and shards get a packing plan."""
 
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pyarrow as pa
 
 from pipelines.parts import (
@@ -19,8 +17,9 @@ from pipelines.parts import (
 )
 from pipelines.storage import check_file, file_entry, read_arrow, write_arrow
 from pipelines.work import split_part
-from schemas.dataset import SPLITS
-from schemas.run import Manifest, PartEntry
+from schemas.dataset import PLAN, SPLITS
+from schemas.pipeline_config import PackConfig
+from schemas.run import FileEntry, Manifest, PartEntry
 
 
 def run_split(run: StageRun, module: ModuleType) -> StageResult:
@@ -71,18 +70,16 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
         return result
     if run.dry:
         raise PartsToRun(sum(epochs.values()), 0)
-    files, counts = [], Counter[str]()
+    files: list[FileEntry] = []
+    counts: dict[str, int] = {}
     for side in SPLITS:
         table = _open_split(folder, before, side)
-        lengths, row_keys = table["num_tokens"].to_numpy(), module.row_keys(table)
-        for epoch in range(epochs[side]):
-            plan = module.plan_epoch(lengths, row_keys, capacity=capacity, seed=config.pack.seed, epoch=epoch)
+        plans = [_plan(module, config.pack, table, side, epoch, capacity) for epoch in range(epochs[side])]
+        for epoch, plan in enumerate(plans):
             path = run.folder / f"{side}-epoch-{epoch:04d}.arrow"
             files.append(file_entry(path, folder=run.folder, num_rows=write_arrow(path, plan)))
-            if epoch == 0:
-                summary = module.packing_summary(plan, capacity)
-                counts[f"{side}_bins"] = int(summary["num_bins"])
-                counts[f"{side}_tokens"] = int(np.sum(lengths, dtype=np.int64))
+        summary = module.packing_summary(plans[0], capacity)
+        counts |= {f"{side}_bins": int(summary["num_bins"]), f"{side}_tokens": int(summary["num_tokens"])}
     run.num_parts_run = len(files)
     part = PartEntry(
         key=key,
@@ -93,7 +90,20 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
         num_rows_out=before.num_rows_out,
         drops={},
     )
-    return run.finish(key, [part], inputs=inputs_from(before), files=tuple(files), counts=dict(counts))
+    return run.finish(key, [part], inputs=inputs_from(before), files=tuple(files), counts=counts)
+
+
+def _plan(
+    module: ModuleType, config: PackConfig, table: pa.Table, side: str, epoch: int, capacity: int
+) -> pa.Table:
+    lengths, keys = table["num_tokens"].to_numpy(), module.row_keys(table)
+    # Held-out sides are measured as they are: weights are for training alone.
+    weights = config.weights if side == "train" else {}
+    names = [str(source).split("/", 1)[0] for source in table["source"].to_pylist()]
+    examples, keys = module.weighted_examples(names, keys, weights, seed=config.seed, epoch=epoch)
+    plan = module.plan_epoch(lengths[examples], keys, capacity=capacity, seed=config.seed, epoch=epoch)
+    chosen = pa.array(examples[plan["example"].to_numpy()], pa.int32())
+    return plan.set_column(plan.schema.get_field_index("example"), "example", chosen).cast(PLAN)
 
 
 def _open_split(folder: Path, manifest: Manifest, side: str) -> pa.Table:

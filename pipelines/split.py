@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 from pipelines.cut import Chat, Example, all_rounds, build_example, chat_rounds, last_context, render_piece
-from pipelines.encode import ChatEncoder, encode, load_encoder
-from pipelines.probes import check_encoder, check_template
+from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder
+from pipelines.probes import PROBE_CHATS, check_encoder, check_template
 from pipelines.storage import read_manifest
-from pipelines.tokenizer_files import tokenizer_versions
+from pipelines.templates import try_in_child
+from pipelines.tokenizer_files import load_tokenizer, tokenizer_versions
 from schemas.conversation import Conversation, Drop, Message
 from schemas.errors import LimitError
 from schemas.pipeline_config import PipelineConfig, SplitConfig
@@ -124,7 +125,10 @@ def preflight(config: PipelineConfig) -> None:
     """
     if _proved_before(config):
         return
-    encoder = load_encoder(config)
+    tokenizer: Any = load_tokenizer(config)
+    special_tokens = tokenizer.special_tokens_map
+    try_in_child(tokenizer.chat_template, special_tokens=special_tokens, chats=PROBE_CHATS)
+    encoder = build_encoder(tokenizer)
     check_template(encoder.template)
     check_encoder(encoder, max_straddle_share=config.split.max_straddle_share)
 

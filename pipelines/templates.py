@@ -1,13 +1,20 @@
 """Jinja chat templates, compiled as transformers does it, less what would make texts depend on the day or on chance.
 
-A template is foreign code: it runs in Jinja's sandbox and sees roles and texts only.
+A template is foreign code: it runs in Jinja's sandbox and sees roles and texts only. The sandbox does not keep it
+from using up memory and time, so an unknown one is first tried in a child process (`python -m pipelines.templates`).
 """
 
+import contextlib
 import json
+import os
 import re
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -80,6 +87,56 @@ FROZEN_NOW = datetime(2024, 7, 26)
 date that the Llama 3 templates fall back to."""
 
 
+# An unknown template in a child ------------------------------------------------------------------------------
+
+CHILD_BYTES = 2**30
+CHILD_SECONDS = 5
+
+
+def try_in_child(
+    source: str, *, special_tokens: Mapping[str, Any], chats: Sequence[Sequence[Message]]
+) -> None:
+    """Render chats in a child with 1 GiB and 5 s of processor time. Raises RefusedError when that is not enough.
+
+    What the template writes, or that it refuses a chat, is not looked at.
+    """
+    work = json.dumps([source, dict(special_tokens), [[[m.role, m.content] for m in chat] for chat in chats]])
+    root = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.templates"],
+            input=work.encode(),
+            env=os.environ | {"PYTHONPATH": str(root)},
+            cwd=root,
+            capture_output=True,
+            timeout=20 * CHILD_SECONDS,  # of the clock: the machine may be busy with other work
+        )
+    except subprocess.TimeoutExpired:
+        raise RefusedError(_bomb("time")) from None
+    if done.returncode != 0:
+        raise RefusedError(_bomb(f"memory or time, exit code {done.returncode}"))
+
+
+def _bomb(what: str) -> str:
+    return f"the chat template used up its {what} on short chats: take the model's own, or one you can read"
+
+
+def _child() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (CHILD_BYTES, CHILD_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CHILD_SECONDS, CHILD_SECONDS))
+    source, special_tokens, chats = json.load(sys.stdin)
+    try:
+        template = compile_bare(source, special_tokens=special_tokens, control_tokens=())
+    except RefusedError:
+        return  # the parent refuses it with the same words
+    for chat in chats:
+        with contextlib.suppress(*TEMPLATE_ERRORS):
+            render_text(template, [Message(role, content) for role, content in chat])
+
+
+# Jinja ------------------------------------------------------------------------------------------------------
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """As transformers sets it up, less what would make the bytes depend on the day or on chance."""
     environment = ImmutableSandboxedEnvironment(
@@ -121,3 +178,7 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+if __name__ == "__main__":
+    _child()

@@ -65,6 +65,8 @@ def unpack(path: Path, spool_path: Path, *, max_ratio: int) -> Plain:
     if head.startswith((_GZIP, _ZSTD)):
         plain = spool.write(_gunzip if head.startswith(_GZIP) else _unzstd, path, spool_path)
         head = _head(spool_path)
+        if head.startswith((_GZIP, _ZSTD)):
+            raise InputError(f"{path} is compressed twice: decompress it once")
     for magic, kind in _FOREIGN.items():
         if head.startswith(magic):
             raise InputError(f"{path} holds {kind}; expected JSON, JSON Lines or Parquet, plain, .gz or .zst")

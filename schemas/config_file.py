@@ -111,7 +111,8 @@ def _problem(detail: Any) -> str:
         return f"unknown key {location!r}{_nearest(detail['loc'])}"
     if detail["type"] == "missing":
         return f"{location!r} is missing"
-    return f"{location!r} is {detail['input']!r}: {detail['msg']}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{location!r} is {detail['input']!r}: {message}" if location else message
 
 
 def _nearest(location: tuple[str | int, ...]) -> str:

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from schemas.training_config import EvaluateConfig, ModelConfig, PromoteConfig, TrainConfig
 
@@ -117,6 +117,8 @@ class PackConfig(Section):
     capacity: int | None = Field(default=None, gt=8)
     """Tokens in a bin; default: split.max_tokens."""
     seed: int = 0
+    weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(default_factory=dict)
+    """Source name: how often each of its training examples stands in an epoch. 3 is thrice, 0.2 every fifth; default 1."""
 
 
 class EngineConfig(Section):
@@ -158,3 +160,13 @@ class PipelineConfig(Section):
         if twice:
             raise ValueError(f"two sources are named {twice[0]!r}: give each its own name")
         return sources
+
+    @model_validator(mode="after")
+    def _weights_name_sources(self) -> "PipelineConfig":
+        names = [source.name for source in self.sources]
+        for name in self.pack.weights:
+            if name not in names:
+                raise ValueError(
+                    f"pack.weights names {name!r}, no such source; sources are {', '.join(names)}"
+                )
+        return self

@@ -8,6 +8,7 @@ rows in + pieces cut = rows out + drops, for each stage, row by row.
 
 import itertools
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -74,20 +75,33 @@ def check_manifests(run_root: Path, counts: dict[str, dict[str, int]]) -> None:
 
 
 def check_plan(run_root: Path) -> None:
-    """Every example stands in each epoch's plan exactly once, without overlap, within the capacity."""
+    """Every example stands in each epoch's plan as often as its source's weight says, without overlap.
+
+    A weight with a fraction gives one of two numbers of copies.
+    """
+    weights = json.loads((run_root / "07_plan" / "manifest.json").read_text())["config"]["pack"]["weights"]
     for path in sorted((run_root / "07_plan").glob("*.arrow")):
         split = path.name.split("-epoch-")[0]
-        num_examples = sum(
-            read_stream(p).num_rows for p in sorted((run_root / "06_shards" / split).glob("data-*.arrow"))
-        )
         plan = read_stream(path)
-        assert sorted(plan["example"].to_pylist()) == list(range(num_examples)), path
-        end_of_bin: dict[int, int] = {}
-        for number, offset, length in zip(
-            *(plan[name].to_pylist() for name in ("bin", "offset", "num_tokens")), strict=True
-        ):
-            assert offset == end_of_bin.get(number, 0), path
-            end_of_bin[number] = offset + length
+        copies = Counter(plan["example"].to_pylist())
+        for example, source in enumerate(sources_of(run_root / "06_shards" / split)):
+            weight = weights.get(source, 1) if split == "train" else 1
+            assert copies.pop(example, 0) in (math.floor(weight), math.ceil(weight)), (path, example, weight)
+        assert not copies, (path, copies)
+        check_bins(path, plan)
+
+
+def sources_of(folder: Path) -> list[str]:
+    tables = [read_stream(path) for path in sorted(folder.glob("data-*.arrow"))]
+    return [source.split("/")[0] for table in tables for source in table["source"].to_pylist()]
+
+
+def check_bins(path: Path, plan: pa.Table) -> None:
+    end_of_bin: dict[int, int] = {}
+    columns = (plan[name].to_pylist() for name in ("bin", "offset", "num_tokens"))
+    for number, offset, length in zip(*columns, strict=True):
+        assert offset == end_of_bin.get(number, 0), path
+        end_of_bin[number] = offset + length
 
 
 def read_stream(path: Path) -> pa.Table:

@@ -112,12 +112,24 @@ class _MappedBatch:
 
 def _list_views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets [rows + 1] and values, without a copy; the offsets of a slice count from its parent's start."""
-    return column.offsets.to_numpy(), column.values.to_numpy()
+    return _view(column.offsets), _view(column.values)
 
 
 def _joined(batches: list[pa.RecordBatch], column: str) -> np.ndarray:
-    parts = [batch.column(column).to_numpy() for batch in batches]
+    parts = [_view(batch.column(column)) for batch in batches]
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+
+_NUMPY_TYPES = {pa.int32(): np.int32, pa.float32(): np.float32}
+
+
+def _view(array: pa.Array) -> np.ndarray:
+    """The numbers of an array without nulls, without a copy. pyarrow's own to_numpy imports pandas: 0.5 s."""
+    dtype = _NUMPY_TYPES[array.type]
+    data = array.buffers()[1]
+    if array.null_count or data is None:
+        return np.zeros(0, dtype)
+    return np.frombuffer(data, dtype, count=len(array), offset=array.offset * np.dtype(dtype).itemsize)
 
 
 def _split_entries(folder: Path, split: str, manifest: Manifest) -> list[FileEntry]:
@@ -183,13 +195,18 @@ def read_plan(run_root: Path, split: str, epoch: int) -> Plan:
 
 def plan_from_table(table: pa.Table, *, split: str, epoch: int) -> Plan:
     """A plan from the columns of schemas.dataset.PLAN. Raises IntegrityError when its bins are not in order."""
-    bins = table.column("bin").to_numpy()
+    columns = {name: _column(table, name) for name in ("bin", "example", "num_tokens")}
+    bins = columns["bin"]
     jumps = np.diff(bins, prepend=-1)
     if not np.isin(jumps, (0, 1)).all():
         raise IntegrityError(f"the plan of {split} epoch {epoch} is not sorted by bin; run 'pack' again")
     bin_starts = np.append(np.flatnonzero(jumps), len(bins))
-    examples, num_tokens = (table.column(name).to_numpy() for name in ("example", "num_tokens"))
-    return Plan(split, epoch, examples, num_tokens, bin_starts)
+    return Plan(split, epoch, columns["example"], columns["num_tokens"], bin_starts)
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    chunks = [_view(chunk) for chunk in table.column(name).chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate([np.zeros(0, np.int32), *chunks])
 
 
 def check_plan(plan: Plan, reader: ShardReader) -> None:

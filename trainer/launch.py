@@ -96,18 +96,18 @@ def _train(config: "PipelineConfig", options: argparse.Namespace) -> None:
 
 def _evaluate(config: "PipelineConfig", options: argparse.Namespace) -> None:
     _silence_libraries()
-    from schemas.run import EVALUATION_NAME
-    from trainer.evaluation import evaluate
+    from trainer.evaluation import run_evaluate
 
-    evaluate(config)
-    print(config.run_root / EVALUATION_NAME)
+    run_evaluate(config)
 
 
 def _promote(config: "PipelineConfig", options: argparse.Namespace) -> None:
-    from trainer.promotion import promote, rollback
+    from trainer.promotion import run_promote, run_rollback
 
-    promotion = rollback(config) if options.rollback else promote(config)
-    print(promotion.explanation)
+    if options.rollback:
+        run_rollback(config)
+    else:
+        run_promote(config, withdrawn_too=options.withdrawn_too)
 
 
 def _generate(config: "PipelineConfig", options: argparse.Namespace) -> None:
@@ -148,11 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in parsers.values():
         command.add_argument("--config", type=Path, required=True, help="config.json of a run root")
     parsers["promote"].add_argument("--rollback", action="store_true", help="put the one before into service")
+    parsers["promote"].add_argument(
+        "--withdrawn-too", action="store_true", help="also a model that was rolled back before"
+    )
     generate = parsers["generate"]
     generate.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     generate.add_argument("--input", type=Path, help="JSON lines with prompts")
     generate.add_argument("--output", type=Path, help="where the answers go")
-    generate.add_argument("--adapter", default="promoted", help="promoted, current, base or a folder")
+    generate.add_argument("--adapter", default="promoted", help="promoted, current, none or a folder")
     generate.add_argument("--max-new-tokens", type=int)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     return parser

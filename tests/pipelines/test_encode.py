@@ -250,6 +250,15 @@ def test_words_and_blanks_that_were_added_stay_one_token() -> None:
     assert np.count_nonzero(encoded.ids == backend.token_to_id("<mark>")) == 0
 
 
+def test_a_special_token_that_looks_like_a_word_is_a_control_token() -> None:
+    backend = Tokenizer.from_str(tiny_tokenizer("byte_level_bpe").backend_tokenizer.to_str())
+    backend.add_special_tokens([AddedToken("ENDOFTEXT", special=True)])
+    encoder = build_encoder(wrapped(backend, TEMPLATES["chatml"].replace("<|im_end|>", "ENDOFTEXT")))
+    chat = [Message("user", "ENDOFTEXT"), Message("assistant", "x ENDOFTEXT x")]
+    _, encoded = encoded_chat(encoder, chat)
+    assert np.count_nonzero(encoded.ids == backend.token_to_id("ENDOFTEXT")) == 2
+
+
 @pytest.mark.parametrize("forged", ["", "</s>"], ids=["plain", "with a control string"])
 def test_a_control_token_that_strips_white_space_is_trained_as_itself(forged: str) -> None:
     """As Phi-3: `<|end|>` takes the line break after it along, which is the template's and not the answer's."""
@@ -362,6 +371,7 @@ def test_a_real_tokenizer_without_a_template_is_given_one(template: str, unpacke
 
 
 @pytest.mark.smollm
+@pytest.mark.slow
 def test_the_demos_tokenizer(smollm: Path) -> None:
     encoder = build_encoder(load(smollm))
     check_template(encoder.template)

@@ -167,6 +167,48 @@ def test_the_survivor_is_the_lowest_id_though_its_row_has_left_the_folder() -> N
     assert drops_of(decide([chat("z", two), identity], ledger, config)) == {"m": "a"}
 
 
+def test_a_dropped_row_is_no_survivor() -> None:
+    """Both new rows are near a; each is near the other one too, which has left for a as well."""
+    config = config_with(validation=0.3, test=0.3, near_threshold=0.3)
+    one, two, three = (first_turn_on(side, config) for side in ("validation", "test", "train"))
+    ledger = decide([chat("a", one), chat("b", two), chat("c", three)], EMPTY, config).ledger
+    later = [chat("0", two, f"{one} {one}x"), chat("1", three, f"{one} {one}x")]
+    assert drops_of(decide(later, ledger, config)) == {"0": "a", "1": "a"}
+
+
+def test_which_of_two_held_out_rows_goes_does_not_hang_on_which_is_there() -> None:
+    """They have come to count as near by a lower threshold."""
+    strict, loose = (config_with(validation=0.3, test=0.3, near_threshold=t) for t in (0.9, 0.3))
+    one = first_turn_on("validation", strict)
+    two = next(one + f" z{n}" for n in range(99) if draw_of(one + f" z{n}", strict) == "test")
+    low, high = chat("a", one), chat("z", two)
+    ledger = decide([low, high], EMPTY, strict).ledger
+    assert drops_of(decide([low, high], ledger, loose)) == {"z": "a"}
+    assert drops_of(decide([high], ledger, loose)) == {"z": "a"}
+    assert drops_of(decide([low], ledger, loose)) == {}
+
+
+def test_equal_held_out_rows_take_one_line_of_the_ledger() -> None:
+    config = config_with(validation=0.3, test=0.3)
+    question = first_turn_on("test", config)
+    rows = [chat(row_id, question, "same") for row_id in "cab"] + [chat("0", question, "other answer here")]
+    ledger = decide(rows, EMPTY, config).ledger
+    assert ledger["row_id"].to_pylist() == ["0", "a", None]
+    assert set(ledger["side"].to_pylist()) == {"test"}
+
+
+@pytest.mark.parametrize("chain", range(20))
+def test_a_chain_has_one_side_though_its_ends_are_far_apart(chain: int) -> None:
+    """Only neighbours are near; ids are such that the middle link lies between two rows that both follow others."""
+    config = config_with(validation=0.3, test=0.3, near_threshold=0.85)
+    row_ids = {0: "a", 1: "y", 2: "z", 3: "b"}
+    words = [f"c{chain}w{n}" for n in range(23)]
+    rows = [chat(row_ids[start], " ".join(words[start : start + 20])) for start in range(4)]
+    assert [are_near(rows[0], row, 0.85) for row in rows] == [True, True, False, False]
+    sides = sides_of(decide(rows, EMPTY, config))
+    assert set(sides.values()) == {draw_side(min(r.meta["holdout_key"] for r in rows), config.holdout)}
+
+
 def test_an_old_train_row_keeps_its_place_against_a_new_row_near_both() -> None:
     config = config_with(validation=0.3, test=0.3, near_threshold=0.3)
     held_out, trained = first_turn_on("validation", config), first_turn_on("train", config)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import json_lines, json_scan
+from pipelines import json_lines
 from pipelines.json_lines import LineScanner, Segment
 from pipelines.json_scan import ValueScanner
 
@@ -318,13 +318,17 @@ def test_hostile_repetition_takes_linear_time(unit: bytes) -> None:
     assert time.process_time() - started < 30
 
 
-@pytest.mark.parametrize("record", [b"\n", b'{"a": 1}\n', b'{"a": 1'])
-def test_nesting_over_the_parsers_limit_is_a_break(record: bytes) -> None:
+@pytest.mark.slow
+def test_records_that_seem_to_swallow_each_other_do_not_cost_a_walk_each() -> None:
+    """500 open records inside each other, each of which could be the one whose end is missing."""
+    data = b'[{"z": 1},' + b'{"z":[' * 500 + b'"x",' * (4 << 20)
+    started = time.process_time()
+    check_cover(scan_values(data), data)
+    assert time.process_time() - started < 40
+
+
+def test_nesting_over_the_parsers_limit_is_a_break() -> None:
     deep = b'{"a":' * 1500 + b"1" + b"}" * 1500
     segments = scan_values(b"[" + deep + b',\n{"b": 1}]')
     assert segments[0].raw is None
     assert segments[-1].raw == b'{"b": 1}'
-
-
-def test_only_json_scan_and_lines_know_how_large_a_window_is() -> None:
-    assert json_scan.Window is json_lines.Window

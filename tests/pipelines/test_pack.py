@@ -1,6 +1,7 @@
 """The packing plan: every example once, none over capacity, as full as best fit makes it, the same everywhere."""
 
 import hashlib
+import math
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.pack import packing_summary, plan_epoch, row_keys
+from pipelines.pack import packing_summary, plan_epoch, row_keys, weighted_examples
 from schemas.dataset import PLAN
 from schemas.errors import LimitError
 
@@ -161,3 +162,15 @@ def test_a_million_examples_are_planned_in_seconds_and_nearly_full(capacity: int
     assert time.monotonic() - started < 15, "5 s on an idle machine; three times that where others work too"
     summary = packing_summary(plan, capacity)
     assert summary["num_bins"] <= summary["fewest_bins"] * 1.001 + 1
+
+
+@given(weight=st.floats(0, 4), epoch=st.integers(0, 3))
+def test_a_weight_gives_its_whole_part_and_one_more_for_its_fraction(weight: float, epoch: int) -> None:
+    keys = np.random.default_rng(0).integers(0, 2**64, 400, dtype=np.uint64)
+    sources = ["a", "b"] * 200
+    examples, copy_keys = weighted_examples(sources, keys, {"a": weight}, seed=1, epoch=epoch)
+    copies = np.bincount(examples, minlength=400)
+    assert (copies[1::2] == 1).all()
+    assert set(copies[::2]) <= {math.floor(weight), math.ceil(weight)}
+    assert abs(copies[::2].mean() - weight) < 0.15
+    assert len(set(copy_keys.tolist())) == len(copy_keys)

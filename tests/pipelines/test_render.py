@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipelines.probes import PROBE_CHATS, check_template
 from pipelines.render import Rendered, compile_template, render
-from pipelines.templates import ChatTemplate, render_text
+from pipelines.templates import ChatTemplate, render_text, try_in_child
 from schemas.conversation import Drop, Message, Role
 from schemas.errors import RefusedError
 from tests.pipelines.tiny_tokenizers import CONTROL_TOKENS, EOS, TEMPLATES, tiny_tokenizer
@@ -184,6 +184,7 @@ END_TOKENS = {
     "after white space": (chatml_with(after=" \n<|im_end|>"), ["Hi! \n<|im_end|>", "So long. \n<|im_end|>"]),
     "two in a row: the first": (chatml_with(after="<|im_end|></s>"), ["Hi!<|im_end|>", "So long.<|im_end|>"]),
     "after other text: none": (chatml_with(after=" END<|im_end|>"), ["Hi!", "So long."]),
+    "eos after other text: none": (chatml_with(after=" END</s>"), ["Hi!", "So long."]),
     "only after the last turn": (
         chatml_with(after="{% if loop.last %}<|im_end|>{% endif %}"),
         ["Hi!", "So long.<|im_end|>"],
@@ -315,3 +316,22 @@ REFUSED = {
 def test_templates_that_can_not_be_proved_are_refused(source: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         check_template(template_of(source)[0])
+
+
+BOMBS = {
+    "memory": "{{ 'x' * 3000000000 }}",
+    "a long number": "{{ (10 ** (10 ** 8)) % 7 }}",
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
+def test_a_template_that_uses_up_memory_or_time_is_refused(source: str) -> None:
+    with pytest.raises(RefusedError, match="used up its"):
+        try_in_child(source, special_tokens={}, chats=PROBE_CHATS[:1])
+
+
+@pytest.mark.parametrize("source", [*TEMPLATES.values(), "{{ raise_exception('no') }}", "{% for %}"])
+def test_the_child_lets_others_through(source: str) -> None:
+    try_in_child(source, special_tokens={"bos_token": "<s>", "eos_token": EOS}, chats=PROBE_CHATS)

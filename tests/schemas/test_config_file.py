@@ -65,6 +65,7 @@ def test_an_override_reaches_into_the_list_of_sources(tmp_path: Path) -> None:
         (GOOD.replace("name: chats", "name: a/b"), [], "'a/b'"),
         (GOOD, ["train.max_steps"], "expected section.key=value"),
         (GOOD, ["train.epochs.x=1"], "should be a valid integer"),
+        (GOOD, ["pack.weights.chat=2"], "pack.weights names 'chat', no such source; sources are chats"),
         (GOOD, ["sources.7.format=alpaca"], "not a number below 1"),
     ],
 )

@@ -70,7 +70,9 @@ def test_packed_losses_and_adapter_gradients_are_those_of_each_document_alone(fa
     (losses * micro_batch.weights).sum().backward()
     torch.testing.assert_close(losses, alone, rtol=0, atol=1e-5)
     assert gradients_alone.norm() > 1
-    assert (gradients(model) - gradients_alone).norm() / gradients_alone.norm() < 1e-5
+    # Gemma 2's judge is the eager attention, whose rounding differs more.
+    limit = 1e-4 if family == "gemma2" else 1e-5
+    assert (gradients(model) - gradients_alone).norm() / gradients_alone.norm() < limit
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
@@ -131,8 +133,9 @@ def test_a_forward_pass_without_borders_is_refused_and_not_quietly_unpacked() ->
 
 def test_attention_that_this_function_does_not_compute_is_refused() -> None:
     query = torch.randn(1, 2, 4, 8)
-    borders = {"cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32), "max_length_q": 4}
-    for extra in ({"s_aux": torch.zeros(2)}, {"is_causal": False}, {"position_bias": query}):
+    borders: dict[str, Any] = {"cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32), "max_length_q": 4}
+    extras: list[dict[str, Any]] = [{"s_aux": torch.zeros(2)}, {"is_causal": False}, {"position_bias": query}]
+    for extra in extras:
         with pytest.raises(RefusedError, match="does not compute"):
             packed_attention(torch.nn.Identity(), query, query, query, None, **borders, **extra)
     with pytest.raises(RefusedError, match="attention_mask"):
@@ -267,7 +270,8 @@ def test_the_kernel_gives_what_segments_give(window: int | None, head_size: int)
     borders = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
     results = []
     for dtype in (torch.float32, torch.bfloat16):  # fp32 goes through segments, bf16 through the kernel
-        query, key, value = (tensor.to(dtype).requires_grad_() for tensor in tensors)
+        leaves: list[Any] = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        query, key, value = leaves
         output, _ = packed_attention(
             torch.nn.Identity(),
             query,
@@ -280,7 +284,7 @@ def test_the_kernel_gives_what_segments_give(window: int | None, head_size: int)
             max_length_q=max(lengths),
         )
         output.float().square().sum().backward()
-        results.append([output.float(), *(x.grad.float() for x in (query, key, value))])
+        results.append([output.float(), *(leaf.grad.float() for leaf in leaves)])
     for exact, ours in zip(*results, strict=True):
         assert (ours - exact).norm() / exact.norm() < 0.02
 
@@ -291,7 +295,7 @@ def test_the_kernel_gives_what_segments_give(window: int | None, head_size: int)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_passes_families_that_pack(family: str, dtype: torch.dtype) -> None:
-    model = tiny_lora(tiny_model(family, **FAMILIES[family]).to(dtype), std=0.0).train()
+    model = tiny_lora(tiny_model(family, dtype=dtype, **FAMILIES[family]), std=0.0).train()
     use_packed_attention(model)
     check_packing(model, device=torch.device("cpu"))
     assert model.training
@@ -302,7 +306,7 @@ def test_the_probe_passes_families_that_pack(family: str, dtype: torch.dtype) ->
 def test_the_probe_refuses_attention_that_sees_other_documents(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_lora(tiny_model().to(dtype))
+    model = tiny_lora(tiny_model(dtype=dtype))
     use_packed_attention(model)
     monkeypatch.setattr(attention, "_borders", lambda cu_seqlens: [(0, int(cu_seqlens[-1]))])
     with pytest.raises(RefusedError, match="differ by"):

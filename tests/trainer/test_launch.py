@@ -39,6 +39,7 @@ def test_help_names_every_command_and_comes_at_once() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+@pytest.mark.slow
 def test_training_loads_neither_prefect_nor_polars_nor_datasets(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, train={"max_steps": 1})
     program = (
@@ -92,9 +93,7 @@ def test_ours_are_found_side_by_side() -> None:
     check_packages()
 
 
-def test_a_foreign_package_in_front_of_ours_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_foreign_package_in_front_of_ours_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

@@ -96,8 +96,12 @@ def test_several_broken_rules_are_all_named_at_once(tmp_path: Path) -> None:
 
 def test_the_whole_cross_product_answers(tmp_path: Path) -> None:
     """No combination of settings makes the table itself fail."""
-    architectures = [LLAMA, {"model_type": "jamba"}, {"model_type": "x", "quantization_config": {}}]
-    choices = itertools.product(
+    architectures: list[dict[str, Any]] = [
+        LLAMA,
+        {"model_type": "jamba"},
+        {"model_type": "x", "quantization_config": {}},
+    ]
+    choices: Any = itertools.product(
         architectures,
         ("lora", "full"),
         ("auto", "float32", "bfloat16"),

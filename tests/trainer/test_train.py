@@ -43,6 +43,19 @@ def metrics(config: PipelineConfig, result: TrainingResult) -> list[dict[str, An
     return [json.loads(line) for line in text.splitlines()]
 
 
+def placed_models(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """Grows by the model of each training: the object itself, as it was trained."""
+    seen: list[torch.nn.Module] = []
+    original = train_module.place
+
+    def place(job: Any, model: torch.nn.Module) -> torch.nn.Module:
+        seen.append(original(job, model))
+        return seen[-1]
+
+    monkeypatch.setattr(train_module, "place", place)
+    return seen
+
+
 def test_the_loss_falls_on_data_that_can_be_learned(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, epochs=6, train={"learning_rate": 2e-2})
     result = train(config)
@@ -58,13 +71,12 @@ def test_the_loss_falls_on_data_that_can_be_learned(tmp_path: Path) -> None:
     assert result.num_trained_tokens == sum(line["num_trained_tokens"] for line in steps)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's, not ours
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_saved_adapter_gives_the_trained_models_logits_in_plain_peft(
     tmp_path: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.nn.Module] = []
-    original = train_module.place
-    monkeypatch.setattr(train_module, "place", lambda job, model: seen.append(model) or original(job, model))
+    seen = placed_models(monkeypatch)
     config = tiny_run(tmp_path, model={"dtype": dtype})
     folder = training_folder(config, train(config)) / "adapter"
     trained = seen[0].eval()
@@ -72,8 +84,7 @@ def test_the_saved_adapter_gives_the_trained_models_logits_in_plain_peft(
     assert config.model is not None
     plain = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, dtype))
     untrained_logits = plain(input_ids=torch.arange(3, 40)[None]).logits
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        loaded = PeftModel.from_pretrained(plain, folder, autocast_adapter_dtype=False).eval()
+    loaded = PeftModel.from_pretrained(plain, folder, autocast_adapter_dtype=False).eval()
     logits = loaded(input_ids=torch.arange(3, 40)[None]).logits
     assert torch.equal(logits, trained(input_ids=torch.arange(3, 40)[None]).logits)
     assert (logits - untrained_logits).abs().max() > 0.1
@@ -104,9 +115,7 @@ def test_the_adapter_folder_has_what_a_server_needs(tmp_path: Path) -> None:
 
 
 def test_only_adapters_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.nn.Module] = []
-    original = train_module.place
-    monkeypatch.setattr(train_module, "place", lambda job, model: seen.append(model) or original(job, model))
+    seen = placed_models(monkeypatch)
     config = tiny_run(tmp_path)
     assert config.model is not None
     result = train(config)
@@ -130,10 +139,13 @@ def test_full_tuning_leaves_a_model_that_plain_transformers_loads(tmp_path: Path
     folder = training_folder(config, result) / "model"
     assert config.model is not None
     before = AutoModelForCausalLM.from_pretrained(config.model.path)
-    after, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    after, report = loaded
     assert not report["missing_keys"]
     changed = [
-        name for name, weight in after.state_dict().items() if not torch.equal(weight, before.state_dict()[name])
+        name
+        for name, weight in after.state_dict().items()
+        if not torch.equal(weight, before.state_dict()[name])
     ]
     assert len(changed) == len(before.state_dict())
     assert after.config.to_dict() | {"_name_or_path": ""} == before.config.to_dict() | {"_name_or_path": ""}
@@ -147,7 +159,8 @@ def test_the_result_does_not_depend_on_how_a_step_is_cut_into_micro_steps(
     found = []
     for bins in (1, 8):
         config = tiny_run(
-            tmp_path, train={**train_settings, "bins_per_step": 8, "bins_per_micro_step": bins, "max_steps": 2}
+            tmp_path,
+            train={**train_settings, "bins_per_step": 8, "bins_per_micro_step": bins, "max_steps": 2},
         )
         result = train(config)
         found.append((result, metrics(config, result)))

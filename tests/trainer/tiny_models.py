@@ -27,8 +27,10 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}
 # Models -----------------------------------------------------------------------------------------------------
 
 
-def tiny_model(model_type: str = "llama", *, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """Two layers, 32 wide, grouped queries, fp32, random but always the same."""
+def tiny_model(
+    model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> PreTrainedModel:
+    """Two layers, 32 wide, grouped queries, random but always the same."""
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -44,12 +46,13 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **settings: Any) -> 
     if model_type.startswith(("gemma", "qwen3")):
         settings.setdefault("head_dim", 8)
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     # The library's small initial weights hide differences: make the model say something.
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    cast: PreTrainedModel = model.to(dtype)
+    return cast
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -130,7 +133,9 @@ def example_of(document: Document, row: int = 0) -> Example:
 # A run root as stages 6 and 7 leave it ------------------------------------------------------------------------
 
 
-def write_shards(run_root: Path, splits: Mapping[str, Sequence[Document]], *, rows_per_batch: int = 7) -> Path:
+def write_shards(
+    run_root: Path, splits: Mapping[str, Sequence[Document]], *, rows_per_batch: int = 7
+) -> Path:
     """06_shards: a DatasetDict folder of Arrow streams and its manifest."""
     folder = run_root / STAGE_FOLDERS["split"]
     files = []

@@ -1,0 +1,139 @@
+"""`show`: a row is followed through real stages, and what is printed can do no harm to a terminal."""
+
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flows.show import find_row, follow, show_command, story
+from flows.show_examples import colored, examples, marked
+from flows.terminal import safe_text, shortened
+from pipelines.stage import run_stage
+from schemas.config_file import load_config
+from schemas.errors import ConfigError, InputError
+from schemas.pipeline_config import PipelineConfig
+from schemas.run import STAGE_FOLDERS
+from tests.integration import toy
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    """A run root with the stages 1 to 6 done."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.write_dumps(folder / "dumps", num_chats=40, num_records=20)
+    toy.write_tokenizer(folder / "model")
+    config = load_config(toy.write_config(folder))
+    for stage in ("merge", "clean", "filter", "dedup", "holdout", "split"):
+        run_stage(stage, config)
+    return config
+
+
+def rows(config: PipelineConfig, stage: str, kind: str) -> list[dict[str, str]]:
+    folder = config.run_root / STAGE_FOLDERS[stage]
+    return [
+        row for path in sorted(folder.rglob(f"{kind}-*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+
+
+def test_a_kept_row_is_found_in_every_stage_with_its_messages(config: PipelineConfig) -> None:
+    row = next(row for row in rows(config, "holdout", "part") if row["source"].startswith("chats/"))
+    places = follow(config.run_root, row["row_id"])
+    assert [place.stage for place in places] == ["merge", "clean", "filter", "dedup", "holdout"]
+    assert not any(place.reason for place in places)
+    told = "\n".join(story(places, row["row_id"]))
+    assert "01_merged" in told
+    assert "05_held_out" in told
+    assert "<div" in told.split("02_cleaned")[0], "the answer as it was"
+    assert "<div" not in told.split("02_cleaned")[1], "the answer as it became"
+
+
+@pytest.mark.parametrize("stage", ["merge", "filter", "dedup"])
+def test_a_dropped_row_is_followed_to_its_drop_with_the_reason(config: PipelineConfig, stage: str) -> None:
+    for row in rows(config, stage, "dropped"):
+        places = follow(config.run_root, row["row_id"])
+        assert places[-1].stage == stage
+        assert (places[-1].reason, places[-1].survivor) == (row["reason"], row["survivor"])
+        told = list(story(places, row["row_id"]))
+        drop = next(line for line in told if "DROPPED" in line)
+        assert row["reason"] in drop
+        assert row["survivor"] is None or row["survivor"] in drop
+
+
+def test_a_record_that_could_not_be_read_is_shown_raw(config: PipelineConfig) -> None:
+    row = next(row for row in rows(config, "merge", "dropped") if row["reason"] == "invalid_json")
+    assert "{not json" in "\n".join(story(follow(config.run_root, row["row_id"]), row["row_id"]))
+
+
+def test_an_id_may_be_given_by_its_first_digits_if_they_are_its_alone(config: PipelineConfig) -> None:
+    ids = sorted({row["row_id"] for kind in ("part", "dropped") for row in rows(config, "merge", kind)})
+    assert find_row(config.run_root, ids[0]) == ids[0]
+    assert find_row(config.run_root, ids[0][:12]) == ids[0]
+    several = re.escape(f"{len(ids)} row ids begin with ''")
+    with pytest.raises(InputError, match=several):
+        find_row(config.run_root, "")
+    with pytest.raises(InputError, match="no row id"):
+        find_row(config.run_root, "xyz")
+
+
+def test_a_run_root_without_a_run_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sft-pipeline step merge"):
+        find_row(tmp_path, "ab")
+
+
+@pytest.mark.parametrize(
+    ("row", "config_path", "run_root", "num_examples", "expected"),
+    [
+        (None, None, None, None, "id of a row"),
+        ("ab", None, None, None, "--config or --run-root"),
+        (None, None, Path(), 3, "--config"),
+    ],
+)
+def test_show_says_what_it_needs(
+    row: str | None, config_path: Path | None, run_root: Path | None, num_examples: int | None, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        show_command(row, config=config_path, run_root=run_root, num_examples=num_examples, color=None)
+
+
+def test_the_marked_text_of_an_example_is_its_assistant_texts_with_their_end_tokens(
+    config: PipelineConfig,
+) -> None:
+    texts = {row["row_id"]: row["messages"] for row in rows(config, "holdout", "part")}
+    shown = 0
+    for head, pieces in examples(config, 10):
+        row_id = re.search(r"row ([0-9a-f]{32}) piece \d+, messages (\d+) to (\d+)", head)
+        assert row_id is not None
+        first, last = int(row_id[2]), int(row_id[3])
+        answers = [m["content"] for m in texts[row_id[1]][first : last + 1] if m["role"] == "assistant"]  # type: ignore[index]
+        assert [text for text, trained in pieces if trained] == [f"{answer}<|im_end|>" for answer in answers]
+        assert re.findall(r"\[\[(.*?)\]\]", marked(pieces), flags=re.DOTALL) == [
+            f"{a}<|im_end|>" for a in answers
+        ]
+        assert colored(pieces).plain == "".join(text for text, _ in pieces)
+        shown += 1
+    assert shown == 10
+
+
+HOSTILE = "".join(map(chr, [*range(32), 0x7F, 0x9B, 0x202E, 0x2066, 0x200F, 0xFEFF, 0x2028, 0xE0041, 0xD800]))
+
+
+@given(st.text(alphabet=st.one_of(st.sampled_from(HOSTILE), st.characters()), max_size=200))
+def test_no_text_can_steer_a_terminal(text: str) -> None:
+    for shown in (safe_text(text), shortened(text), marked([(text, True)]), colored([(text, False)]).plain):
+        assert not re.search(
+            "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0041]", shown
+        )
+        shown.encode("utf-8")
+    assert "\n" not in shortened(text)
+
+
+@given(st.text(alphabet=st.characters(categories=["L", "N", "P", "Zs"]), max_size=300))
+def test_ordinary_text_is_shown_as_it_is(text: str) -> None:
+    assert safe_text(text) == text
+
+
+def test_a_long_text_is_shortened_in_the_middle_with_what_was_left_out() -> None:
+    assert shortened("x" * 1000, 10) == "xxxxx ...990 characters... xxxxx"
