@@ -134,11 +134,17 @@ def evaluate(config: Path, /, *, overrides: Overrides = ()) -> None:
 
 
 @app.command(group=MODEL)
-def promote(config: Path, /, *, overrides: Overrides = ()) -> None:
-    """Put the evaluated model into service if it is better than the one there; writes promoted.json."""
+def promote(config: Path, /, *, withdrawn_too: bool = False, overrides: Overrides = ()) -> None:
+    """Put the evaluated model into service if it is better than the one there; writes promoted.json.
+
+    Parameters
+    ----------
+    withdrawn_too
+        Also a model that was rolled back before.
+    """
     from flows.commands import run_trainer_here
 
-    run_trainer_here("promote", config, overrides)
+    run_trainer_here("promote", config, overrides, *(["--withdrawn-too"] if withdrawn_too else []))
 
 
 @app.command(group=MODEL)

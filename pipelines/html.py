@@ -16,17 +16,12 @@ import markdownify
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from pipelines.html_marks import Marks, Passage, choose_marks
-from pipelines.html_tree import Answer, TooDeepError, answer_roots, read_answer
+from pipelines.html_tree import Answer, TooDeepError, TooLargeError, answer_roots, read_answer
 from schemas.conversation import Drop
 from schemas.pipeline_config import CleanConfig
 
-MAX_TAGS = 200_000
-"""Tags in an answer that is nested as a browser writes it."""
-MAX_STRAY_TAGS = 3_000
-"""Tags in an answer that isn't: a parser's work may grow with the square (measured: 120,000 stray tags, 11 s)."""
-MAX_STRAY_BYTES = 128 * 1024
-"""Bytes of such an answer: 20,000 attributes in one tag took 0.7 s, also with the square."""
-MAX_TAG_CHARS = 16 * 1024
+MAX_GROWTH = 4
+"""Markdown may be this many times as long as the largest message: deep quotes and lists indent every line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +46,16 @@ def convert_answer(html: str, config: CleanConfig) -> Converted | Drop:
         if body is None:
             return Converted("", is_unfinished=False)
         answer = read_answer(body, choose_marks(html), images=config.images, max_depth=config.max_depth)
-        markdown = _converted(answer, CONVERTERS[config.converter])
+        markdown = _converted(answer, CONVERTERS[config.converter], MAX_GROWTH * config.max_message_bytes)
+    except TooLargeError as error:
+        return Drop("html_too_large", str(error))
     except (TooDeepError, RecursionError):
         return Drop("html_too_deep", f"nested deeper than {config.max_depth} elements")
     except BaseException as error:  # noqa: BLE001 - a Rust panic is no Exception; anything else is raised again
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         return Drop("html_unparsable", f"{type(error).__name__}: {error}"[:500])
-    return Converted(markdown, _is_unfinished(body))
+    return Converted(markdown, is_unfinished=_is_unfinished(body))
 
 
 # ------------------------------------------------------------------------------------------------- what is HTML
@@ -123,54 +120,6 @@ def _is_error_box(body: LexborNode) -> bool:
     return len(classes) == 1 and "text-red-500" in classes[0] and "markdown" not in classes[0]
 
 
-# ------------------------------------------------------------------------------------------------- guards
-
-_TAG = re.compile(r"<(/?)([a-zA-Z][^\s/>\"'<]*)((?:\s+[^\s\"'<>/=]+(?:=\"[^\"<]*\")?)*)\s*(/?)>")
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
-_RAW_TEXT = frozenset(
-    "script style textarea title xmp iframe noembed noframes noscript plaintext template".split()
-)
-
-
-def check_limits(html: str, config: CleanConfig) -> Drop | None:
-    """Refuse, by one linear scan, what would take a parser or converter long.
-
-    An answer with few tags is safe to parse whatever they are. One with many must be nested as browsers write it:
-    each tag closed by its own, attributes in double quotes.
-    """
-    if len(html) > config.max_message_bytes or len(html.encode()) > config.max_message_bytes:
-        return Drop("html_too_large", f"more than {config.max_message_bytes} bytes")
-    num_tags = html.count("<")
-    if num_tags <= MAX_STRAY_TAGS and len(html) <= MAX_STRAY_BYTES:
-        return None
-    if num_tags > 2 * MAX_TAGS:
-        return Drop("html_too_large", f"{num_tags} tags, more than {2 * MAX_TAGS}")
-    return _check_nesting(_COMMENT.sub("", html), config.max_depth)
-
-
-def _check_nesting(html: str, max_depth: int) -> Drop | None:
-    opened: list[str] = []
-    num_tags = 0
-    for match in _TAG.finditer(html):
-        closing, name, attributes, self_closing = match.groups()
-        num_tags += 1
-        if len(attributes) > MAX_TAG_CHARS:
-            return Drop("html_too_large", f"a tag of {len(attributes)} characters, more than {MAX_TAG_CHARS}")
-        if closing:
-            if not opened or opened.pop() != name:
-                return Drop("html_unparsable", f"large and badly nested: stray </{name[:40]}>")
-        elif opened and opened[-1] in _RAW_TEXT:
-            return Drop("html_unparsable", f"large, with tags inside <{opened[-1]}>")
-        elif not self_closing and name not in _VOID:
-            opened.append(name)
-            if len(opened) > max_depth:
-                return Drop("html_too_deep", f"nested deeper than {max_depth} elements")
-    if num_tags != html.count("<"):
-        return Drop("html_unparsable", f"large, with {html.count('<') - num_tags} malformed tags")
-    return None
-
-
 # ------------------------------------------------------------------------------------------------- conversion
 
 # All options of a choice as the library's own objects: names are looked up again at every call, 0.1 ms each time.
@@ -223,13 +172,16 @@ _LIST_MARKERS = re.compile(r"^ *(?:(?:[-*+]|\d{1,9}[.)])(?: +|$))+", re.MULTILIN
 _MARKUP = bytes(code for code in range(128) if not chr(code).isalnum())
 
 
-def _converted(answer: Answer, converter: Callable[[str], str]) -> str:
+def _converted(answer: Answer, converter: Callable[[str], str], max_chars: int) -> str:
     marks = answer.fragments.marks
 
     def convert(passage: Passage) -> str:
         markdown = converter(passage.html).strip("\n ")
         _check_conservation(passage.visible, markdown, marks)
-        return answer.fragments.restore(markdown, convert)
+        restored = answer.fragments.restore(markdown, convert)
+        if len(restored) > max_chars:
+            raise TooLargeError(f"its Markdown is longer than {max_chars} characters")
+        return restored
 
     return convert(answer.passage).strip()
 

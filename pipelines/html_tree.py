@@ -28,6 +28,8 @@ from pipelines.markdown import code_span, positions_to_escape
 
 MAX_COLSPAN = 50
 """A page chooses its colspan; a wider cell is not padded further."""
+MAX_CELLS = 50_000
+"""Cells of a table, with those that pad its rows."""
 
 _BLANKS = re.compile(r"[ \t\n\r\f]+")
 _HIDDEN = re.compile(r"(?:^|\s)(?:sr-only|katex-mathml)(?:\s|$)")
@@ -39,6 +41,10 @@ _LINE_START = re.compile(r"^(?:[#>+=-]|\d{1,9}[.)])", re.MULTILINE)
 
 class TooDeepError(Exception):
     """The tree is nested deeper than `max_depth`."""
+
+
+class TooLargeError(Exception):
+    """A small page would become a huge text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +426,8 @@ def _cells(row: LexborNode, page: _Page, depth: int) -> list[str]:
 def _table_html(rows: list[list[str]]) -> str:
     """A GFM table: the first row is the head, all rows are as wide as the widest."""
     width = max(len(row) for row in rows)
+    if width * len(rows) > MAX_CELLS:
+        raise TooLargeError(f"a table of {len(rows)} rows and {width} columns, more than {MAX_CELLS} cells")
     head, *body = [row + [""] * (width - len(row)) for row in rows]
     lines = ["<table><thead><tr>", *(f"<th>{cell}</th>" for cell in head), "</tr></thead><tbody>"]
     for row in body:

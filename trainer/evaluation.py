@@ -249,8 +249,8 @@ def _modelreport(label: Label, held_out: HeldOut, measured: Measured) -> ModelRe
 # The command ------------------------------------------------------------------------------------------------
 
 
-def run_evaluate(config: PipelineConfig) -> None:
-    """`sft-pipeline evaluate`: evaluates and prints the report for people."""
+def run_evaluate(config: PipelineConfig, *, show_answers: bool = True) -> None:
+    """`sft-pipeline evaluate`: evaluates and prints the report for people; answers stay out of a flow's log."""
     evaluation = evaluate(config)
     for model in evaluation.models:
         total = model.total
@@ -258,7 +258,7 @@ def run_evaluate(config: PipelineConfig) -> None:
             f"{model.label:9}  {_number(total.bits_per_byte)} bits per byte  {_number(total.loss)} nats per token  "
             f"({total.num_examples} examples, {total.num_trained_tokens:,} tokens of {evaluation.split})"
         )
-    for answers in evaluation.answers:
+    for answers in evaluation.answers if show_answers else ():
         print(f"\n{printable(answers.question)}")
         print(f"  base:      {printable(answers.base)}\n  candidate: {printable(answers.candidate)}")
     print(f"\n{config.run_root / EVALUATION_NAME}")

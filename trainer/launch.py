@@ -96,9 +96,11 @@ def _train(config: "PipelineConfig", options: argparse.Namespace) -> None:
 
 def _evaluate(config: "PipelineConfig", options: argparse.Namespace) -> None:
     _silence_libraries()
+    from pipelines.storage import PARENT_FD_VARIABLE
     from trainer.evaluation import run_evaluate
 
-    run_evaluate(config)
+    # What a child of a flow prints ends in Prefect's log, which carries counts and never text.
+    run_evaluate(config, show_answers=PARENT_FD_VARIABLE not in os.environ)
 
 
 def _promote(config: "PipelineConfig", options: argparse.Namespace) -> None:

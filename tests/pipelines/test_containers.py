@@ -271,7 +271,7 @@ def test_a_part_reads_back_what_was_planned_whatever_is_broken(
 
 def test_parts_begin_and_break_at_any_depth_of_arrays(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes(
-        b'[{"a": 1}, [{"a": 2}, {"a": x"}, {"a": 3}], {"a": "y"z"}, 4, {"a": 5}] [[{"a": 6}, {"a": 7"}, {"a": 8}], 9]'
+        b'[{"a": 1}, [{"a": 2}, {"a": x"}, {"a": 3}], 4, {"a": "y"z"}, {"a": 5}] [[{"a": 6}, {"a": 7"}, {"a": 8}], 9]'
     )
     for part_bytes in (1, 8, 16, 1000):
         parts = plan(tmp_path / "data.json", part_bytes=part_bytes)
