@@ -15,21 +15,23 @@ from schemas.run import RESOLVED_CONFIG_NAME, STAGE_FOLDERS, STAGES
 def run_pipeline(config_path: Path, overrides: Sequence[str], *, first: str | None, last: str | None) -> None:
     """The flow `sft-pipeline` in this process; prints the run root.
 
-    What the flow would refuse is refused before Prefect is started: that takes seconds.
+    Prefect's server, which takes seconds to come up, does so while what can't work is being refused.
     """
-    from flows.local_prefect import use_local_prefect
+    from flows.local_prefect import local_prefect
 
     config = load_config(config_path, overrides)
-    check_before_start(config, chosen_stages(first, last))
-    use_local_prefect(config.run_root, debug=debugging())
-    from prefect.exceptions import TerminationSignal
+    stages = chosen_stages(first, last)
+    with local_prefect(config.run_root, debug=debugging()) as wait_for_prefect:
+        check_before_start(config, stages)
+        wait_for_prefect()
+        from prefect.exceptions import TerminationSignal
 
-    from flows.sft_pipeline import sft_pipeline
+        from flows.sft_pipeline import sft_pipeline
 
-    try:
-        sft_pipeline(str(config_path), list(overrides), from_stage=first, until=last)
-    except TerminationSignal as signal:
-        sys.exit(128 + signal.signal)
+        try:
+            sft_pipeline(str(config_path), list(overrides), from_stage=first, until=last)
+        except TerminationSignal as signal:
+            sys.exit(128 + signal.signal)
     print(config.run_root)
 
 

@@ -1,49 +1,96 @@
-"""Prefect without a server of the user's: settings for a quiet one that starts and ends with a command.
+"""Prefect without a server of the user's: a quiet one of our own, that starts and ends with a command.
 
-Only what the user has not set: a server, a home or a profile of theirs is used as it is.
+Prefect starts such a server by itself when it finds none, but leaves it behind when the command is killed, and
+starts it only when the flow begins. Ours is a child like the trainer: it dies with us, and comes up while the
+config is being checked. What the user has set (server, home, profile) is used as it is.
 """
 
 import os
+import socket
+import subprocess
 import sys
-from collections.abc import Mapping
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-USERS_OWN = ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")
+from flows.training import child_process, parent_pipe, stop_group
+from schemas.errors import SftPipelineError
+
+STARTUP_SECONDS = 120
+QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_PLUGINS_ENABLED": "false"}
+# Errors are told once, by the command, on one line. Prefect's own record keeps the traceback.
+SILENT = {
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+}
 
 
-def use_local_prefect(run_root: Path, *, debug: bool) -> None:
-    """Set this process's environment before Prefect is first imported."""
-    settings = quiet_settings(debug=debug)
-    if not has_own_prefect(os.environ, Path.home()):
-        home = run_root.parent / ".prefect"
-        home.mkdir(parents=True, exist_ok=True)
-        home.chmod(0o700)  # its database holds parameters and logs, and Prefect writes it readable by all
-        settings["PREFECT_HOME"] = str(home)
-        sys.stderr.write(f"{'prefect':<10} starting a local one, its records are in {home}\n")
-    for name, value in settings.items():
+@contextmanager
+def local_prefect(run_root: Path, *, debug: bool) -> Iterator[Callable[[], None]]:
+    """Set up Prefect before it is first imported; yields what waits until its server answers.
+
+    With `debug`, Prefect's own log is shown.
+    """
+    for name, value in (QUIET if debug else QUIET | SILENT).items():
         os.environ.setdefault(name, value)
+    if has_own_server(os.environ, Path.home()):
+        yield _nothing
+        return
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(run_root.parent / ".prefect")))
+    home.mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)  # its database holds parameters and logs, and Prefect writes it readable by all
+    with running_server() as url:
+        os.environ["PREFECT_API_URL"] = url
+
+        def wait() -> None:
+            sys.stderr.write(f"{'prefect':<10} a local one, its records are in {home}\n")
+            _wait_until_it_answers(url)
+
+        yield wait
 
 
-def quiet_settings(*, debug: bool) -> dict[str, str]:
-    """No telemetry ever; with `debug`, Prefect's own log is shown."""
-    settings = {
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_PLUGINS_ENABLED": "false",
-        # 7 to 13 seconds here; Prefect's own limit of 20 fails the run on a busier machine.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    }
-    if not debug:
-        settings["PREFECT_LOGGING_LEVEL"] = "WARNING"
-        # Errors are told once, by the command, on one line. Prefect's own record keeps the traceback.
-        settings["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-        settings["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
-    return settings
-
-
-def has_own_prefect(environment: Mapping[str, str], home: Path) -> bool:
-    """True where the user chose a server or home, by environment or in the profiles of their own Prefect."""
-    if any(environment.get(name) for name in USERS_OWN):
+def has_own_server(environment: Mapping[str, str], home: Path) -> bool:
+    """True where the user chose a server, by environment or in the profiles of their own Prefect."""
+    if environment.get("PREFECT_API_URL") or environment.get("PREFECT_PROFILE"):
         return True
-    profiles = home / ".prefect" / "profiles.toml"
+    profiles = Path(environment.get("PREFECT_HOME") or home / ".prefect") / "profiles.toml"
     return profiles.is_file() and "PREFECT_API_URL" in profiles.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def running_server() -> Iterator[str]:
+    """Prefect's API on a free port of this machine alone; yields its URL, before it answers.
+
+    The port is open from the beginning: no other program can take it, and an early caller is not turned away.
+    """
+    with socket.socket() as listening, parent_pipe() as pipe:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        descriptor = str(listening.fileno())
+        with child_process(
+            ["flows.local_server", descriptor],
+            pipe=pipe,
+            descriptors=[listening.fileno()],
+            stdout=subprocess.DEVNULL,
+            stderr=None,
+        ) as process:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+            stop_group(process.pid, is_gone=lambda: process.poll() is not None)
+
+
+def _wait_until_it_answers(url: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=STARTUP_SECONDS):
+            return
+    except (urllib.error.URLError, OSError) as error:
+        raise SftPipelineError(
+            f"the local Prefect server did not answer within {STARTUP_SECONDS} s ({error}); "
+            "run again with --debug, or set PREFECT_API_URL to a server of yours"
+        ) from None
+
+
+def _nothing() -> None:
+    return

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def run_child(
         if not line.startswith(ERROR_MARK):
             say(line)
 
-    with _parent_pipe() as pipe, _started(module_and_arguments, pipe=pipe, lock=lock) as process:
+    with parent_pipe() as pipe, _trainer_process(module_and_arguments, pipe=pipe, lock=lock) as process:
         write_pid(pid_path, Child(process.pid, process_start(process.pid), owner))
         try:
             assert process.stdout is not None, "stdout is a pipe"
@@ -152,7 +152,7 @@ def kill_group(group: int, number: int) -> None:
 
 
 @contextmanager
-def _parent_pipe() -> Iterator[int]:
+def parent_pipe() -> Iterator[int]:
     """The read end, for the child. Nobody ever writes; our death closes the write end, however we die."""
     read_end, write_end = os.pipe()
     try:
@@ -163,26 +163,44 @@ def _parent_pipe() -> Iterator[int]:
 
 
 @contextmanager
-def _started(
+def _trainer_process(
     module_and_arguments: Sequence[str], *, pipe: int, lock: int | None
 ) -> Iterator["subprocess.Popen[str]"]:
-    environment = os.environ | {PARENT_FD_VARIABLE: str(pipe), "PYTHONUNBUFFERED": "1"}
-    descriptors = [pipe]
-    if lock is not None:
-        environment[LOCK_FD_VARIABLE] = str(lock)
-    if LOCK_FD_VARIABLE in environment:
-        descriptors.append(int(environment[LOCK_FD_VARIABLE]))
+    held = str(lock) if lock is not None else os.environ.get(LOCK_FD_VARIABLE)
+    with child_process(
+        module_and_arguments,
+        pipe=pipe,
+        descriptors=[int(held)] if held else [],
+        environment={LOCK_FD_VARIABLE: held} if held else {},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        yield process
+
+
+@contextmanager
+def child_process(
+    module_and_arguments: Sequence[str],
+    *,
+    pipe: int,
+    descriptors: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
+    stdout: int | None,
+    stderr: int | None,
+) -> Iterator["subprocess.Popen[str]"]:
+    """`python -m MODULE ARGUMENT...` in a session of its own, that ends when we do; killed with its group after."""
+    variables = {PARENT_FD_VARIABLE: str(pipe), "PYTHONUNBUFFERED": "1", **(environment or {})}
     if threading.current_thread() is threading.main_thread():
-        environment[DEATH_SIGNAL_VARIABLE] = str(os.getpid())
+        variables[DEATH_SIGNAL_VARIABLE] = str(os.getpid())
     process = subprocess.Popen(
         [sys.executable, str(OUR_FOLDER / "flows" / "child.py"), *module_and_arguments],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=stdout,
+        stderr=stderr,
         encoding="utf-8",
         errors="replace",
-        env=environment,
-        pass_fds=descriptors,
+        env=os.environ | variables,
+        pass_fds=[pipe, *descriptors],
         start_new_session=True,
     )
     try:

@@ -40,7 +40,7 @@ from pipelines.grams import (
     taken,
     to_column,
 )
-from pipelines.near_duplicates import Bools, greedy_survivors
+from pipelines.near_duplicates import Bools, PrefixIndex, greedy_survivors
 from schemas.conversation import Conversation, utf8
 from schemas.pipeline_config import PipelineConfig
 
@@ -255,7 +255,8 @@ def _drop_near(chats: _Chats, table: pa.Table, *, threshold: float) -> None:
     def wanted(left: Ints, right: Ints) -> Bools:
         return (group[left] == 0) | (group[left] != group[right])
 
-    survivor, jaccard = greedy_survivors(sets, np.arange(len(rows)), threshold=threshold, wanted=wanted)
+    index = PrefixIndex(sets, threshold=threshold)
+    survivor, jaccard = greedy_survivors(index, np.arange(len(rows)), wanted=wanted)
     dropped = np.flatnonzero(survivor >= 0)
     details = [f"Jaccard {value:.3f}" for value in jaccard[dropped].tolist()]
     chats.drop(rows[dropped], rows[survivor[dropped]], "near_duplicate", details)

@@ -50,7 +50,7 @@ from pipelines.holdout_sides import (
     kept_nodes,
     sides_of_keys,
 )
-from pipelines.near_duplicates import Bools, Pairs
+from pipelines.near_duplicates import Bools, Pairs, PrefixIndex
 from schemas.conversation import Conversation
 from schemas.dataset import SPLITS
 from schemas.errors import InputError, IntegrityError
@@ -137,9 +137,10 @@ def decide(features: pa.Table, ledger: pa.Table, config: PipelineConfig) -> Hold
     assert pc.count_distinct(features["row_id"]).as_py() == len(features), "row ids must be different"
     nodes, ledger_sides = _nodes(features.sort_by("row_id"), _checked(ledger))
     barred = nodes.train_only & np.isin(ledger_sides[nodes.key], (VALIDATION, TEST))
-    key_sides = sides_of_keys(nodes, ledger_sides, ~barred, config.holdout)
+    index = PrefixIndex(nodes.sets, threshold=config.holdout.near_threshold)
+    key_sides = sides_of_keys(index, nodes, ledger_sides, ~barred, config.holdout)
     side = np.where(barred, TRAIN, key_sides[nodes.key])
-    conflicts = conflicts_between_sides(nodes, side, ~barred, threshold=config.holdout.near_threshold)
+    conflicts = conflicts_between_sides(index, side, ~barred)
     kept = kept_nodes(nodes, side, conflicts) & ~barred
     return HoldoutDecision(
         sides=_sides_table(nodes, side, kept),

@@ -9,13 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.grams import GramSets, Ints
-from pipelines.near_duplicates import Bools, Pairs, greedy_survivors, joined, near_pairs
+from pipelines.near_duplicates import (
+    Bools,
+    Pairs,
+    PrefixIndex,
+    greedy_survivors,
+    joined,
+    near_pairs,
+    pairs_between,
+)
 from schemas.conversation import blake2b_128
 from schemas.dataset import SPLITS
 from schemas.pipeline_config import HoldoutConfig
 
 TRAIN, VALIDATION, TEST = range(3)  # places in SPLITS
 FREE = 3  # a key without a side so far
+_ABSENT = -1
+_LARGE_STAR = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +40,16 @@ class Nodes:
     sets: GramSets
 
 
-def sides_of_keys(nodes: Nodes, ledger_sides: Ints, present: Bools, config: HoldoutConfig) -> Ints:
+def sides_of_keys(
+    index: PrefixIndex, nodes: Nodes, ledger_sides: Ints, present: Bools, config: HoldoutConfig
+) -> Ints:
     """The side of every key; components are named by their lowest key."""
     sides = ledger_sides.copy()
     pinned = nodes.key[nodes.train_only & present]
     sides[pinned[sides[pinned] == FREE]] = TRAIN
-    component, touched = _components(nodes, sides, present, threshold=config.near_threshold)
+    label = np.where(present, sides[nodes.key], _ABSENT)
+    component = _components(index, nodes, np.flatnonzero(label == FREE))
+    touched = np.stack([_touched(index, nodes, label, side) for side in range(len(SPLITS))], axis=1)
     component_touched = np.zeros_like(touched)
     np.logical_or.at(component_touched, component, touched)
     num_touched = component_touched.sum(axis=1)
@@ -50,38 +64,35 @@ def sides_of_keys(nodes: Nodes, ledger_sides: Ints, present: Bools, config: Hold
     return sides
 
 
-def _components(nodes: Nodes, sides: Ints, present: Bools, *, threshold: float) -> tuple[Ints, np.ndarray]:
-    """Per key the lowest key of its component of free keys, and whether its rows are near each fixed side."""
-    component, touched = np.arange(len(sides)), np.zeros((len(sides), len(SPLITS)), bool)
-    label = np.where(present, sides[nodes.key], TRAIN)
-    free = label == FREE
-    if not free.any():
-        return component, touched
+def _components(index: PrefixIndex, nodes: Nodes, free: Ints) -> Ints:
+    """Per key the lowest key of those that it hangs together with by these rows; most often itself."""
+    component = np.arange(len(nodes.key_names))
 
-    def between_components(left: Ints, right: Ints) -> Bools:
-        different = component[nodes.key[left]] != component[nodes.key[right]]
-        return free[left] & free[right] & different
+    def apart(left: Ints, right: Ints) -> Bools:
+        return component[nodes.key[left]] != component[nodes.key[right]]
 
-    def unknown(left: Ints, right: Ints) -> Bools:
-        """Of no pair twice the same news: clusters of k rows cost about k comparisons, not k²."""
-        touching = (free[left] != free[right]) & present[left] & present[right]
-        row, other = np.where(free[left], left, right), np.where(free[left], right, left)
-        untouched = ~touched[nodes.key[row], np.minimum(label[other], TEST)]
-        return between_components(left, right) | (touching & untouched)
+    # Stars of a survivor and its copies first: then pairs inside a dense cluster need no look any more.
+    survivor, _ = greedy_survivors(index, free, wanted=apart)
+    star = np.where(survivor < 0, np.arange(len(survivor)), survivor)[free]
+    _unite(component, nodes.key[free], nodes.key[star])
+    large = np.flatnonzero(np.bincount(star, minlength=1) >= _LARGE_STAR)
+    clusters = [free[star == center] for center in large.tolist()]
+    for pairs in near_pairs(index, free[~np.isin(star, large)], clusters=clusters, wanted=apart):
+        _unite(component, nodes.key[pairs.left], nodes.key[pairs.right])
+    return component
 
-    # Stars of a survivor and its copies first: cheap, and most pairs of a dense cluster need no look any more.
-    survivor, _ = greedy_survivors(
-        nodes.sets, np.flatnonzero(free), threshold=threshold, wanted=between_components
-    )
-    copies = np.flatnonzero(survivor >= 0)
-    _unite(component, nodes.key[copies], nodes.key[survivor[copies]])
-    for pairs in near_pairs(nodes.sets, threshold=threshold, wanted=unknown):
-        both = free[pairs.left] & free[pairs.right]
-        _unite(component, nodes.key[pairs.left[both]], nodes.key[pairs.right[both]])
-        row = np.where(free[pairs.left], pairs.left, pairs.right)[~both]
-        other = np.where(free[pairs.left], pairs.right, pairs.left)[~both]
-        touched[nodes.key[row], label[other]] = True
-    return component, touched
+
+def _touched(index: PrefixIndex, nodes: Nodes, label: Ints, side: int) -> Bools:
+    """Per key: whether one of its free rows is near a row that is on this side for certain."""
+    touched = np.zeros(len(nodes.key_names), bool)
+    free, fixed = np.flatnonzero(label == FREE), np.flatnonzero(label == side)
+
+    def untouched(left: Ints, right: Ints) -> Bools:
+        return ~touched[nodes.key[left]]
+
+    for pairs in pairs_between(index, free, fixed, wanted=untouched):
+        touched[nodes.key[pairs.left]] = True
+    return touched
 
 
 def _unite(component: Ints, first: Ints, second: Ints) -> None:
@@ -103,13 +114,13 @@ def draw_side(holdout_key: str, config: HoldoutConfig) -> str:
     return "test" if share < config.validation + config.test else "train"
 
 
-def conflicts_between_sides(nodes: Nodes, side: Ints, present: Bools, *, threshold: float) -> Pairs:
+def conflicts_between_sides(index: PrefixIndex, side: Ints, present: Bools) -> Pairs:
     """All near pairs on different sides, each in both directions."""
-
-    def wanted(left: Ints, right: Ints) -> Bools:
-        return (side[left] != side[right]) & present[left] & present[right]
-
-    pairs = joined(near_pairs(nodes.sets, threshold=threshold, wanted=wanted))
+    train, validation, test = (
+        np.flatnonzero(present & (side == number)) for number in (TRAIN, VALIDATION, TEST)
+    )
+    near_validation = pairs_between(index, np.append(train, test), validation)
+    pairs = joined([*near_validation, *pairs_between(index, train, test)])
     return Pairs(
         left=np.append(pairs.left, pairs.right),
         right=np.append(pairs.right, pairs.left),

@@ -15,8 +15,10 @@ import html_to_markdown
 import markdownify
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from pipelines.html_marks import Marks, Passage, choose_marks
-from pipelines.html_tree import Answer, TooDeepError, TooLargeError, answer_roots, read_answer
+from pipelines.html_limits import MAX_STRAY_BYTES, MAX_STRAY_TAGS, check_limits
+from pipelines.html_marks import Fragments, Marks, Passage, choose_marks
+from pipelines.html_page import TooDeepError, TooLargeError
+from pipelines.html_tree import answer_roots, read_answer
 from schemas.conversation import Drop
 from schemas.pipeline_config import CleanConfig
 
@@ -39,19 +41,21 @@ def convert_answer(html: str, config: CleanConfig) -> Converted | Drop:
 
     Drops: html_too_large, html_too_deep, html_unparsable (the text didn't come through whole, or a library failed).
     """
-    if (drop := check_limits(html, config)) is not None:
+    drop = check_limits(html, max_bytes=config.max_message_bytes, max_depth=config.max_depth)
+    if drop is not None:
         return drop
     try:
         body = LexborHTMLParser(html).body
         if body is None:
             return Converted("", is_unfinished=False)
-        answer = read_answer(body, choose_marks(html), images=config.images, max_depth=config.max_depth)
-        markdown = _converted(answer, CONVERTERS[config.converter], MAX_GROWTH * config.max_message_bytes)
+        marks = choose_marks(html)
+        passage, fragments = read_answer(body, marks, images=config.images, max_depth=config.max_depth)
+        markdown = _markdown(passage, fragments, config)
     except TooLargeError as error:
         return Drop("html_too_large", str(error))
     except (TooDeepError, RecursionError):
         return Drop("html_too_deep", f"nested deeper than {config.max_depth} elements")
-    except BaseException as error:  # noqa: BLE001 - a Rust panic is no Exception; anything else is raised again
+    except BaseException as error:  # a Rust panic is no Exception; anything else is raised again
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         return Drop("html_unparsable", f"{type(error).__name__}: {error}"[:500])
@@ -97,7 +101,7 @@ def looks_like_page(text: str) -> bool:
 
 
 def _has_only_blocks(html: str) -> bool:
-    if len(html) > MAX_STRAY_BYTES or html.count("<") > MAX_STRAY_TAGS:
+    if check_limits(html, max_bytes=MAX_STRAY_BYTES, max_depth=MAX_STRAY_TAGS) is not None:
         return False
     body = LexborHTMLParser(html).body
     if body is None:
@@ -172,18 +176,19 @@ _LIST_MARKERS = re.compile(r"^ *(?:(?:[-*+]|\d{1,9}[.)])(?: +|$))+", re.MULTILIN
 _MARKUP = bytes(code for code in range(128) if not chr(code).isalnum())
 
 
-def _converted(answer: Answer, converter: Callable[[str], str], max_chars: int) -> str:
-    marks = answer.fragments.marks
+def _markdown(answer: Passage, fragments: Fragments, config: CleanConfig) -> str:
+    converter = CONVERTERS[config.converter]
+    max_chars = MAX_GROWTH * config.max_message_bytes
 
     def convert(passage: Passage) -> str:
         markdown = converter(passage.html).strip("\n ")
-        _check_conservation(passage.visible, markdown, marks)
-        restored = answer.fragments.restore(markdown, convert)
+        _check_conservation(passage.visible, markdown, fragments.marks)
+        restored = fragments.restore(markdown, convert)
         if len(restored) > max_chars:
             raise TooLargeError(f"its Markdown is longer than {max_chars} characters")
         return restored
 
-    return convert(answer.passage).strip()
+    return convert(answer).strip()
 
 
 def _check_conservation(visible: str, markdown: str, marks: Marks) -> None:
@@ -191,6 +196,7 @@ def _check_conservation(visible: str, markdown: str, marks: Marks) -> None:
     expected = marks.structure.sub("", visible).encode().translate(None, _MARKUP)
     found = _LIST_MARKERS.sub("", markdown).replace(marks.cell_break, "").encode().translate(None, _MARKUP)
     if expected != found:
-        place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1)
+        shorter = min(len(expected), len(found))
+        place = next((i for i in range(shorter) if expected[i] != found[i]), shorter)
         before, after = (text[place : place + 60].decode(errors="replace") for text in (expected, found))
         raise _UnfaithfulError(f"the converter changed the text: {before!r} became {after!r}")

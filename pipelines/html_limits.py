@@ -38,6 +38,8 @@ def check_limits(html: str, *, max_bytes: int, max_depth: int) -> Drop | None:
         return Drop("html_too_large", f"more than {max_bytes} bytes")
     num_tags = html.count("<")
     if num_tags <= MAX_STRAY_TAGS and len(html) <= MAX_STRAY_BYTES:
+        if num_tags * num_tags <= 4 * MAX_COPIES:
+            return None
         num_formatting = len(_FORMATTING_TAG.findall(html))
         if num_formatting * (num_tags - num_formatting) <= MAX_COPIES:
             return None
@@ -62,7 +64,7 @@ def _check_nesting(html: str, max_depth: int) -> Drop | None:
             num_formatting -= name in _FORMATTING
         elif opened and opened[-1] in _RAW_TEXT:
             return Drop("html_unparsable", f"large, with tags inside <{opened[-1]}>")
-        elif not self_closing and name not in _VOID:
+        elif name not in _VOID and (not self_closing or name in _FORMATTING):  # <b/> opens: this is no XML
             opened.append(name)
             num_formatting += name in _FORMATTING
             num_copies += num_formatting

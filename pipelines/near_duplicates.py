@@ -6,7 +6,7 @@ such a gram are compared, and all of these are counted in full. Nothing is estim
 (up to equal 64-bit hashes of different grams). One process; made for up to about half a million rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -34,26 +34,29 @@ class Pairs:
     jaccard: Floats
 
 
-def greedy_survivors(sets: GramSets, order: Ints, *, threshold: float, wanted: Wanted) -> tuple[Ints, Floats]:
-    """Walks rows in `order`; one that is near an earlier survivor is dropped, else it survives.
+def any_pair(left: Ints, right: Ints) -> Bools:
+    return np.ones(len(left), bool)
 
-    Returns per row the first survivor in `order` that it is near to (-1: the row survives) and their Jaccard.
+
+def greedy_survivors(index: "PrefixIndex", order: Ints, *, wanted: Wanted = any_pair) -> tuple[Ints, Floats]:
+    """Walks the rows of `order`; one that is near an earlier survivor is dropped, else it survives.
+
+    Returns per row of the index the first survivor in `order` that it is near to (-1: none) and their Jaccard.
     So each dropped row was compared with its own survivor; similarity is never passed on from row to row:
-    transitive closure has made 2 rows out of 859,092. Only survivors are indexed, hence a template shared by
+    transitive closure has made 2 rows out of 859,092. Only survivors are entered, hence a template shared by
     k rows costs k comparisons, not k².
     """
-    index = PrefixIndex(sets, threshold=threshold)
-    rank = np.empty(len(sets), np.int64)
+    index.clear()
+    rank = np.empty(len(index.sets), np.int64)
     rank[order] = np.arange(len(order))
-    survivor, jaccard = np.full(len(sets), -1, np.int64), np.zeros(len(sets))
-    for start, end in runs(sets.sizes[order], limit=_MAX_BLOCK_GRAMS, max_items=_MAX_BLOCK_ROWS):
-        block = order[start:end]
+    survivor, jaccard = np.full(len(rank), -1, np.int64), np.zeros(len(rank))
+    for block in _blocks(index.sets, order):
         _settle(index.probe(block, wanted), rank, survivor, jaccard)
         rest = block[survivor[block] < 0]
         index.enter(rest)
 
-        def inside(left: Ints, right: Ints, start: int = start) -> Bools:
-            return (rank[right] >= start) & (rank[right] < rank[left]) & wanted(left, right)
+        def inside(left: Ints, right: Ints, first_rank: int = int(rank[block[0]])) -> Bools:
+            return (rank[right] >= first_rank) & (rank[right] < rank[left]) & wanted(left, right)
 
         _settle(index.probe(rest, inside), rank, survivor, jaccard)
         index.leave(rest)
@@ -70,14 +73,36 @@ def _settle(found: Iterable[Pairs], rank: Ints, survivor: Ints, jaccard: Floats)
             survivor[left], jaccard[left] = right, pairs.jaccard[i]
 
 
-def near_pairs(sets: GramSets, *, threshold: float, wanted: Wanted) -> Iterator[Pairs]:
-    """All pairs (left > right) with Jaccard >= threshold that are wanted; a generator, so that `wanted` may
-    look at what the caller has learned from the pairs before."""
-    index = PrefixIndex(sets, threshold=threshold)
-    for start, end in runs(sets.sizes, limit=_MAX_BLOCK_GRAMS, max_items=_MAX_BLOCK_ROWS):
-        block = np.arange(start, end)
+def near_pairs(
+    index: "PrefixIndex", rows: Ints, *, clusters: Sequence[Ints] = (), wanted: Wanted = any_pair
+) -> Iterator[Pairs]:
+    """All near pairs among `rows` and `clusters`, save those inside a cluster, which are not even looked up.
+
+    A generator, so that `wanted` may look at what the caller has learned from the pairs before.
+    """
+    index.clear()
+    for block in _blocks(index.sets, rows):
         index.enter(block)
         yield from index.probe(block, lambda left, right: (right < left) & wanted(left, right))
+    for cluster in clusters:
+        for block in _blocks(index.sets, cluster):
+            yield from index.probe(block, wanted)
+        index.enter(cluster)
+
+
+def pairs_between(
+    index: "PrefixIndex", left: Ints, right: Ints, *, wanted: Wanted = any_pair
+) -> Iterator[Pairs]:
+    """All near pairs of a row of `left` and a row of `right`."""
+    index.clear()
+    index.enter(right)
+    for block in _blocks(index.sets, left):
+        yield from index.probe(block, wanted)
+
+
+def _blocks(sets: GramSets, rows: Ints) -> Iterator[Ints]:
+    for start, end in runs(sets.sizes[rows], limit=_MAX_BLOCK_GRAMS, max_items=_MAX_BLOCK_ROWS):
+        yield rows[start:end]
 
 
 def joined(found: Iterable[Pairs]) -> Pairs:
@@ -109,6 +134,9 @@ class PrefixIndex:
         self.filled = np.zeros(len(counts), np.int64)
         self.postings = np.empty(len(self.entry_row), np.int64)
 
+    def clear(self) -> None:
+        self.filled[:] = 0
+
     def enter(self, rows: Ints) -> None:
         entries = self._entries(rows)
         entries = entries[np.argsort(self.entry_gram[entries], kind="stable")]
@@ -123,7 +151,7 @@ class PrefixIndex:
         self.filled[grams] -= counts
 
     def probe(self, rows: Ints, wanted: Wanted) -> Iterator[Pairs]:
-        """Verified pairs (left of `rows`, right entered); at most one block of rows at a time is efficient."""
+        """Verified pairs (left of `rows`, right entered) that are wanted. Memory grows with the number of rows."""
         for left, right in self._candidates(rows, wanted):
             for start, end in runs(self.sizes[right], limit=_MAX_EXPANDED):
                 yield self._verified(left[start:end], right[start:end])

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from schemas.errors import RefusedError, TrainingError
 from trainer.data import MicroBatch
@@ -252,9 +251,6 @@ def _varlen(
     return output.unsqueeze(0)
 
 
-def _no_mask(*_positional: Any, **_named: Any) -> None:
-    """Packed attention needs no mask: the borders say it all."""
-
-
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
+# Nothing is registered for masks, on purpose: for a name without a mask function the models build no mask, and
+# don't search the positions for borders either, which would wait for the GPU in each forward pass.

@@ -127,7 +127,11 @@ def _view(array: pa.Array) -> np.ndarray:
     """The numbers of an array without nulls, without a copy. pyarrow's own to_numpy imports pandas: 0.5 s."""
     dtype = _NUMPY_TYPES[array.type]
     data = array.buffers()[1]
-    if array.null_count or data is None:
+    if array.null_count:
+        raise IntegrityError(
+            f"{array.null_count} of {len(array)} numbers are null; run 'split' and 'pack' again"
+        )
+    if data is None:
         return np.zeros(0, dtype)
     return np.frombuffer(data, dtype, count=len(array), offset=array.offset * np.dtype(dtype).itemsize)
 

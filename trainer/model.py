@@ -96,8 +96,14 @@ def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no readable tokenizer: {' '.join(str(error).split())}") from error
     if config.split.chat_template is not None:
-        tokenizer.chat_template = Path(config.split.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = _template(Path(config.split.chat_template))
     return tokenizer
+
+
+def _template(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"split.chat_template: no file {path}; give a Jinja file or leave the key out")
+    return path.read_text(encoding="utf-8")
 
 
 def needed_model(config: PipelineConfig) -> ModelConfig:

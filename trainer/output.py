@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pipelines import storage
 from schemas.run import FileEntry
@@ -15,12 +16,11 @@ from trainer import checkpoint
 from trainer.checkpoint import Progress
 from trainer.job import Job
 from trainer.methods import METHODS
-from trainer.model import load_tokenizer
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
-def write_output(job: Job, model: torch.nn.Module) -> Path:
+def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
     """The output folder, built aside and published whole. The method checks every tensor before it counts."""
     method = METHODS[job.config.train.method]
     final = job.folder / method.OUTPUT_FOLDER
@@ -28,7 +28,7 @@ def write_output(job: Job, model: torch.nn.Module) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     method.save(model, temporary, job.model)
-    load_tokenizer(job.config).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     checkpoint.publish(temporary, final)
     return final
 

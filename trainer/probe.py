@@ -16,9 +16,11 @@ from trainer.loss import token_losses
 
 DOCUMENT_LENGTHS = (29, 18)
 MAX_LOSS_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Nats per token. Rounding gives 1e-6 and 0.03; one visible foreign document gives more than 0.3."""
-MAX_GRADIENT_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Norm of the difference over the norm."""
+"""Mean over tokens, in nats. bf16 logits of 16 to 32 are 0.125 apart: two right kernels differ by a third of it."""
+MAX_LEAK = {torch.float32: 1e-4, torch.bfloat16: 0.01}
+"""The same where nothing may change at all: experts that see other tokens may round otherwise, no more."""
+MAX_GRADIENT_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+"""Norm of the difference over the norm; documents that see each other give 0.8 and more."""
 NUM_PROBED_PARAMETERS = 4
 MAX_PROBED_NUMBERS = 1 << 26
 
@@ -50,19 +52,22 @@ def _check_losses(model: torch.nn.Module, device: torch.device) -> None:
     alone = torch.cat([_losses_alone(model, first, device), _losses_alone(model, second, device)])
     use_packed_attention(model)
     num_first = len(first.input_ids) - 1
-    _check_difference(model, "packed and alone", packed, alone)
-    _check_difference(
-        model, "after two different documents", packed[num_first:], packed_after_other[num_first:]
-    )
+    dtype = unwrapped(model).dtype
+    leak = _mean_difference(packed[num_first:], packed_after_other[num_first:])
+    _check_limit(model, "losses of a document after two different ones", leak, MAX_LEAK[dtype])
+    difference = _mean_difference(packed, alone)
+    _check_limit(model, "losses packed and alone", difference, MAX_LOSS_DIFFERENCE[dtype])
 
 
-def _check_difference(model: torch.nn.Module, what: str, ours: torch.Tensor, expected: torch.Tensor) -> None:
-    difference = float((ours - expected).abs().max())
-    limit = MAX_LOSS_DIFFERENCE.get(unwrapped(model).dtype, MAX_LOSS_DIFFERENCE[torch.bfloat16])
-    if not difference <= limit:
+def _mean_difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((ours - expected).abs().mean())
+
+
+def _check_limit(model: torch.nn.Module, what: str, difference: float, limit: float) -> None:
+    if not difference <= limit:  # not a number is no pass
         raise RefusedError(
-            f"{_name(model)}: losses of one document {what} differ by {difference:.4f} nats, expected at most "
-            f"{limit}; this model can't be trained packed by this version, use another model family"
+            f"{_name(model)}: {what} differ by {difference:.4f}, expected at most {limit}; this model can't be "
+            "trained packed by this version, use another model family"
         )
 
 
@@ -78,12 +83,8 @@ def _check_gradient(model: torch.nn.Module, device: torch.device) -> None:
     if norm == 0.0:
         raise TrainingError("no gradient reaches its trained parameters")
     difference = float((packed - alone).norm()) / norm
-    limit = MAX_GRADIENT_DIFFERENCE.get(unwrapped(model).dtype, MAX_GRADIENT_DIFFERENCE[torch.bfloat16])
-    if not difference <= limit:
-        raise RefusedError(
-            f"{_name(model)}: gradients packed and alone differ by {difference:.4f} of their norm, expected at "
-            f"most {limit}; this model can't be trained packed by this version, use another model family"
-        )
+    limit = MAX_GRADIENT_DIFFERENCE[unwrapped(model).dtype]
+    _check_limit(model, "gradients packed and alone", difference, limit)
 
 
 def _probed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

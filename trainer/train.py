@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
@@ -24,7 +25,7 @@ from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.loss import split_loss, summed_loss
 from trainer.methods import METHODS
 from trainer.metrics import Metrics, memory_gib, report
-from trainer.model import enable_gradient_checkpointing, load_base_model
+from trainer.model import enable_gradient_checkpointing, load_base_model, load_tokenizer
 from trainer.optimizers import MasterAdamW, learning_rate
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.probe import check_packing
@@ -49,13 +50,14 @@ def train(config: PipelineConfig) -> TrainingResult:
         return finished
     checkpoint.remove_leftovers(job.folder)
     make_deterministic(job)
+    tokenizer = load_tokenizer(config)
     model = place(job, apply_method(job, load_model(job)))
     check_packing(model, device=job.device)
     optimizer = build_optimizer(job, model)
     progress = restore(job, optimizer)
     announce(job, model, progress)
     progress = run_steps(job, model, optimizer, progress)
-    return finish(job, model, progress)
+    return finish(job, model, tokenizer, progress)
 
 
 def make_deterministic(job: Job) -> None:
@@ -276,8 +278,10 @@ def stop(job: Job, progress: Progress, signal_number: int) -> None:
     raise SystemExit(128 + signal_number)
 
 
-def finish(job: Job, model: torch.nn.Module, progress: Progress) -> TrainingResult:
-    output = write_output(job, model)
+def finish(
+    job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> TrainingResult:
+    output = write_output(job, model, tokenizer)
     result = write_result(job, model, progress, output)
     mark_current(job)
     report(f"trained weights in {output}")

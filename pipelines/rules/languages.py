@@ -147,10 +147,10 @@ def prose_of(text: str) -> str:
         text = _URL.sub(" ", text)
     if "$" in text or "\\" in text:
         text = _FORMULA.sub(" ", text)
-    if "\n" in text:
-        text = " ".join(line for line in text.split("\n") if not _CODE_LINE.search(line))
     if "<" in text:
         text = _TAG.sub(" ", text)
+    if "\n" in text:
+        text = " ".join(line for line in text.split("\n") if not _CODE_LINE.search(line))
     return " ".join(text.split())
 
 

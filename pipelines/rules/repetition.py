@@ -48,10 +48,12 @@ def has_broken_numbering(text: str) -> bool:
     num_ones: dict[int, int] = defaultdict(int)
     for line in without_fences(text).split("\n"):
         stripped = line.lstrip(" \t>")
-        if not stripped or _BULLET.match(stripped):
+        if not stripped:
             continue
         indent = len(line[: len(line) - len(stripped)].expandtabs(4))
         num_ones = defaultdict(int, {other: ones for other, ones in num_ones.items() if other <= indent})
+        if _BULLET.match(stripped):
+            continue
         num_ones[indent] = num_ones[indent] + 1 if _NUMBERED_ONE.match(stripped) else 0
         if num_ones[indent] >= MIN_BROKEN_ITEMS:
             return True

@@ -1,13 +1,16 @@
 """The flow `sft-pipeline` on a real, embedded Prefect: whole, cut short, refused; what is left in Prefect's records."""
 
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from flows.preflight import ALL_STAGES
@@ -83,12 +86,17 @@ def test_the_flow_raises_our_own_errors(prefect_server: None, toy_folder: Path) 
         step_dedup(str(toy.write_config(toy_folder, run_root="nothing-yet")))
 
 
-def sft_pipeline_command(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
+def clean_environment(home: Path) -> dict[str, str]:
+    """Of a user who has set nothing about Prefect."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return kept | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
+
+
+def sft_pipeline_command(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
         cwd=ROOT,
-        env=kept | {"PYTHONPATH": str(ROOT), "HOME": str(home)},
+        env=clean_environment(home),
         capture_output=True,
         text=True,
         timeout=500,
@@ -146,6 +154,53 @@ def test_a_failure_is_one_line_and_a_refusal_needs_no_prefect(toy_folder: Path, 
     assert refused.stderr.startswith("sft-pipeline: error: ")
     assert refused.stderr.count("\n") == 1
     assert "2048 positions" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_run_that_is_ended_in_its_training_leaves_no_process_and_goes_on_when_run_again(
+    toy_folder: Path, tmp_path: Path, number: str, code: int
+) -> None:
+    config = str(toy.write_config(toy_folder, run_root=f"ended-{number}"))
+    run_root = toy_folder / f"ended-{number}"
+    long = ["--set", "train.epochs=30", "--set", "train.max_steps=null", "--set", "engine.workers=2"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from flows.cli import main; main()", "run", config, *long],
+            env=clean_environment(tmp_path),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    wait_for(
+        lambda: process.poll() is not None or list(run_root.glob("checkpoints/*/latest")), "a checkpoint"
+    )
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("trainer.launch" in " ".join(member.cmdline()) for member in family), (
+        tmp_path / "log"
+    ).read_text()
+    assert any("flows.local_server" in " ".join(member.cmdline()) for member in family)
+    # As a terminal does it for Ctrl-C: the whole group of the command, workers too.
+    os.killpg(process.pid, getattr(signal, number))
+    assert process.wait(60) == code
+    wait_for(lambda: not any(map(still_runs, family)), "the end of all processes")
+    told = (tmp_path / "log").read_text()
+    assert "Traceback" not in told
+    assert ("sft-pipeline: error: interrupted" in told) == (number == "SIGINT")
+    again = sft_pipeline_command("run", config, *long, "--from", "train", "--until", "train", home=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "goes on from step" in again.stderr or "resum" in again.stderr
+
+
+def still_runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within 200 s"
+        time.sleep(0.1)
 
 
 def test_training_is_refused_without_a_model_before_anything_is_written(toy_folder: Path) -> None:

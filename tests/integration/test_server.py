@@ -180,8 +180,15 @@ def test_cancelling_ends_the_training_child_and_frees_the_run_root(server: Serve
     result = server.type("prefect deployment run sft-pipeline", "--params", json.dumps(parameters))
     assert result.returncode == 0, result.stdout + result.stderr
     run_root = toy_folder / "cancelled"
-    child = wait_for(lambda: read_pid(run_root / PID_NAME), "the start of the training")
-    wait_for(lambda: list(run_root.glob("checkpoints/*/step-*")), "the first checkpoint")
+
+    def under_way(seen: Any) -> Any:
+        assert server.flow_runs()[0]["state"]["type"] in ("SCHEDULED", "PENDING", "RUNNING"), (
+            server.flow_runs()[0]
+        )
+        return seen
+
+    child = wait_for(lambda: under_way(read_pid(run_root / PID_NAME)), "the start of the training")
+    wait_for(lambda: under_way(list(run_root.glob("checkpoints/*/step-*"))), "the first checkpoint")
     flow_run = server.flow_runs()[0]
     assert child.owner == flow_run["id"]
     cancelled = server.type("prefect flow-run cancel", flow_run["id"])

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import holdout
+from pipelines import holdout, holdout_sides
 from pipelines.holdout import LEDGER, HoldoutDecision
 from pipelines.holdout_sides import draw_side
 from schemas.conversation import Conversation, Message, holdout_key
@@ -197,15 +198,17 @@ def test_equal_held_out_rows_take_one_line_of_the_ledger() -> None:
     assert set(ledger["side"].to_pylist()) == {"test"}
 
 
+@pytest.mark.parametrize("large_star", [2, 64])
 @pytest.mark.parametrize("chain", range(20))
-def test_a_chain_has_one_side_though_its_ends_are_far_apart(chain: int) -> None:
+def test_a_chain_has_one_side_though_its_ends_are_far_apart(chain: int, large_star: int) -> None:
     """Only neighbours are near; ids are such that the middle link lies between two rows that both follow others."""
     config = config_with(validation=0.3, test=0.3, near_threshold=0.85)
     row_ids = {0: "a", 1: "y", 2: "z", 3: "b"}
     words = [f"c{chain}w{n}" for n in range(23)]
     rows = [chat(row_ids[start], " ".join(words[start : start + 20])) for start in range(4)]
     assert [are_near(rows[0], row, 0.85) for row in rows] == [True, True, False, False]
-    sides = sides_of(decide(rows, EMPTY, config))
+    with mock.patch.object(holdout_sides, "_LARGE_STAR", large_star):
+        sides = sides_of(decide(rows, EMPTY, config))
     assert set(sides.values()) == {draw_side(min(r.meta["holdout_key"] for r in rows), config.holdout)}
 
 
@@ -245,6 +248,22 @@ def test_rows_for_training_only_are_dropped_where_their_question_is_held_out() -
     decision = decide([chat("a", question, "I am a robot of that firm", set="train")], ledger, config)
     assert drops_of(decision) == {"a": "b"}
     assert len(decision.sides) == 0
+
+
+@pytest.mark.parametrize("side", ["train", "validation", "test"])
+def test_what_is_barred_from_the_hold_out_pulls_and_pushes_nobody(side: str) -> None:
+    config = config_with(validation=0.3, test=0.3, near_threshold=0.5)
+    question = first_turn_on("validation", config)
+    ledger = decide([chat("b", question, "far off " * 20)], EMPTY, config).ledger
+    tails = (" ".join(f"t{n}y{i}" for i in range(12)) for n in range(1000))
+    text = next(tail for tail in tails if draw_of(tail, config) == side)
+    barred = chat("a", question, text, set="train")
+    new = chat("c", text, "and so on")
+    assert are_near(barred, new, 0.3)
+    config = config_with(validation=0.3, test=0.3, near_threshold=0.3)
+    decision = decide([barred, new], ledger, config)
+    assert drops_of(decision) == {"a": "b"}
+    assert sides_of(decision) == {"c": side}
 
 
 def test_rows_for_training_only_near_a_held_out_row_are_dropped() -> None:
@@ -383,7 +402,8 @@ def test_a_first_run_draws_once_for_what_hangs_together(
     rows: list[Conversation], settings: dict[str, Any]
 ) -> None:
     config = config_with(**settings)
-    sides = sides_of(decide(rows, EMPTY, config))
+    with mock.patch.object(holdout_sides, "_LARGE_STAR", 2):
+        sides = sides_of(decide(rows, EMPTY, config))
     for group in plain_components(rows, config.holdout.near_threshold):
         if any(row.meta.get("set") == "train" for row in group):
             expected = "train"

@@ -318,13 +318,12 @@ def test_hostile_repetition_takes_linear_time(unit: bytes) -> None:
     assert time.process_time() - started < 30
 
 
-@pytest.mark.slow
 def test_records_that_seem_to_swallow_each_other_do_not_cost_a_walk_each() -> None:
     """500 open records inside each other, each of which could be the one whose end is missing."""
-    data = b'[{"z": 1},' + b'{"z":[' * 500 + b'"x",' * (1 << 19)
-    started = time.process_time()
-    check_cover(scan_values(data), data)
-    assert time.process_time() - started < 20
+    data = b'[{"z": 1},' + b'{"z":[' * 500 + b'"x",' * 1000
+    found = breaks(scan_values(data))
+    assert found[-1][0] == "truncated_file"
+    assert len(found) <= 65  # each is one walk to the end of the file
 
 
 def test_nesting_over_the_parsers_limit_is_a_break() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from fractions import Fraction
 from unittest import mock
 
@@ -12,15 +13,19 @@ from hypothesis import strategies as st
 
 from pipelines import near_duplicates
 from pipelines.grams import GramSets, Ints, gram_sets
-from pipelines.near_duplicates import Bools, greedy_survivors, joined, near_pairs
+from pipelines.near_duplicates import (
+    Bools,
+    Pairs,
+    PrefixIndex,
+    greedy_survivors,
+    joined,
+    near_pairs,
+    pairs_between,
+)
 
 small_sets = st.lists(st.sets(st.integers(0, 14), max_size=10), max_size=14)
 thresholds = st.sampled_from([0.05, 0.3, 0.5, 0.55, 0.7, 0.8, 0.9, 1.0])
 tiny_blocks = mock.patch.multiple(near_duplicates, _MAX_BLOCK_ROWS=3, _MAX_BLOCK_GRAMS=12, _MAX_EXPANDED=7)
-
-
-def all_wanted(left: Ints, right: Ints) -> Bools:
-    return np.ones(len(left), bool)
 
 
 def gram_sets_of(sets: list[set[int]]) -> GramSets:
@@ -45,7 +50,12 @@ def brute_pairs(sets: list[set[int]], threshold: float) -> dict[tuple[int, int],
 
 
 def found_pairs(sets: GramSets, threshold: float) -> dict[tuple[int, int], float]:
-    pairs = joined(near_pairs(sets, threshold=threshold, wanted=all_wanted))
+    index = PrefixIndex(sets, threshold=threshold)
+    return as_dict(near_pairs(index, np.arange(len(sets))))
+
+
+def as_dict(found: Iterable[Pairs]) -> dict[tuple[int, int], float]:
+    pairs = joined(found)
     keys = list(zip(pairs.left.tolist(), pairs.right.tolist(), strict=True))
     assert len(keys) == len(set(keys)), "a pair was given twice"
     return dict(zip(keys, pairs.jaccard.tolist(), strict=True))
@@ -77,14 +87,37 @@ def test_survivors_are_those_of_a_walk_in_order(
     order = list(range(len(sets)))
     shuffler.shuffle(order)
     with tiny_blocks:
-        survivor, jaccard = greedy_survivors(
-            gram_sets_of(sets), np.array(order, np.int64), threshold=threshold, wanted=all_wanted
-        )
+        index = PrefixIndex(gram_sets_of(sets), threshold=threshold)
+        survivor, jaccard = greedy_survivors(index, np.array(order, np.int64))
     assert survivor.tolist() == brute_survivors(sets, order, threshold)
     for row, other in enumerate(survivor.tolist()):
         if other >= 0:
             assert jaccard[row] == pytest.approx(float(similarity(sets[row], sets[other])))
             assert jaccard[row] >= threshold
+
+
+@given(small_sets, thresholds, st.randoms(use_true_random=False))
+def test_pairs_inside_a_cluster_are_left_out_and_no_others(
+    sets: list[set[int]], threshold: float, chance: random.Random
+) -> None:
+    group = [chance.randrange(4) for _ in sets]  # 0: no cluster
+    members = [np.array([row for row, g in enumerate(group) if g == number], np.int64) for number in range(4)]
+    with tiny_blocks:
+        index = PrefixIndex(gram_sets_of(sets), threshold=threshold)
+        found = as_dict(near_pairs(index, members[0], clusters=members[1:]))
+        between = as_dict(pairs_between(index, members[1], members[2]))
+    expected = brute_pairs(sets, threshold)
+    assert {frozenset(pair): value for pair, value in found.items()} == {
+        frozenset((i, j)): value
+        for (i, j), value in expected.items()
+        if group[i] == 0 or group[i] != group[j]
+    }
+    assert between == {
+        (i, j): value
+        for pair, value in expected.items()
+        for i, j in (pair, pair[::-1])
+        if (group[i], group[j]) == (1, 2)
+    }
 
 
 @pytest.mark.parametrize("hundredths", range(1, 101))
@@ -106,7 +139,7 @@ def test_a_chain_is_not_closed() -> None:
     a, b, c = set(range(18)), set(range(1, 19)), set(range(3, 21))
     assert similarity(a, b) >= Fraction("0.8") > similarity(a, c)
     assert similarity(b, c) >= Fraction("0.8")
-    survivor, _ = greedy_survivors(gram_sets_of([a, b, c]), np.arange(3), threshold=0.8, wanted=all_wanted)
+    survivor, _ = greedy_survivors(PrefixIndex(gram_sets_of([a, b, c]), threshold=0.8), np.arange(3))
     assert survivor.tolist() == [-1, 0, -1]
 
 
@@ -116,7 +149,7 @@ def test_unwanted_pairs_are_not_near() -> None:
     def not_of_the_first(left: Ints, right: Ints) -> Bools:
         return (left != 0) & (right != 0)
 
-    survivor, _ = greedy_survivors(sets, np.arange(3), threshold=0.8, wanted=not_of_the_first)
+    survivor, _ = greedy_survivors(PrefixIndex(sets, threshold=0.8), np.arange(3), wanted=not_of_the_first)
     assert survivor.tolist() == [-1, -1, 1]
 
 
@@ -131,7 +164,7 @@ def test_a_template_of_many_copies_costs_no_square() -> None:
         looked_at += len(left)
         return np.ones(len(left), bool)
 
-    survivor, _ = greedy_survivors(sets, np.arange(4000), threshold=0.8, wanted=counting)
+    survivor, _ = greedy_survivors(PrefixIndex(sets, threshold=0.8), np.arange(4000), wanted=counting)
     assert survivor.tolist() == [-1] + [0] * 3999
     assert looked_at < 5_000_000
 

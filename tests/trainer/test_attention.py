@@ -1,5 +1,6 @@
 """Packed attention is attention over each document alone. Judge: transformers' own models, unpacked."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from schemas.errors import RefusedError, TrainingError
+from schemas.training_config import ModelConfig
 from tests.trainer.tiny_models import (
     Document,
     example_of,
@@ -19,7 +21,7 @@ from trainer import attention, loss
 from trainer.attention import packed_attention, use_packed_attention, use_plain_attention
 from trainer.data import MicroBatch, collate
 from trainer.loss import hidden_states, token_losses
-from trainer.model import enable_gradient_checkpointing
+from trainer.model import enable_gradient_checkpointing, load_base_model
 from trainer.probe import check_packing
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -334,3 +336,11 @@ def test_a_family_that_drops_the_borders_is_refused() -> None:
     use_packed_attention(model)
     with pytest.raises(RefusedError, match="StableLmForCausalLM can't be trained packed"):
         check_packing(model, device=torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.smollm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_passes_a_real_model(smollm: Path, dtype: torch.dtype) -> None:
+    base = load_base_model(ModelConfig(path=str(smollm)), device=torch.device("cpu"), dtype=dtype)
+    check_packing(tiny_lora(base, std=0.0).train(), device=torch.device("cpu"))

@@ -111,8 +111,12 @@ def test_with_a_damaged_newest_checkpoint_the_one_before_is_taken_and_said(
 ) -> None:
     expected = unbroken(tmp_path / "unbroken")
     config = run_of(tmp_path / "broken", keep_checkpoints=3)
+
+    def crash(*_: Any) -> None:
+        raise Crash
+
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "write_output", lambda job, model: (_ for _ in ()).throw(Crash))
+        patch.setattr(train_module, "write_output", crash)
         with pytest.raises(Crash):
             train(config)
     newest, second, third = checkpoint.step_folders(plan_job(config).folder)

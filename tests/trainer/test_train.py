@@ -135,9 +135,13 @@ def test_only_adapters_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_full_tuning_leaves_a_model_that_plain_transformers_loads(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, train={"method": "full", "learning_rate": 3e-3, "max_steps": 4})
+    assert config.model is not None
+    generation = Path(config.model.path) / "generation_config.json"
+    odd = json.loads(generation.read_text()) | {"do_sample": False, "temperature": 0.6}
+    generation.write_text(json.dumps(odd))  # some published models have this; saving it is an error in places
     result = train(config)
     folder = training_folder(config, result) / "model"
-    assert config.model is not None
+    assert (folder / "generation_config.json").read_bytes() == generation.read_bytes()
     before = AutoModelForCausalLM.from_pretrained(config.model.path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     after, report = loaded
@@ -322,6 +326,13 @@ def test_named_targets_are_the_only_ones_trained(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, train={"lora": {"targets": ["q_proj", "down_proj"]}, "max_steps": 1})
     names = adapter(config, train(config))
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == {"q_proj", "down_proj"}
+
+
+def test_a_missing_chat_template_is_found_before_training(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, split={"max_tokens": 64, "chat_template": str(tmp_path / "absent.jinja")})
+    with pytest.raises(ConfigError, match=r"no file .*absent\.jinja"):
+        train(config)
+    assert not list(config.run_root.glob("checkpoints/*/metrics.jsonl"))
 
 
 def test_models_that_can_run_code_or_lack_weights_are_refused(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from schemas.errors import TrainingError
 from schemas.training_config import ModelConfig, TrainConfig
+from trainer.support import model_folder
 
 OUTPUT_FOLDER = "model"
 
@@ -21,4 +22,9 @@ def save(model: PreTrainedModel, folder: Path, model_config: ModelConfig) -> Non
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0 or not bool(torch.isfinite(parameter).all()):
             raise TrainingError(f"weight {name} {tuple(parameter.shape)} is empty or not finite; not saved")
+    # transformers 5.17 refuses to write generation settings that it reads without a word: keep the base's file.
+    model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
+    own_settings = model_folder(model_config.path, model_config.revision) / "generation_config.json"
+    if own_settings.is_file():
+        (folder / "generation_config.json").write_bytes(own_settings.read_bytes())

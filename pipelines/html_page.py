@@ -1,0 +1,169 @@
+"""The page being read: finished blocks, and the run of inline text that the next block ends.
+
+Handlers of elements add to the run or end it; a run becomes one block of canonical HTML, in which every character
+that Markdown or a converter could take for markup stands as a mark (see html_marks.py).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from selectolax.lexbor import LexborNode
+
+from pipelines.html_marks import NON_ASCII_BLANKS, Fragment, Fragments
+from pipelines.markdown import positions_to_escape
+
+_BLANKS = re.compile(r"[ \t\n\r\f]+")
+_SPACES = re.compile("  +")
+_LINE_BREAK = re.compile(r" *\n[ \n]*")
+_SPECIAL = re.compile(rf"[*_`\[\\|&~<{NON_ASCII_BLANKS}]")
+_LINE_START = re.compile(r"^(?:[#>+=-]|\d{1,9}[.)])", re.MULTILINE)
+
+
+class TooDeepError(Exception):
+    """The tree is nested deeper than `max_depth`."""
+
+
+class TooLargeError(Exception):
+    """A small page would become a huge text."""
+
+
+@dataclass(slots=True)
+class Page:
+    """State of the one pass over an answer's tree."""
+
+    handlers: Mapping[str | None, "Handler"]
+    fragments: Fragments
+    images: str
+    max_depth: int
+    blocks: list[str] = field(default_factory=list)
+    run: list[str] = field(default_factory=list)
+    visible: list[str] = field(default_factory=list)
+    wrap: str = "p"  # the element around the next run; "" for text that stands bare in a list item
+    open_tags: list[str] = field(default_factory=list)
+    in_cell: bool = False
+    list_depth: int = 0
+    bare_block: int = -1  # index of the block that is bare text of a list item, if it is the last one
+
+
+Handler: TypeAlias = Callable[[LexborNode, Page, int], None]
+"""Reads one element that stands `depth` levels deep. Elements without a handler count for what is in them."""
+
+
+def walk(node: LexborNode, page: Page, depth: int) -> None:
+    """Read the children of an element. Raises TooDeepError."""
+    if depth > page.max_depth:
+        raise TooDeepError
+    handlers = page.handlers
+    for child in node.iter(include_text=True):
+        tag = child.tag
+        if tag == "-text":
+            read_text(child, page)
+        else:
+            handlers.get(tag, walk)(child, page, depth + 1)
+
+
+def read_text(node: LexborNode, page: Page) -> None:
+    text = node.text_content or ""
+    if not page.run and text.isspace():
+        return
+    # New lines, tabs, zero-width spaces; a regex on every node costs a tenth of the time.
+    if not text.isprintable():
+        text = _BLANKS.sub(" ", text).replace("\u200b", "")
+    page.run.append(text)
+
+
+def block(node: LexborNode, page: Page, depth: int) -> None:
+    """Handler of elements that stand on lines of their own."""
+    end_run(page)
+    walk(node, page, depth)
+    end_run(page)
+
+
+def inline_token(page: Page, text: str, *, is_code: bool = False) -> str:
+    """Text to append to the run in place of Markdown that must come out as it is."""
+    return page.fragments.token(Fragment(text.replace("|", "\\|") if page.in_cell else text), is_code=is_code)
+
+
+def block_token(page: Page, fragment: Fragment) -> None:
+    """A block of Markdown that must come out as it is."""
+    end_run(page)
+    token = page.fragments.token(fragment)
+    page.blocks.append(f"<p>{token}</p>")
+    page.visible.append(token)
+    if page.wrap == "":
+        page.wrap = "p"
+
+
+def end_run(page: Page) -> None:
+    """Close the run of inline text as a block of its own."""
+    if not page.run:
+        return
+    text = "".join(page.run)
+    marks = page.fragments.marks
+    if page.open_tags:
+        inside = [marks.tags[tag] for tag in page.open_tags]
+        text += "".join(closer for _, closer in reversed(inside))
+        page.run = [opener for opener, _ in inside]
+    else:
+        page.run = []
+        if text.isspace():
+            return
+    text = _tidy(text, page)
+    if not text.strip(marks.empty).strip():
+        return
+    text = _marked(text, page)
+    page.visible.append(text)
+    canonical = marks.to_html(text)
+    if page.wrap and not page.in_cell:
+        page.blocks.append(f"<{page.wrap}>{canonical}</{page.wrap}>")
+        return
+    page.blocks.append(canonical)
+    if not page.in_cell:
+        page.wrap = "p"
+        page.bare_block = len(page.blocks) - 1
+
+
+def _tidy(text: str, page: Page) -> str:
+    """Blanks folded, kept out of emphasis; emphasis around nothing and between two equal ones taken out."""
+    marks = page.fragments.marks
+    if marks.any_opener.search(text):
+        before = ""
+        while before != text:
+            before = text
+            for opener, closer in marks.tags.values():
+                text = text.replace(closer + opener, "").replace(opener + closer, "")
+            text = marks.blanks_behind_opener.sub(r"\2\1", text)
+            text = marks.blanks_before_closer.sub(r"\2\1", text)
+    if "  " in text:
+        text = _SPACES.sub(" ", text)
+    if "\n" not in text:
+        return text.strip(" ")
+    text = _LINE_BREAK.sub("\n", text).strip(" \n")
+    return text.replace("\n", " ") if page.wrap[:1] == "h" and not page.in_cell else text
+
+
+def _marked(text: str, page: Page) -> str:
+    """Characters that are Markdown where they stand get their escaped mark, others that converters touch theirs."""
+    marks = page.fragments.marks
+    if not page.in_cell and not _needs_marks(text):
+        return text
+    line_starts = page.wrap[:1] != "h" and not page.in_cell
+    emphasis, code = marks.openers + marks.closers, marks.code_close
+    places = positions_to_escape(text, emphasis=emphasis, code=code, line_starts=line_starts)
+    characters = [
+        marks.escaped[character] if place in places else marks.literal.get(character, character)
+        for place, character in enumerate(text)
+    ]
+    if page.in_cell:
+        in_cell = {marks.literal["|"]: marks.escaped["|"], "\n": marks.cell_break}
+        characters = [in_cell.get(character, character) for character in characters]
+    return "".join(characters)
+
+
+def _needs_marks(text: str) -> bool:
+    # Three cheap questions: one regex with "^" among its alternatives takes four times as long.
+    if _SPECIAL.search(text) or text[-1] == "#":
+        return True
+    return ("\n" in text or not text[0].isalpha()) and _LINE_START.search(text) is not None

@@ -1,0 +1,554 @@
+"""HTML answers -> Markdown. Judges from outside: markdown-it-py reads what we wrote, html.parser what was there."""
+
+import gzip
+import html
+import json
+import re
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from pipelines.html import CONVERTERS, Converted, convert_answer, looks_like_page
+from schemas.conversation import Drop
+from schemas.pipeline_config import CleanConfig
+
+# Raw HTML off, as chat renderers have it: a literal "<" is text.
+COMMONMARK = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+COPY = '<button class="flex gap-1 items-center"><svg viewBox="0 0 1 1"><path d="M1"></path></svg>Copier le code</button>'
+
+
+def page(inner: str) -> str:
+    return f'<div class="markdown prose w-full break-words dark:prose-invert dark">{inner}</div>'
+
+
+def markdown(inner: str, **settings: object) -> str:
+    converted = convert_answer(page(inner), CleanConfig(**settings))
+    assert isinstance(converted, Converted), converted
+    return converted.markdown
+
+
+def old_code(code: str, *, bar: str = "python", classes: str = "hljs language-python") -> str:
+    return (
+        f'<pre><div class="bg-black rounded-md"><div class="flex items-center"><span>{bar}</span>{COPY}</div>'
+        f'<div class="p-4 overflow-y-auto"><code class="!whitespace-pre {classes}">{code}</code></div></div></pre>'
+    )
+
+
+def editor_code(lines: list[str], *, bar: str = "", nested: bool = False) -> str:
+    inner = "<br>".join(f'<span class="ͼ8">{line}</span>' for line in lines)
+    content = (
+        f'<pre class="cm-content m-0"><code>{inner}</code></pre>'
+        if nested
+        else f'<div class="cm-content q9">{inner}</div>'
+    )
+    button = '<button aria-label="Sao chép"><svg></svg></button>'
+    return (
+        f'<pre class="overflow-visible! px-0!" data-start="1"><div class="sticky"><div><svg></svg>{bar}</div>'
+        f'<div>{button}</div></div><div class="cm-editor"><div class="cm-scroller">{content}</div></div></pre>'
+    )
+
+
+def katex(tex: str, *, display: bool = False) -> str:
+    formula = (
+        f'<span class="katex"><span class="katex-mathml"><math><semantics><mrow><mi>X</mi></mrow>'
+        f'<annotation encoding="application/x-tex">{html.escape(tex)}</annotation></semantics></math></span>'
+        f'<span class="katex-html" aria-hidden="true"><span class="base">X</span></span></span>'
+    )
+    return f'<span class="katex-display">{formula}</span>' if display else formula
+
+
+CASES = {
+    "code with a bar": (old_code("a = 1\n\n  b_c*d"), "```python\na = 1\n\n  b_c*d\n```"),
+    "code without a language": (old_code("x", bar="", classes="whitespace-pre!"), "```\nx\n```"),
+    "language of the bar alone": (old_code("x", bar="Objective-C", classes=""), "```objectivec\nx\n```"),
+    "highlighted code unescaped once": (
+        old_code(
+            '<span class="hljs-tag">&lt;/<span class="hljs-name">p</span>&gt;</span> &amp;lt;', bar="html"
+        ),
+        "```python\n</p> &lt;\n```",
+    ),
+    "editor code": (
+        editor_code(["def f():", "    return 1"], bar="Python"),
+        "```python\ndef f():\n    return 1\n```",
+    ),
+    "editor code in a second pre": (editor_code(["a", "", "b"], nested=True), "```\na\n\nb\n```"),
+    "plain pre": ("<pre>a\n  b</pre>", "```\na\n  b\n```"),
+    "pre with text beside its code": ("<pre>run <code>x</code> now</pre>", "```\nrun x now\n```"),
+    "fence in code": (old_code("```\nx\n````\n", bar=""), "`````python\n```\nx\n````\n`````"),
+    "code in an item": (
+        f"<ol><li><p>Do:</p>{old_code('if a:&#10;&#10;    b&#10;')}</li><li><p>Done</p></li></ol>",
+        "1. Do:\n\n   ```python\n   if a:\n\n       b\n   ```\n\n2. Done",
+    ),
+    "inline formula": (f"<p>so {katex('a_1 < b')} holds</p>", "so $a_1 < b$ holds"),
+    "displayed formula in a paragraph": (
+        f"<p>so {katex('x^2', display=True)} holds</p>",
+        "so\n\n$$\nx^2\n$$\n\nholds",
+    ),
+    "displayed formula after a list": (f"<ul><li>a</li></ul>{katex('y', display=True)}", "- a\n\n$$\ny\n$$"),
+    "displayed formula in an item": (
+        f"<ul><li>a{katex('y', display=True)}</li></ul>",
+        "- a\n\n  $$\n  y\n  $$",
+    ),
+    "list going on": ('<h3>T</h3><ol start="6"><li>six</li><li>seven</li></ol>', "### T\n\n6. six\n7. seven"),
+    "list in a list": (
+        "<ol><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li><li>d</li></ol>",
+        "1. a\n   - b\n     - c\n2. d",
+    ),
+    "list beside its item": ("<ul><li>a</li><ul><li>b</li></ul></ul>", "- a\n  - b"),
+    "items with offsets are tight": (
+        '<ul data-start="0"><li data-start="0" data-end="3"><p data-start="2">a</p></li>\n'
+        '<li data-start="4" data-end="7"><p>b</p></li></ul>',
+        "- a\n- b",
+    ),
+    "items with offsets are loose": (
+        '<ul><li data-start="0" data-end="3"><p>a</p></li>\n<li data-start="5" data-end="8"><p>b</p></li></ul>',
+        "- a\n\n- b",
+    ),
+    "tasks": (
+        '<ul class="contains-task-list"><li class="task-list-item"><p><input disabled="" type="checkbox"> a</p></li>'
+        '<li class="task-list-item"><input type="checkbox" checked="" disabled="">b</li></ul>',
+        "- [ ] a\n\n- [x] b",
+    ),
+    "table": (
+        "<div><div><table><thead><tr><th>A|B</th><th><strong>C</strong></th></tr></thead><tbody><tr>"
+        "<td><code>a|b</code></td><td>x<br>y</td></tr><tr><td>one</td></tr></tbody></table></div></div>",
+        "| A\\|B | **C** |\n| --- | --- |\n| `a\\|b` | x<br>y |\n| one |  |",
+    ),
+    "table in an item": (
+        "<ul><li>a<table><tr><th>h</th></tr><tr><td>d</td></tr></table></li></ul>",
+        "- a\n\n  | h |\n  | --- |\n  | d |",
+    ),
+    "quote": (
+        f"<blockquote><p>a</p><ul><li>b</li></ul><p>c</p>{old_code('d&#10;&#10;e')}</blockquote>",
+        "> a\n>\n> - b\n>\n> c\n>\n> ```python\n> d\n>\n> e\n> ```",
+    ),
+    "white space between blocks": (
+        '\n<p data-start="0">a</p>\n\n<hr data-start="3">\n<p>b</p>\n',
+        "a\n\n---\n\nb",
+    ),
+    "line breaks": ("<p>a<br>\nb</p>", "a  \nb"),
+    "carousel of pictures": (
+        '<div><button><img alt="https://e.org/x.png" src="./f/th"></button></div><p>a</p>',
+        "a",
+    ),
+    "frames, scripts, styles": (
+        "<iframe src='x'>no</iframe><script>no</script><style>no</style><p>a</p>",
+        "a",
+    ),
+    "citation pill": (
+        '<p>Fact.\u200b <span data-state="closed"><span data-testid="webpage-citation-pill"><a href="https://e.org">'
+        '<span class="flex"><span class="grow truncate">e.org</span><span>+3</span></span></a></span></span></p>',
+        "Fact.",
+    ),
+    "citation pill without its name": (
+        '<p>Fact.<span class="ms-1"><a href="https://e.org"><span><span class="truncate">e</span></span></a></span></p>',
+        "Fact.",
+    ),
+    "link": ('<p><a href="https://e.org/?utm_source=chatgpt.com">e_f</a></p>', "[e_f](https://e.org/)"),
+    "address as its own link": (
+        '<p><a href="https://e.org/a_b">https://e.org/a_b</a></p>',
+        "https://e.org/a_b",
+    ),
+    "address with odd brackets": ('<p><a href="https://e.org/a(b">x</a></p>', "[x](<https://e.org/a(b>)"),
+    "script behind a link": (
+        '<p><a href=" java\nscript:alert(1)">x</a> <a href="data:text/html,y">y</a></p>',
+        "x y",
+    ),
+    "zero-width spaces": ("<p>a\u200bb</p>", "ab"),
+    "no-break space kept": ("<p>100\u00a0% vrai\u202f!\u3000</p>", "100\u00a0% vrai\u202f!"),
+    "names stay bare": (
+        "<p>my_var and snake_case_name, 2 * 3 * 4, C#</p>",
+        "my_var and snake_case_name, 2 * 3 * 4, C#",
+    ),
+    "angle brackets stay": (
+        "<p>List&lt;String&gt; and x &lt; y &amp;&amp; z &gt; w</p>",
+        "List<String> and x < y && z > w",
+    ),
+    "stars that would be emphasis": ("<p>*not* so</p>", "\\*not\\* so"),
+    "paragraph like a list": ("<p>1. not</p><p># not</p><p>- not</p>", "1\\. not\n\n\\# not\n\n\\- not"),
+    "heading like a list": ("<h2>1. Title</h2>", "## 1. Title"),
+    "emphasis with blanks inside": ("<p>a<strong> b </strong>c <em></em>d</p>", "a **b** c d"),
+    "emphasis in itself": ("<p><strong>a <b>b</b></strong></p>", "**a b**"),
+    "inline code with back-ticks": ("<p><code>a`b</code> <code>`</code></p>", "``a`b`` `` ` ``"),
+    "details": ("<details><summary>More</summary><p>a</p></details>", "**More**\n\na"),
+    "exponents": ("<p>x<sup>2</sup></p>", "x<sup>2</sup>"),
+    "footnotes": (
+        '<p>a<sup><a href="#user-content-fn-1" data-footnote-ref="">1</a></sup></p><section class="footnotes">'
+        '<h2 class="sr-only">Footnotes</h2><ol><li id="fn-1"><p>b <a href="#fnref-1" data-footnote-backref="">↩</a></p>'
+        "</li></ol></section>",
+        "a[^1]\n\n[^1]: b",
+    ),
+    "text of unknown elements": ("<p>a <custom-thing>b</custom-thing></p>", "a b"),
+}
+
+
+@pytest.mark.parametrize(("inner", "expected"), CASES.values(), ids=CASES.keys())
+def test_markup_of_the_page_becomes_markdown(inner: str, expected: str) -> None:
+    assert markdown(inner) == expected
+
+
+@pytest.mark.parametrize("name", ["code in an item", "table", "quote", "names stay bare", "list in a list"])
+def test_both_converters_write_what_reads_the_same(name: str) -> None:
+    rendered = {
+        converter: COMMONMARK.render(markdown(CASES[name][0], converter=converter))
+        for converter in CONVERTERS
+    }
+    tight = {re.sub(r"\s+|</?p>", "", text) for text in rendered.values()}
+    assert len(tight) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [("drop", "a"), ("alt", "a A cat"), ("keep", "a ![A cat](https://e.org/c.png) ![](https://e.org/d.png)")],
+)
+def test_pictures_follow_the_setting(images: str, expected: str) -> None:
+    pictures = (
+        '<img alt="A cat" src="https://e.org/c.png"> <img alt="https://e.org/d.png" src="./dead/local">'
+    )
+    assert markdown(f"<p>a {pictures}</p>", images=images) == expected
+
+
+def test_only_the_answer_is_read_where_the_page_stands_around_it() -> None:
+    around = f"<div><span>2 / 2</span>{page('<p>answer</p>')}<div>Regenerate</div></div>"
+    assert convert_answer(around, CleanConfig()) == Converted("answer", is_unfinished=False)
+
+
+def test_private_use_characters_of_the_answer_survive() -> None:
+    text = "\ue000 1 \ue001 \ue055 *a* \uf8ff &#xe002;"
+    assert (
+        markdown(f"<p>{text}</p><pre>\ue000</pre>")
+        == "\ue000 1 \ue001 \ue055 \\*a\\* \uf8ff \ue002\n\n```\n\ue000\n```"
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "is_unfinished"),
+    [
+        ('class="result-streaming markdown prose"', True),
+        ('class="result-thinking markdown prose"', True),
+        ('class="request-:R2d6:-19 light text-red-500 flex"', True),
+        ('class="streaming-animation markdown prose"', False),
+    ],
+)
+def test_markup_says_that_an_answer_is_unfinished(attributes: str, is_unfinished: bool) -> None:
+    converted = convert_answer(f"<div {attributes}><p>It</p></div>", CleanConfig())
+    assert converted == Converted("It", is_unfinished=is_unfinished)
+
+
+# ------------------------------------------------------------------------------------------------- what is HTML
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        page("<p>a</p>"),
+        f"\n {page('<p>a</p>')} \n",
+        '<div\n class="request-:r0:-3 markdown prose"><p>a</p></div>',
+        '<div class="flex"><div class="markdown prose"><p>a</p></div></div>',
+        "<p>Hello</p><ul><li>a</li></ul>",
+        "<ol>\n<li>a</li>\n</ol>\n<p>b</p>",
+        '<pre><code class="language-js">x</code></pre>',
+    ],
+)
+def test_an_answer_that_is_html_as_a_whole_is_taken_as_such(text: str) -> None:
+    assert looks_like_page(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use `<div class='markdown'>` here.",
+        '```html\n<div class="markdown prose"><p>a</p></div>\n```',
+        'Try this:\n<div class="box"><p>a</p></div>',
+        '<div class="box">\n  <p>a</p>\n</div>',
+        '<div id="app"><p>a</p></div>',
+        "<!DOCTYPE html>\n<html><body><p>a</p></body></html>",
+        "<p>a</p>\n\n```js\nx\n```\n<p>b</p>",
+        "<p>a</p> and then prose <p>b</p>",
+        "<b>Note</b> this is Markdown",
+        "<think>hm</think>",
+        "a < b and c > d",
+        "",
+    ],
+)
+def test_an_answer_that_holds_html_or_is_source_code_stays_text(text: str) -> None:
+    assert not looks_like_page(text)
+
+
+# ------------------------------------------------------------------------------------------------- hostile input
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (page("<p>" + "word " * 500_000), "html_too_large"),
+        (page("<div>" * 1_000 + "x" + "</div>" * 1_000), "html_too_deep"),
+        (page("<div>" * 100_000), "html_too_deep"),
+        ("<p>" + "<b></i></p>" * 60_000, "html_unparsable"),
+        (page("<a " * 300_000), "html_unparsable"),
+        (page("<p " + " ".join(f"a{i}" for i in range(18_000)) + ">x</p>"), "html_too_large"),
+        (page("<p>" + "".join(f"<b id={i}>" for i in range(1_400)) + "<p>x" * 1_400), "html_too_deep"),
+        (
+            page("<p>" + "".join(f'<b id="{i}">' for i in range(99)) + "<p>x</p>" * 9_000 + "</b>" * 99),
+            "html_too_large",
+        ),
+        (page("<table>" + '<tr><td colspan="9999">x</td></tr>' * 2_000 + "</table>"), "html_too_large"),
+        ("<!--" * 200_000, "html_unparsable"),
+        (page("<p>" + "<x>" * 300_000), "html_too_deep"),
+        ("<" * 500_000, "html_too_large"),
+    ],
+    ids=lambda value: value if len(value) < 30 else "",
+)
+def test_hostile_markup_is_dropped_at_once(text: str, reason: str) -> None:
+    start = time.process_time()
+    outcome = convert_answer(text, CleanConfig())
+    assert isinstance(outcome, Drop)
+    assert outcome.reason == reason
+    assert time.process_time() - start < 2
+
+
+def test_a_converter_that_loses_text_drops_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONVERTERS, "markdownify", lambda text: "only this")
+    outcome = convert_answer(page("<p>only this is not all</p>"), CleanConfig(converter="markdownify"))
+    assert isinstance(outcome, Drop)
+    assert outcome.reason == "html_unparsable"
+    assert "isnotall" in outcome.detail
+
+
+def test_a_panic_of_a_library_drops_the_chat_and_an_interrupt_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class PanicException(BaseException):  # the name that pyo3 gives to a Rust panic
+        pass
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    monkeypatch.setitem(CONVERTERS, "markdownify", lambda text: fail(PanicException("boom")))
+    outcome = convert_answer(page("<p>a</p>"), CleanConfig(converter="markdownify"))
+    assert isinstance(outcome, Drop)
+    assert outcome.detail == "PanicException: boom"
+    monkeypatch.setitem(CONVERTERS, "markdownify", lambda text: fail(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        convert_answer(page("<p>a</p>"), CleanConfig(converter="markdownify"))
+
+
+# ------------------------------------------------------------------------------------------------- any page
+
+_WORDS = (
+    "word a_b __init__ * ** 2*3*4 ` `` [x](y) [a] # ## 1. 12) - + > = --- === ~~ ~~x~~ \\ \\* \\( &lt; &amp; <div> </b> "
+    "List<String> a|b | $5 x\u00a0y 中文 é ... ![i](u) <https://x.y> http://x.y/a_b C# #tag &copy ``` ~~~ *a* _b_ \ue000"
+).split(" ")
+_text = st.lists(st.sampled_from(_WORDS), min_size=1, max_size=5).map(
+    lambda words: html.escape(" ".join(words))
+)
+_styled = st.tuples(st.sampled_from(["strong", "em", "del"]), st.sampled_from(["one", "two_x", "3 C"]))
+_inline = st.one_of(
+    _text,
+    _text,
+    _styled.map(lambda pair: f"<{pair[0]}>{pair[1]}</{pair[0]}>"),
+    st.text("ab `|\\*<", min_size=1, max_size=8)
+    .filter(str.strip)
+    .map(lambda c: f"<code>{html.escape(c)}</code>"),
+    st.just("ah<br>oh"),
+    st.just('<a href="https://e.org/a_(b)">link text</a>'),
+)
+_run = st.lists(_inline, min_size=1, max_size=4).map(" ".join)
+_pre = st.text("ab \n\t`~<>&*_|\\#-1.é", min_size=1, max_size=30).map(
+    lambda code: old_code(html.escape(code))
+)
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = ["".join(f"<{'td' if number else 'th'}>{cell}</{'td' if number else 'th'}>" for cell in row)
+                   for number, row in enumerate(rows)]  # fmt: skip
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
+
+
+def _containers(blocks: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    several = st.lists(blocks, min_size=1, max_size=3).map("".join)
+    item = st.one_of(_run, several, st.tuples(_run, several).map("".join))
+    items = st.lists(item, min_size=1, max_size=3).map(
+        lambda found: "".join(f"<li>{item}</li>" for item in found)
+    )
+    lists = st.tuples(st.sampled_from(["ul", "ol", 'ol start="9"']), items)
+    return st.one_of(
+        lists.map(lambda pair: f"<{pair[0]}>{pair[1]}</{pair[0][:2]}>"),
+        several.map(lambda inner: f"<blockquote>{inner}</blockquote>"),
+    )
+
+
+_leaf = st.one_of(
+    _run.map(lambda run: f"<p>{run}</p>"),
+    _run.map(lambda run: f"<h2>{run}</h2>"),
+    _pre,
+    st.just("<hr>"),
+    st.integers(1, 3).flatmap(
+        lambda width: st.lists(st.lists(_run, min_size=width, max_size=width), min_size=1, max_size=3).map(
+            _table
+        )
+    ),
+)
+_pages = (
+    st.lists(st.recursive(_leaf, _containers, max_leaves=6), min_size=1, max_size=4).map("".join).map(page)
+)
+
+
+class _Source(HTMLParser):
+    """What stands in a page, read by another parser: counts of elements, code blocks, other visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.opened: list[tuple[str, str]] = []
+        self.counts: Counter[str] = Counter()
+        self.codes: list[list[tuple[int, str]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "br" and self.codes:
+            self.codes[-1].append((self._code_depth(), "\n"))
+        if tag == "input":
+            self.text.append("[x]" if "checked" in dict(attrs) else "[ ]")
+        if tag not in ("br", "hr", "img", "input"):
+            self.opened.append((tag, dict(attrs).get("class") or ""))
+        num_pre = sum(name == "pre" for name, _ in self.opened)
+        if tag == "pre" and num_pre == 1:
+            self.codes.append([])
+        if not num_pre:
+            self.counts[tag] += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.opened and self.opened.pop()[0] != tag:
+            pass
+
+    def _code_depth(self) -> int:
+        names = [name for name, _ in self.opened]
+        in_editor = any("cm-content" in classes for _, classes in self.opened)
+        return 2 * ("code" in names) or int(in_editor)
+
+    def handle_data(self, data: str) -> None:
+        names = {name for name, _ in self.opened}
+        if names & {"button", "svg", "script", "style"}:
+            return
+        if "pre" in names:
+            self.codes[-1].append((self._code_depth(), data))
+        elif not any(re.search("katex|truncate|-me-1 flex", classes) for _, classes in self.opened):
+            self.text.append(data)
+
+    def code_contents(self) -> list[str]:
+        """As a fence holds them: the innermost text, ended by a new line."""
+        found = []
+        for pieces in self.codes:
+            innermost = max((depth for depth, _ in pieces), default=0)
+            code = "".join(text for depth, text in pieces if depth == innermost)
+            found.append(code if code.endswith("\n") or not code else code + "\n")
+        return found
+
+
+_TOKENS = {
+    "li": "list_item_open",
+    "td": "td_open",
+    "th": "th_open",
+    "blockquote": "blockquote_open",
+    "hr": "hr",
+}
+
+
+def _structure(tokens: list[Token]) -> Counter[str]:
+    counts = Counter({tag: sum(token.type == name for token in tokens) for tag, name in _TOKENS.items()})
+    counts.update(token.tag for token in tokens if token.type == "heading_open")
+    return counts
+
+
+def _visible(tokens: list[Token]) -> str:
+    inline = [child for token in tokens if token.type == "inline" for child in token.children or []]
+    text = "".join(child.content if child.type in ("text", "code_inline") else " " for child in inline)
+    return re.sub(r"<br>|\s+", "", text)
+
+
+def _faults(source: str, converted: str) -> list[str]:
+    """How the Markdown differs from its page for a CommonMark reader."""
+    was, tokens = _Source(source), COMMONMARK.parse(converted)
+    counts = _structure(tokens)
+    faults = [
+        f"{tag}: {was.counts[tag]} became {counts[tag]}" for tag in counts if was.counts[tag] != counts[tag]
+    ]
+    if was.code_contents() != [token.content for token in tokens if token.type == "fence"]:
+        faults.append("code differs")
+    if any(token.type == "code_block" for token in tokens):
+        faults.append("prose became code")
+    if "katex" not in source and re.sub(r"[\s\u200b]+", "", "".join(was.text)) != _visible(tokens):
+        faults.append("text differs")
+    return faults
+
+
+@settings(max_examples=150)
+@given(_pages)
+def test_any_page_reads_the_same_in_markdown(source: str) -> None:
+    converted = convert_answer(source, CleanConfig())
+    assert isinstance(converted, Converted), converted
+    assert _faults(source, converted.markdown) == []
+
+
+@settings(max_examples=40)
+@given(_pages)
+def test_any_page_reads_the_same_by_the_other_converter(source: str) -> None:
+    converted = convert_answer(source, CleanConfig(converter="markdownify"))
+    assert isinstance(converted, Converted), converted
+    assert _faults(source, converted.markdown) == []
+
+
+@settings(max_examples=200)
+@given(st.text("<>/=\"'&;# \nabdiplvu-!\x00\u200b\ue000", max_size=80))
+def test_no_text_breaks_the_conversion(source: str) -> None:
+    assert isinstance(convert_answer(source, CleanConfig()), Converted | Drop)
+    looks_like_page(source)
+
+
+# ------------------------------------------------------------------------------------------------- real pages
+
+
+@pytest.fixture(scope="module")
+def answers(real_data: Path) -> dict[str, str]:
+    chats = json.loads(gzip.decompress((real_data / "sharegpt_html.json.gz").read_bytes()))
+    turns = [(f"{chat['id']}#{i}", turn) for chat in chats for i, turn in enumerate(chat["conversations"])]
+    return {place: turn["value"] for place, turn in turns if turn["from"] != "human"}
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+@pytest.mark.parametrize(("converter", "min_share"), [("html-to-markdown", 1.0), ("markdownify", 0.98)])
+def test_real_answers_keep_code_text_and_structure(
+    answers: dict[str, str], converter: str, min_share: float
+) -> None:
+    faults: dict[str, list[str]] = {}
+    for place, source in answers.items():
+        converted = convert_answer(source, CleanConfig(converter=converter))
+        assert isinstance(converted, Converted), (place, converted)
+        if found := _faults(source, converted.markdown):
+            faults[place] = found
+    print(f"{converter}: {len(answers) - len(faults)} of {len(answers)} answers without fault; {faults}")
+    assert not [
+        place for place, found in faults.items() if "code differs" in found or "text differs" in found
+    ]
+    assert 1 - len(faults) / len(answers) >= min_share
+
+
+@pytest.mark.real_data
+def test_real_answers_are_seen_as_html_and_real_markdown_is_not(
+    answers: dict[str, str], real_data: Path
+) -> None:
+    assert all(looks_like_page(source) for source in answers.values())
+    chats = json.loads(gzip.decompress((real_data / "sharegpt_v3_sample.json.gz").read_bytes()))
+    texts = [turn["value"] for chat in chats for turn in chat["conversations"] if turn["from"] == "gpt"]
+    assert sum("<div class" in text for text in texts) >= 25
+    assert not any(looks_like_page(text) for text in texts)
