@@ -17,21 +17,21 @@ def run_pipeline(config_path: Path, overrides: Sequence[str], *, first: str | No
 
     Prefect's server, which takes seconds to come up, does so while what can't work is being refused.
     """
-    from flows.local_prefect import local_prefect
+    from flows.local_prefect import start_local_prefect
 
     config = load_config(config_path, overrides)
     stages = chosen_stages(first, last)
-    with local_prefect(config.run_root, debug=debugging()) as wait_for_prefect:
-        check_before_start(config, stages)
-        wait_for_prefect()
-        from prefect.exceptions import TerminationSignal
+    wait_for_prefect = start_local_prefect(config.run_root, debug=debugging())
+    check_before_start(config, stages)
+    wait_for_prefect()
+    from prefect.exceptions import TerminationSignal
 
-        from flows.sft_pipeline import sft_pipeline
+    from flows.sft_pipeline import sft_pipeline
 
-        try:
-            sft_pipeline(str(config_path), list(overrides), from_stage=first, until=last)
-        except TerminationSignal as signal:
-            sys.exit(128 + signal.signal)
+    try:
+        sft_pipeline(str(config_path), list(overrides), from_stage=first, until=last)
+    except TerminationSignal as signal:
+        sys.exit(128 + signal.signal)
     print(config.run_root)
 
 

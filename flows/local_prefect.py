@@ -5,6 +5,7 @@ starts it only when the flow begins. Ours is a child like the trainer: it dies w
 config is being checked. What the user has set (server, home, profile) is used as it is.
 """
 
+import atexit
 import os
 import socket
 import subprocess
@@ -12,13 +13,13 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flows.training import child_process, parent_pipe, stop_group
 from schemas.errors import SftPipelineError
 
-STARTUP_SECONDS = 120
+STARTUP_SECONDS, STOP_SECONDS = 120, 5
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_PLUGINS_ENABLED": "false"}
 # Errors are told once, by the command, on one line. Prefect's own record keeps the traceback.
 SILENT = {
@@ -28,28 +29,29 @@ SILENT = {
 }
 
 
-@contextmanager
-def local_prefect(run_root: Path, *, debug: bool) -> Iterator[Callable[[], None]]:
-    """Set up Prefect before it is first imported; yields what waits until its server answers.
+def start_local_prefect(run_root: Path, *, debug: bool) -> Callable[[], None]:
+    """Set up Prefect before it is first imported; returns what waits until its server answers.
 
-    With `debug`, Prefect's own log is shown.
+    The server is stopped when this process exits, after Prefect's own threads have sent the last of their
+    records. With `debug`, Prefect's own log is shown.
     """
     for name, value in (QUIET if debug else QUIET | SILENT).items():
         os.environ.setdefault(name, value)
     if has_own_server(os.environ, Path.home()):
-        yield _nothing
-        return
+        return _nothing
     home = Path(os.environ.setdefault("PREFECT_HOME", str(run_root.parent / ".prefect")))
     home.mkdir(parents=True, exist_ok=True)
     home.chmod(0o700)  # its database holds parameters and logs, and Prefect writes it readable by all
-    with running_server() as url:
-        os.environ["PREFECT_API_URL"] = url
+    server = ExitStack()
+    url = server.enter_context(running_server())
+    atexit.register(server.close)
+    os.environ["PREFECT_API_URL"] = url
 
-        def wait() -> None:
-            sys.stderr.write(f"{'prefect':<10} a local one, its records are in {home}\n")
-            _wait_until_it_answers(url)
+    def wait() -> None:
+        sys.stderr.write(f"{'prefect':<10} a local one, its records are in {home}\n")
+        _wait_until_it_answers(url)
 
-        yield wait
+    return wait
 
 
 def has_own_server(environment: Mapping[str, str], home: Path) -> bool:
@@ -78,7 +80,7 @@ def running_server() -> Iterator[str]:
             stderr=None,
         ) as process:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/api"
-            stop_group(process.pid, is_gone=lambda: process.poll() is not None)
+            stop_group(process.pid, is_gone=lambda: process.poll() is not None, grace_seconds=STOP_SECONDS)
 
 
 def _wait_until_it_answers(url: str) -> None:

@@ -90,7 +90,7 @@ def run_child(
             kill_group(process.pid, signal.SIGKILL)  # ranks and loaders that it left behind
             reader.join(GRACE_SECONDS)
         except BaseException:
-            stop_group(process.pid, is_gone=lambda: process.poll() is not None)
+            stop_group(process.pid, is_gone=lambda: process.poll() is not None, grace_seconds=GRACE_SECONDS)
             raise
         finally:
             pid_path.unlink(missing_ok=True)
@@ -104,7 +104,9 @@ def stop_child(run_root: Path, *, owner: str) -> bool:
     child = read_pid(run_root / PID_NAME)
     if child is None or child.owner != owner or process_start(child.pid) != child.started:
         return False
-    stop_group(child.pid, is_gone=lambda: process_start(child.pid) != child.started)
+    stop_group(
+        child.pid, is_gone=lambda: process_start(child.pid) != child.started, grace_seconds=GRACE_SECONDS
+    )
     return True
 
 
@@ -132,11 +134,11 @@ def process_start(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def stop_group(group: int, *, is_gone: Callable[[], bool]) -> None:
+def stop_group(group: int, *, is_gone: Callable[[], bool], grace_seconds: float) -> None:
     """SIGTERM, a time of grace, SIGKILL; a second interrupt while waiting goes straight to SIGKILL."""
     try:
         kill_group(group, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + grace_seconds
         while not is_gone() and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:

@@ -6,6 +6,7 @@ Workers are spawned, never forked: a fork of a process with threads (Polars, tok
 import atexit
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -120,6 +121,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _start_worker() -> None:
     os.environ.update(ONE_THREAD)
+    # Ctrl-C reaches the whole group: the parent tells of it, a worker ends without a traceback of its own.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

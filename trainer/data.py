@@ -1,4 +1,4 @@
-"""Shards and plans as tensors: memory-mapped examples, optimiser steps with known sizes, packed micro-batches.
+"""Shards and plans as tensors: memory-mapped examples, bins of documents, packed micro-batches.
 
 Everything about a step is known before it runs: which examples, how many tokens, and the sum of weights that
 its loss is divided by. No sampler state exists; a cursor is enough to resume.
@@ -19,6 +19,7 @@ import torch
 from pipelines import storage
 from schemas.errors import InputError, IntegrityError
 from schemas.run import STAGE_FOLDERS, FileEntry, Manifest
+from trainer.arrow_views import column_view, joined, list_views
 
 # Examples ---------------------------------------------------------------------------------------------------
 
@@ -56,9 +57,9 @@ class ShardReader:
         self._columns = [_MappedBatch(batch) for batch in batches]
         self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self.num_rows = int(self._first_rows[-1])
-        self.num_tokens = _joined(batches, "num_tokens")
-        self.num_trained_tokens = _joined(batches, "num_trained_tokens")
-        self.num_trained_bytes = _joined(batches, "num_trained_bytes")
+        self.num_tokens = joined(batches, "num_tokens")
+        self.num_trained_tokens = joined(batches, "num_trained_tokens")
+        self.num_trained_bytes = joined(batches, "num_trained_bytes")
         self.weight_sums = np.concatenate(
             [np.zeros(0), *(columns.weight_sums() for columns in self._columns)]
         )
@@ -89,10 +90,10 @@ class _MappedBatch:
     """numpy views of one record batch's lists."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        self._input_ids = _list_views(batch.column("input_ids"))
-        self._starts = _list_views(batch.column("span_starts"))
-        self._ends = _list_views(batch.column("span_ends"))
-        self._weights = _list_views(batch.column("span_weights"))
+        self._input_ids = list_views(batch.column("input_ids"))
+        self._starts = list_views(batch.column("span_starts"))
+        self._ends = list_views(batch.column("span_ends"))
+        self._weights = list_views(batch.column("span_weights"))
 
     def example(self, place: int, row: int) -> Example:
         lists = (self._input_ids, self._starts, self._ends, self._weights)
@@ -108,32 +109,6 @@ class _MappedBatch:
         running = np.concatenate([[0.0], np.cumsum(per_span)])
         sums: np.ndarray = running[offsets[1:]] - running[offsets[:-1]]
         return sums
-
-
-def _list_views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets [rows + 1] and values, without a copy; the offsets of a slice count from its parent's start."""
-    return _view(column.offsets), _view(column.values)
-
-
-def _joined(batches: list[pa.RecordBatch], column: str) -> np.ndarray:
-    parts = [_view(batch.column(column)) for batch in batches]
-    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-
-
-_NUMPY_TYPES = {pa.int32(): np.int32, pa.float32(): np.float32}
-
-
-def _view(array: pa.Array) -> np.ndarray:
-    """The numbers of an array without nulls, without a copy. pyarrow's own to_numpy imports pandas: 0.5 s."""
-    dtype = _NUMPY_TYPES[array.type]
-    data = array.buffers()[1]
-    if array.null_count:
-        raise IntegrityError(
-            f"{array.null_count} of {len(array)} numbers are null; run 'split' and 'pack' again"
-        )
-    if data is None:
-        return np.zeros(0, dtype)
-    return np.frombuffer(data, dtype, count=len(array), offset=array.offset * np.dtype(dtype).itemsize)
 
 
 def _split_entries(folder: Path, split: str, manifest: Manifest) -> list[FileEntry]:
@@ -199,18 +174,13 @@ def read_plan(run_root: Path, split: str, epoch: int) -> Plan:
 
 def plan_from_table(table: pa.Table, *, split: str, epoch: int) -> Plan:
     """A plan from the columns of schemas.dataset.PLAN. Raises IntegrityError when its bins are not in order."""
-    columns = {name: _column(table, name) for name in ("bin", "example", "num_tokens")}
+    columns = {name: column_view(table, name) for name in ("bin", "example", "num_tokens")}
     bins = columns["bin"]
     jumps = np.diff(bins, prepend=-1)
     if not np.isin(jumps, (0, 1)).all():
         raise IntegrityError(f"the plan of {split} epoch {epoch} is not sorted by bin; run 'pack' again")
     bin_starts = np.append(np.flatnonzero(jumps), len(bins))
     return Plan(split, epoch, columns["example"], columns["num_tokens"], bin_starts)
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    chunks = [_view(chunk) for chunk in table.column(name).chunks]
-    return chunks[0] if len(chunks) == 1 else np.concatenate([np.zeros(0, np.int32), *chunks])
 
 
 def check_plan(plan: Plan, reader: ShardReader) -> None:
@@ -222,62 +192,6 @@ def check_plan(plan: Plan, reader: ShardReader) -> None:
             f"the plan of {plan.split} epoch {plan.epoch} was made for other shards than {reader.folder}; "
             "run the stage 'pack' again"
         )
-
-
-# Steps ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimiser step, counted from 0 over all epochs. The loss is divided by `weight_sum`."""
-
-    number: int
-    epoch: int
-    first_bin: int
-    end_bin: int
-    num_tokens: int
-    num_trained_tokens: int
-    weight_sum: float
-
-
-def step_bins(plan: Plan, step: int, bins_per_step: int) -> range:
-    """Bins of the epoch's step number `step`; the last step of an epoch may have fewer."""
-    first = min(step * bins_per_step, plan.num_bins)
-    return range(first, min(first + bins_per_step, plan.num_bins))
-
-
-def plan_steps(
-    plans: Sequence[Plan],
-    reader: ShardReader,
-    *,
-    bins_per_step: int,
-    max_steps: int | None = None,
-    max_tokens: int | None = None,
-) -> list[Step]:
-    """Every step of the run, one plan an epoch. `max_tokens` ends it before the step that would pass it."""
-    steps: list[Step] = []
-    num_tokens_left = max_tokens if max_tokens is not None else np.iinfo(np.int64).max
-    for plan in plans:
-        for number in range(-(-plan.num_bins // bins_per_step)):
-            step = _step(plan, reader, step_bins(plan, number, bins_per_step), len(steps))
-            num_tokens_left -= step.num_tokens
-            if num_tokens_left < 0 or (max_steps is not None and len(steps) >= max_steps):
-                return steps
-            steps.append(step)
-    return steps
-
-
-def _step(plan: Plan, reader: ShardReader, bins: range, number: int) -> Step:
-    rows = plan.rows(bins.start, bins.stop)
-    return Step(
-        number=number,
-        epoch=plan.epoch,
-        first_bin=bins.start,
-        end_bin=bins.stop,
-        num_tokens=int(reader.num_tokens[rows].sum()),
-        num_trained_tokens=int(reader.num_trained_tokens[rows].sum()),
-        weight_sum=float(reader.weight_sums[rows].sum()),
-    )
 
 
 # Micro-batches ----------------------------------------------------------------------------------------------

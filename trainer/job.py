@@ -15,7 +15,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
 from schemas.training_config import ModelConfig
 from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
-from trainer.data import Plan, ShardReader, Step, check_plan, plan_steps, read_plan
+from trainer.data import Plan, ShardReader, check_plan, read_plan
 from trainer.model import (
     check_model_folder,
     model_digest,
@@ -23,6 +23,7 @@ from trainer.model import (
     resolve_device,
     resolve_dtype,
 )
+from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
 TRAINER_VERSION = 1

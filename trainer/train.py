@@ -20,7 +20,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, Progress
-from trainer.data import Step, micro_batches
+from trainer.data import micro_batches
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.loss import split_loss, summed_loss
 from trainer.methods import METHODS
@@ -30,6 +30,7 @@ from trainer.optimizers import MasterAdamW, learning_rate
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.probe import check_packing
 from trainer.signals import StopSignals
+from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 
 CUDA_PAD_MULTIPLE = 128

@@ -11,6 +11,8 @@ import pytest
 from flows.packages import OUR_PACKAGES, foreign_package
 from flows.preflight import ALL_STAGES, chosen_stages
 from schemas.errors import ConfigError
+from schemas.run import STAGE_FOLDERS, STAGES
+from tests.integration import toy
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = "init run step train evaluate promote rollback generate chat show doctor deploy".split()
@@ -188,3 +190,61 @@ def test_help_loads_no_library_of_the_work() -> None:
 
 def test_a_step_starts_no_prefect_and_no_torch(config: Path) -> None:
     assert loaded_modules("step", "merge", str(config)) & {"prefect", "torch"} == set()
+
+
+@pytest.fixture(scope="module")
+def toy_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config with its data stages done, by the command itself."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.write_dumps(folder / "dumps", num_chats=60, num_records=40)
+    toy.write_model(folder / "model")
+    config = toy.write_config(folder)
+    for stage in STAGES:
+        result = sft_pipeline("step", stage, str(config))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"{folder / 'run' / STAGE_FOLDERS[stage]}\n"
+        assert result.stderr.startswith(f"{stage:<10} in ")
+    return config
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_what_would_run_and_why_and_writes_nothing(toy_config: Path) -> None:
+    before = toy.folder_digests(toy_config.parent)
+    result = sft_pipeline("run", str(toy_config), "--dry-run", "--until", "pack")
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(STAGES)
+    assert all("unchanged" in line for line in result.stdout.splitlines())
+    changed = sft_pipeline(
+        "run", str(toy_config), "--dry-run", "--until", "pack", "--set", "filter.min_chars=3"
+    )
+    lines = changed.stdout.splitlines()
+    assert ["unchanged" in line for line in lines] == [True, True, False, False, False, False, False]
+    assert "filter changes" in lines[3]
+    assert toy.folder_digests(toy_config.parent) == before
+
+
+@pytest.mark.slow
+def test_training_loads_neither_the_data_libraries_nor_prefect(toy_config: Path) -> None:
+    loaded = loaded_modules("train", str(toy_config))
+    assert "torch" in loaded
+    assert loaded & {"polars", "datasets", "fasttext", "prefect"} == set()
+    assert (toy_config.parent / "run" / "checkpoints" / "current").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_model_follow_one_another(toy_config: Path) -> None:
+    for command, written in (("train", "checkpoints/current"), ("evaluate", "evaluation.json")):
+        result = sft_pipeline(command, str(toy_config))
+        assert result.returncode == 0, result.stderr
+        assert (toy_config.parent / "run" / written).is_file()
+    promoted = sft_pipeline("promote", str(toy_config))
+    assert promoted.returncode == 0, promoted.stderr
+    assert "bits per byte" in promoted.stdout
+    answered = sft_pipeline(
+        "generate", str(toy_config), "Which word?", "--adapter", "current", "--max-new-tokens", "4"
+    )
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.endswith("\n")
+    rolled_back = sft_pipeline("rollback", str(toy_config))
+    assert rolled_back.returncode == 1, "there is nothing before the first promotion"
+    assert rolled_back.stderr.startswith("sft-pipeline: error: ")

@@ -42,6 +42,11 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
 time.sleep(300)
 """,
+    "stopped": """
+import os, pathlib, signal, sys
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+os.kill(os.getpid(), signal.SIGSTOP)
+""",
     "leaves": """
 import pathlib, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
@@ -229,14 +234,14 @@ def test_no_child_outlives_a_parent_that_was_killed(
 def test_a_child_whose_threads_get_no_turn_dies_with_a_parent_that_started_it_from_its_main_thread(
     stand_ins: Path, tmp_path: Path, pids: Path
 ) -> None:
-    with parent_of("deaf", thread="main", stand_ins=stand_ins, folder=tmp_path) as parent:
+    with parent_of("stopped", thread="main", stand_ins=stand_ins, folder=tmp_path) as parent:
         parent.kill()
         parent.wait()
         wait_for(lambda: not any(map(alive, read_pids(pids))), "the end of the child")
 
 
 def test_a_child_that_lives_on_keeps_the_run_root(stand_ins: Path, tmp_path: Path, pids: Path) -> None:
-    with parent_of("deaf", thread="other", stand_ins=stand_ins, folder=tmp_path) as parent:
+    with parent_of("stopped", thread="other", stand_ins=stand_ins, folder=tmp_path) as parent:
         parent.kill()
         parent.wait()
         with pytest.raises(BusyError), hold_run_root(tmp_path, wait_seconds=0.5):

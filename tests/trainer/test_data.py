@@ -28,10 +28,9 @@ from trainer.data import (
     collate,
     micro_batches,
     plan_from_table,
-    plan_steps,
     read_plan,
-    step_bins,
 )
+from trainer.steps import plan_steps, step_bins
 
 
 @st.composite
