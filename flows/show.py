@@ -14,6 +14,7 @@ from flows.terminal import shortened, wants_color
 from pipelines.storage import check_file, read_manifest, read_rows
 from schemas.config_file import load_config
 from schemas.conversation import Conversation
+from schemas.dataset import SPLITS
 from schemas.errors import ConfigError, InputError
 from schemas.run import STAGE_FOLDERS, FileEntry, Manifest
 
@@ -73,13 +74,15 @@ def find_row(run_root: Path, prefix: str) -> str:
 
 
 def follow(run_root: Path, row_id: str) -> list[Place]:
-    """Where the row is in each finished stage of 01-05, in the order of the journey, and in the shards' drops."""
+    """Where the row is in each finished stage, in the order of the journey; in the shards a place a piece."""
     places: list[Place] = []
     for stage in STAGE_FOLDERS:
         manifest = read_manifest(run_root / STAGE_FOLDERS[stage])
         if manifest is None or stage == "pack":
             break
         places += _places(run_root / STAGE_FOLDERS[stage], manifest, row_id)
+        if stage == "split" and places and not places[-1].reason:
+            places += _examples(run_root / STAGE_FOLDERS[stage], places[-1].row)
     return places
 
 
@@ -100,6 +103,8 @@ def story(places: list[Place], row_id: str) -> Iterator[str]:
 
 
 def _verdict(place: Place) -> str:
+    if place.stage == "split" and not place.reason:
+        return f"in {place.where}"
     if not place.reason:
         repairs = place.row.meta.get("repairs") or {}
         told = ", ".join(f"{name} {count}" for name, count in sorted(repairs.items()))
@@ -131,6 +136,20 @@ def _dropped(folder: Path, file: FileEntry, stage: str, row_id: str) -> Iterator
     for row, drop in zip(read_rows(folder / file.path), verdicts, strict=True):
         if row.row_id == row_id:
             yield Place(stage, file.path, row, drop["reason"], drop["detail"], drop["survivor"])
+
+
+def _examples(folder: Path, row: Conversation) -> Iterator[Place]:
+    from pipelines.shards import open_split
+
+    for side in SPLITS:
+        ids = open_split(folder, side)["row_id"]
+        for number in pc.indices_nonzero(pc.equal(ids, row.row_id)).to_pylist():
+            example = open_split(folder, side).slice(number, 1).to_pylist()[0]
+            where = (
+                f"{side}, example {number}, piece {example['piece']}: "
+                f"{example['num_trained_tokens']:,} of {example['num_tokens']:,} tokens trained"
+            )
+            yield Place("split", where, row)
 
 
 def _ids(folder: Path, file: FileEntry, prefix: str) -> list[str]:

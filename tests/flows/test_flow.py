@@ -163,7 +163,7 @@ def test_a_run_that_is_ended_in_its_training_leaves_no_process_and_goes_on_when_
 ) -> None:
     config = str(toy.write_config(toy_folder, run_root=f"ended-{number}"))
     run_root = toy_folder / f"ended-{number}"
-    long = ["--set", "train.epochs=12", "--set", "train.max_steps=null", "--set", "engine.workers=2"]
+    long = ["--set", "train.epochs=6", "--set", "train.max_steps=null", "--set", "engine.workers=2"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", "from flows.cli import main; main()", "run", config, *long],

@@ -272,7 +272,7 @@ def test_the_kernel_gives_what_segments_give(window: int | None, head_size: int)
     borders = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
     results = []
     for dtype in (torch.float32, torch.bfloat16):  # fp32 goes through segments, bf16 through the kernel
-        leaves: list[Any] = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        leaves: list[Any] = [tensor.clone().to(dtype).requires_grad_() for tensor in tensors]
         query, key, value = leaves
         output, _ = packed_attention(
             torch.nn.Identity(),
