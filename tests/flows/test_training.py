@@ -134,7 +134,9 @@ def test_a_child_that_was_killed_is_named_with_the_signal(stand_ins: Path, tmp_p
 def test_what_a_child_leaves_in_its_group_is_killed_with_it(
     stand_ins: Path, tmp_path: Path, pids: Path
 ) -> None:
+    started = time.monotonic()
     run_stand_in("leaves", tmp_path, str(pids))
+    assert time.monotonic() - started < training.GRACE_SECONDS / 2, "it waited for the grandchild's output"
     wait_for(lambda: not any(map(alive, read_pids(pids))), "the end of the grandchild")
 
 
