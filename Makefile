@@ -30,11 +30,13 @@ demo-model: $(VENV)/.installed  ## the demo's model, converted once into .cache
 demo: demo-model  ## the whole journey on examples/, on this machine's CPU
 	$(BIN)/python examples/demo.py
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: demo-model  ## all tests that can run here
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/.installed  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -109,6 +109,7 @@ def test_sources_in_another_order_give_the_same_bytes(folder: Path) -> None:
     assert stage_digests(folder / "turned", "dedup") == stage_digests(folder / "run", "dedup")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_a_stage_and_run_again_it_ends_with_the_same_bytes(
