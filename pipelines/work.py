@@ -72,7 +72,8 @@ def verdict_part(task: PartTask) -> PartEntry:
         for side in ([""] if sides is None else SPLITS)
     )
     dropped = _write_dropped(task, table, drops)
-    files = tuple(file for file in kept if file.num_rows)
+    # Without sides a part has one file, also where every row of it was dropped.
+    files = tuple(file for file in kept if file.num_rows or sides is None)
     return _entry(task, files, dropped, table.num_rows, Counter(drop.reason for drop in drops.values()))
 
 

@@ -136,3 +136,14 @@ def test_one_added_file_makes_only_its_own_parts_run(folder: Path) -> None:
     assert parts["merge"][0] == parts["clean"][0] == parts["filter"][0] == 1
     assert parts["clean"][1] > 1
     check_run_root(folder / "grown")
+
+
+def test_a_file_whose_rows_all_stand_elsewhere_leaves_an_empty_part(folder: Path) -> None:
+    config = toy.write_config(folder, run_root="copied")
+    first = (folder / "dumps" / "alpaca.jsonl").read_text().splitlines()[0]
+    (folder / "copy.jsonl").write_text(first + "\n")
+    config.write_text(
+        config.read_text().replace("alpaca.jsonl}", "alpaca.jsonl}\n  - {name: z, path: copy.jsonl}")
+    )
+    run_well(config)
+    check_run_root(folder / "copied")
