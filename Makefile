@@ -10,7 +10,7 @@ MODEL := .cache/models/smollm2-135m-instruct
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo demo-model test test-fast check lint format constraints clean
+.PHONY: help install demo demo-model test test-fast stress hard check lint format constraints clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -32,11 +32,17 @@ demo: demo-model  ## the whole journey on examples/, on this machine's CPU
 
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test: demo-model  ## all tests that can run here
-	$(PYTEST)
+test: demo-model  ## every test but those of stress and hard
+	$(PYTEST) -m "not stress and not hard"
 
 test-fast: $(VENV)/.installed  ## the tests that take seconds
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not stress and not hard"
+
+stress: demo-model  ## kills, faults and servers in short form
+	$(PYTEST) -m "stress and not hard"
+
+hard: demo-model  ## the same in long form: takes hours
+	$(PYTEST) -m "stress or hard"
 
 check: $(VENV)/.installed  ## format, lint, types
 	$(BIN)/ruff format --check .
