@@ -58,6 +58,8 @@ class TrainConfig(_Section):
     """Clip the global gradient norm to this; 0 is off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """auto: LoRA layers fused and, on CUDA with liger-kernel installed, its kernels; plain: the libraries' own."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0

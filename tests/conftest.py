@@ -1,6 +1,7 @@
 """Shared by all tests: quiet libraries, hypothesis without a deadline, real data where it lies beside us."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# A shell that runs the tests in the background has interrupts ignored, and so would all processes started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files are written in most properties: a deadline would measure the disk.
 # In CI the examples are the same each time: a new find belongs to whoever runs the tests, not to a submission.

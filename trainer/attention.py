@@ -194,6 +194,35 @@ def _has_tensor_cores_of_sm80(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
+@functools.cache
+def _takes_fewer_key_heads(device_index: int) -> bool:
+    """torch 2.11's kernel has no flag for grouped queries. Where it computes them all the same, keys and values
+    need not be copied: tried once, gradients too.
+    """
+    kernel = _varlen_kernel()
+    assert kernel is not None
+    draws = torch.Generator(f"cuda:{device_index}").manual_seed(0)
+    shapes = ((16, 4, 64), (16, 2, 64), (16, 2, 64))
+    options: dict[str, Any] = {"device": draws.device, "dtype": torch.bfloat16, "generator": draws}
+    inputs = [torch.randn(*shape, **options).requires_grad_() for shape in shapes]
+    borders = torch.tensor([0, 7, 16], dtype=torch.int32, device=draws.device)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        output = kernel[0](query, key, value, borders, borders, 9, 9)
+        return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+    try:
+        with torch.enable_grad():
+            found = run(*inputs)
+            expected = run(inputs[0], *(tensor.repeat_interleave(2, dim=1) for tensor in inputs[1:]))
+    except (RuntimeError, ValueError):  # refused, by the kernel or before it
+        return False
+    return all(
+        float((ours - right).float().norm()) <= 0.02 * float(right.float().norm())
+        for ours, right in zip(found, expected, strict=True)
+    )
+
+
 def _varlen_fits(query: torch.Tensor, value: torch.Tensor) -> bool:
     head_size = query.shape[-1]
     return (
@@ -225,7 +254,7 @@ def _varlen(
     if query.shape[1] != key.shape[1]:
         if "enable_gqa" in parameters:  # torch 2.13
             options["enable_gqa"] = True
-        else:
+        elif not _takes_fewer_key_heads(query.device.index or 0):
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if "window_size" in parameters:

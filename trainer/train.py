@@ -22,6 +22,7 @@ from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, Progress
 from trainer.data import micro_batches
 from trainer.job import Job, mark_current, plan_job, read_result
+from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss, summed_loss
 from trainer.methods import METHODS
 from trainer.metrics import Metrics, memory_gib, report
@@ -53,6 +54,7 @@ def train(config: PipelineConfig) -> TrainingResult:
     make_deterministic(job)
     tokenizer = load_tokenizer(config)
     model = place(job, apply_method(job, load_model(job)))
+    speed_up(job, model)
     check_packing(model, device=job.device)
     optimizer = build_optimizer(job, model)
     progress = restore(job, optimizer)
@@ -83,6 +85,10 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     placed: torch.nn.Module = STRATEGIES[job.config.train.strategy].place(model, job.device)
     return placed
+
+
+def speed_up(job: Job, model: torch.nn.Module) -> None:
+    report(f"computing with {use_fast_kernels(model, job.config.train, device=job.device)}")
 
 
 def build_optimizer(job: Job, model: torch.nn.Module) -> MasterAdamW:

@@ -72,12 +72,20 @@ def test_the_loss_falls_on_data_that_can_be_learned(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's, not ours
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "rounding"),
+    [
+        ("float32", "plain", 0.0),
+        ("bfloat16", "plain", 0.0),
+        ("float32", "auto", 1e-5),
+        ("bfloat16", "auto", 0.1),
+    ],
+)
 def test_the_saved_adapter_gives_the_trained_models_logits_in_plain_peft(
-    tmp_path: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dtype: Any, kernels: str, rounding: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = placed_models(monkeypatch)
-    config = tiny_run(tmp_path, model={"dtype": dtype})
+    config = tiny_run(tmp_path, model={"dtype": dtype}, train={"kernels": kernels})
     folder = training_folder(config, train(config)) / "adapter"
     trained = seen[0].eval()
     use_plain_attention(trained)
@@ -86,7 +94,8 @@ def test_the_saved_adapter_gives_the_trained_models_logits_in_plain_peft(
     untrained_logits = plain(input_ids=torch.arange(3, 40)[None]).logits
     loaded = PeftModel.from_pretrained(plain, folder, autocast_adapter_dtype=False).eval()
     logits = loaded(input_ids=torch.arange(3, 40)[None]).logits
-    assert torch.equal(logits, trained(input_ids=torch.arange(3, 40)[None]).logits)
+    of_trained = trained(input_ids=torch.arange(3, 40)[None]).logits
+    assert (logits - of_trained).norm() <= rounding * of_trained.norm()
     assert (logits - untrained_logits).abs().max() > 0.1
     ours = load_adapter(load_base_model(config.model), folder).eval()
     assert not any(parameter.requires_grad for parameter in ours.parameters())

@@ -1,0 +1,153 @@
+"""Faster ways to compute the same: LoRA layers in two passes, and Liger's kernels where they are installed.
+
+They take over layers of a loaded model in place. Parameters, their names, saving and loading stay PEFT's and
+transformers' own; a layer that a fast way can't compute keeps its old one.
+"""
+
+import functools
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLayer
+
+from schemas.training_config import TrainConfig
+from trainer.attention import unwrapped
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What was taken over: LoRA layers of how many, and whether Liger computes norms, rotations and MLPs."""
+
+    num_lora_layers: int
+    num_fused_lora_layers: int
+    has_liger: bool
+
+    def __str__(self) -> str:
+        liger = "Liger norms, rotations and MLPs" if self.has_liger else "transformers' norms and MLPs"
+        if self.num_lora_layers == 0:
+            return liger
+        return f"{self.num_fused_lora_layers} of {self.num_lora_layers} LoRA layers fused, {liger}"
+
+
+def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torch.device) -> Kernels:
+    """Take over what can be, unless train.kernels is "plain"."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if train.kernels == "plain":
+        return Kernels(len(layers), 0, has_liger=False)
+    fused = [layer for layer in layers if _can_fuse(layer)]
+    for layer in fused:
+        layer.forward = functools.partial(_lora_forward, layer)  # type: ignore[method-assign]
+    return Kernels(len(layers), len(fused), has_liger=device.type == "cuda" and _use_liger(model))
+
+
+# LoRA -------------------------------------------------------------------------------------------------------
+
+
+def _can_fuse(layer: LoraLayer) -> bool:
+    """Plain LoRA, one adapter, no dropout, over an unquantised linear layer of the adapter's dtype."""
+    if len(layer.active_adapters) != 1 or layer.lora_variant or type(layer.base_layer) is not torch.nn.Linear:
+        return False
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
+        return False
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    weight = layer.base_layer.weight
+    is_frozen = not weight.requires_grad and down.bias is None and up.bias is None
+    return is_frozen and weight.dtype == down.weight.dtype == up.weight.dtype
+
+
+def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    if layer.disable_adapters or layer.merged or arguments or options:
+        return LoraLayer.forward(layer, x, *arguments, **options)
+    name = layer.active_adapters[0]
+    base = layer.base_layer
+    output: torch.Tensor = _FusedLora.apply(
+        x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    )
+    return output
+
+
+class _FusedLora(torch.autograd.Function):
+    """x W' + s (x A') B': the second product is added to the first one inside the matrix multiplication.
+
+    PEFT's own way scales, adds and stores the whole output once more each, forwards and backwards. Shapes: x
+    [..., in], W [out, in], A [rank, in], B [out, rank].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ down.T
+        output = F.linear(rows, weight, bias).addmm_(low, up.T, alpha=scaling)
+        ctx.save_for_backward(rows, weight, down, up, low)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, down, up, low = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        low_gradient = (gradient @ up).mul_(ctx.scaling)
+        down_gradient = low_gradient.T @ rows
+        up_gradient = (gradient.T @ low).mul_(ctx.scaling)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = (gradient @ weight).addmm_(low_gradient, down).view(ctx.shape)
+        return x_gradient, None, None, down_gradient, up_gradient, None
+
+
+# Liger ------------------------------------------------------------------------------------------------------
+
+
+def _use_liger(model: torch.nn.Module) -> bool:
+    """True where Liger is installed and knows the architecture."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,
+    )
+
+    # It warns of each kernel that it has for other makers' hardware.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
+    inner = unwrapped(model)
+    if inner.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    modeling = sys.modules[type(inner).__module__]
+    before = dict(vars(modeling))
+    _apply_liger_kernel_to_instance(model=inner, cross_entropy=False, fused_linear_cross_entropy=False)
+    _undo_for_other_models(modeling, before)
+    return True
+
+
+def _undo_for_other_models(modeling: Any, before: dict[str, Any]) -> None:
+    """Liger changes an instance, and its module for all models to come, on a CPU too, where it can't run."""
+    for name, original in before.items():
+        changed = getattr(modeling, name)
+        if changed is original:
+            continue
+        # The rotation is a function of the module: the instance has no place of its own for it.
+        is_rotation = name == "apply_rotary_pos_emb"
+        setattr(modeling, name, _by_device(changed, original) if is_rotation else original)
+
+
+def _by_device(on_cuda: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(elsewhere)
+    def rotate(query: torch.Tensor, *others: Any, **options: Any) -> Any:
+        return (on_cuda if query.is_cuda else elsewhere)(query, *others, **options)
+
+    return rotate
