@@ -10,7 +10,7 @@ MODEL := .cache/models/smollm2-135m-instruct
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo demo-model test test-fast stress hard check lint format constraints clean
+.PHONY: help install demo demo-model test test-fast postgres stress hard check lint format constraints clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,6 +37,17 @@ test: demo-model  ## every test but those of stress and hard
 
 test-fast: $(VENV)/.installed  ## the tests that take seconds
 	$(PYTEST) -m "not slow and not stress and not hard"
+
+# Debian's package starts a server of its own on port 5432 where the machine starts services; the tests don't use it.
+postgres:        ## PostgreSQL for `make stress` and `make hard`, which skip its tests without it
+	@if ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null; then \
+	  echo "PostgreSQL is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update --quiet=2 && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet=2 --no-install-recommends postgresql; then \
+	  echo "PostgreSQL was installed"; \
+	else \
+	  echo "PostgreSQL is absent, its tests will be skipped; as root: apt-get install postgresql"; \
+	fi
 
 stress: demo-model  ## kills, faults and servers in short form
 	$(PYTEST) -m "stress and not hard"

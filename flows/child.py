@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 PARENT_FD_VARIABLE = (
-    "SFT_PIPELINE_PARENT_FD"  # pipelines.storage has it too; that costs too much to import here
+    "SFT_PIPELINE_PARENT_FD"  # pipelines.run_lock has it too; that costs too much to import here
 )
 DEATH_SIGNAL_VARIABLE = "SFT_PIPELINE_DEATH_SIGNAL_FROM"
 _PR_SET_PDEATHSIG = 1

@@ -260,17 +260,42 @@ def show(
 
 
 @app.command(group=MACHINE)
-def doctor(config: Path | None = None, /) -> int:
+def doctor(
+    config: Path | None = None,
+    /,
+    *,
+    until: Stage | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    overrides: Overrides = (),
+) -> int:
     """Look for what is missing or wrong on this machine; exit code 1 if the pipeline would not run.
 
     Parameters
     ----------
     config
-        Also check this config: its sources, its model, its run root.
+        Also check this config: its sources, its model, disk and memory for them.
+    until
+        Ask only about the stages up to this one, as of run --until.
+    json
+        Print one JSON object.
     """
-    from flows.doctor import report
+    from flows.doctor import Question, report
 
-    return report(config)
+    return report(Question(config, overrides, until), as_json=json)
+
+
+@app.command(group=MACHINE)
+def schema(*, markdown: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Print the JSON schema of a config, for editors.
+
+    Parameters
+    ----------
+    markdown
+        Print docs/configuration.md in its place.
+    """
+    from flows.reference import reference_page, schema_text
+
+    print(reference_page() if markdown else schema_text(), end="")
 
 
 @app.command(group=MACHINE)
@@ -279,6 +304,14 @@ def deploy(*, prefect_file: Path = Path("prefect.yaml")) -> None:
     from flows.deploy import deploy_all
 
     deploy_all(prefect_file)
+
+
+@app.command(group=MACHINE)
+def undeploy() -> None:
+    """Remove the deployments, the work pool and the automation from the Prefect server."""
+    from flows.deploy import undeploy_all
+
+    undeploy_all()
 
 
 if __name__ == "__main__":

@@ -61,9 +61,8 @@ def run_step(stage: str, config_path: Path, overrides: Sequence[str]) -> None:
 def run_trainer_here(command: str, config_path: Path, overrides: Sequence[str], *more: str) -> None:
     """`python -m trainer.launch COMMAND` in this very process, under the lock of the run root."""
     with open_run(config_path, overrides, first=command, last=command) as run:
-        from pipelines.storage import LOCK_FD_VARIABLE
+        from pipelines.run_lock import lock_variables
         from trainer.launch import main
 
-        if run.lock is not None:  # the trainer finds the lock held, as a child of a run would
-            os.environ[LOCK_FD_VARIABLE] = str(run.lock)
+        os.environ.update(lock_variables(run.lock))  # the trainer finds the lock held, as a child would
         main([command, "--config", str(run.config.run_root / RESOLVED_CONFIG_NAME), *more])

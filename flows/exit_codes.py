@@ -10,8 +10,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from flows.packages import OUR_FOLDER, foreign_package
+from flows.packages import OUR_FOLDER, foreign_package, use_ours
 
+DOCTOR = "doctor"
+"""The one command that runs beside a foreign package: it names it among the rest."""
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "SFT_PIPELINE_DEBUG"
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
@@ -23,7 +25,9 @@ def exit_code_of(command: Command, arguments: Sequence[str]) -> int:
     """Run a command with its arguments; never lets an error out."""
     problem = foreign_package(OUR_FOLDER)
     if problem is not None:
-        return _say_error(problem, EXIT_REFUSED)
+        if arguments[:1] != [DOCTOR]:
+            return _say_error(problem, EXIT_REFUSED)
+        use_ours()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_on_signal)
     if DEBUG_FLAG in arguments:
@@ -57,6 +61,10 @@ def _told(command: Command, arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last line of defence: told on one line, never swallowed
         if debugging():
             traceback.print_exc()
+        from pipelines.disk_errors import is_disk_error, storage_error
+
+        if is_disk_error(error):
+            error = storage_error(error, f"sft-pipeline {' '.join(arguments[:2])}")
         if isinstance(error, SftPipelineError):
             return _say_error(str(error), error.exit_code)
         return _say_error(_unexpected(error), EXIT_FAILED)

@@ -40,7 +40,7 @@ def start_local_prefect(run_root: Path, *, debug: bool) -> Callable[[], None]:
     if has_own_server(os.environ, Path.home()):
         return _nothing
     home = Path(os.environ.setdefault("PREFECT_HOME", str(run_root.parent / ".prefect")))
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.chmod(0o700)  # its database holds parameters and logs, and Prefect writes it readable by all
     server = ExitStack()
     url = server.enter_context(running_server())

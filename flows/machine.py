@@ -1,18 +1,20 @@
-"""Checks of `sft-pipeline doctor` on the machine: disk, locks, torch and what it can train on, DeepSpeed's tools."""
+"""Checks of `sft-pipeline doctor` on the machine: the interpreter, the disk, its kind of file system, and locks."""
 
 import fcntl
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-TRAIN_PACKAGES = {"torch": "torch", "peft": "peft", "safetensors": "safetensors"}
+if TYPE_CHECKING:  # nothing of ours is imported: doctor asks first whether it can be
+    from schemas.pipeline_config import PipelineConfig
+
+OLDEST_PYTHON = (3, 10)
 WANTED_FREE_GIB = 10
 NETWORK_FILE_SYSTEMS = {
     "nfs",
@@ -24,53 +26,119 @@ NETWORK_FILE_SYSTEMS = {
     "lustre",
     "glusterfs",
     "fuse.sshfs",
+    "fuse.glusterfs",
+    "fuse.s3fs",
     "afs",
 }
-CHILD_TIMEOUT_SECONDS = 120
+
+Level = Literal["ok", "warns", "fails"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`level` fails stops the pipeline, warns does not. `remedy` is empty where nothing is to be done."""
+    """`fails` stops the pipeline, `warns` does not. Expected and remedy are empty where all is well."""
 
-    level: Literal["ok", "warns", "fails"]
+    level: Level
     subject: str
     found: str
+    expected: str = ""
     remedy: str = ""
 
 
+def check_python() -> Iterator[Finding]:
+    """The interpreter is new enough, and not one whose packages other programs share."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    wanted = f"Python {'.'.join(map(str, OLDEST_PYTHON))} or later"
+    if sys.version_info < OLDEST_PYTHON:
+        yield Finding("fails", "python", version, wanted, "install one and make the environment anew")
+    elif sys.prefix == sys.base_prefix:
+        remedy = (
+            "install in one (`make install` does): other programs may have packages called trainer or flows"
+        )
+        yield Finding("warns", "python", f"{version} at {sys.prefix}", "a virtual environment", remedy)
+    else:
+        yield Finding("ok", "python", f"{version} in {sys.prefix}")
+
+
+# Disk -------------------------------------------------------------------------------------------------------
+
+
 def check_disk(folder: Path) -> Iterator[Finding]:
-    """Free space where runs are written."""
-    place = _nearest_existing(folder)
-    free_gib = shutil.disk_usage(place).free / 2**30
-    level: Literal["ok", "warns"] = "ok" if free_gib >= WANTED_FREE_GIB else "warns"
-    remedy = "" if level == "ok" else "checkpoints and shards are large: free some, or put run_root elsewhere"
-    yield Finding(level, "disk", f"{free_gib:.1f} GiB free at {place}", remedy)
+    """Free space where runs would be written, when there is no config to reckon with."""
+    place = nearest_existing(folder)
+    free = shutil.disk_usage(place).free
+    if free >= WANTED_FREE_GIB * 2**30:
+        yield Finding("ok", "disk", f"{size_text(free)} free at {place}")
+        return
+    remedy = "free some, or work elsewhere; `sft-pipeline doctor CONFIG` reckons what a run takes"
+    yield Finding(
+        "warns", "disk", f"{size_text(free)} free at {place}", f"{WANTED_FREE_GIB} GiB or more", remedy
+    )
+
+
+def check_disk_for(
+    config: "PipelineConfig", stages: Sequence[str], *, model: Path | None
+) -> Iterator[Finding]:
+    """Free space against what the stages will write; fails where even the smallest estimate does not fit."""
+    from flows.disk_need import disk_need, total
+
+    place = nearest_existing(config.run_root)
+    free, kept_free = shutil.disk_usage(place).free, int(config.engine.min_free_gib * 2**30)
+    needs = disk_need(config, stages, model=model)
+    need = total(needs)
+    expected = (
+        f"at least {size_text(max(need.smallest, kept_free))}, up to {size_text(need.largest + kept_free)}: "
+        + ", ".join(f"{item.name} {_range_text(item.smallest, item.largest)}" for item in needs)
+        + f", kept free {size_text(kept_free)} (engine.min_free_gib)"
+    )
+    found = f"{size_text(free)} free at {place}"
+    remedy = "free some, put run_root on a larger disk, or lower train.keep_checkpoints"
+    if free < max(need.smallest, kept_free):
+        yield Finding("fails", "disk", found, expected, remedy)
+    elif free < need.largest + kept_free:
+        yield Finding("warns", "disk", found, expected, remedy)
+    else:
+        yield Finding("ok", "disk", f"{found}, {size_text(need.largest + kept_free)} are enough")
+
+
+def size_text(num_bytes: float) -> str:
+    """In GiB with two digits, below a tenth of one in MiB."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _range_text(smallest: int, largest: int) -> str:
+    low, high = size_text(smallest), size_text(largest)
+    return low if low == high else f"{low} to {high}"
+
+
+# Locks and file systems -------------------------------------------------------------------------------------
 
 
 def check_lock(folder: Path) -> Iterator[Finding]:
     """A second process can't take a lock that we hold: not so on some network file systems."""
-    place = _nearest_existing(folder)
+    place = nearest_existing(folder)
     kind = file_system(place)
-    if not os.access(place, os.W_OK):
-        yield Finding("fails", "run root", f"{place} can't be written", "choose another run_root")
+    if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
+        yield Finding(
+            "fails", "run root", f"{place} can't be written", "a folder of yours", "choose another run_root"
+        )
         return
     if not excludes_others(place):
+        found = f"{place} ({kind}) does not keep a second process out"
         remedy = "two runs could write at once: put run_root on a local disk"
-        yield Finding("fails", "lock", f"{place} ({kind}) does not keep a second process out", remedy)
+        yield Finding("fails", "lock", found, "a file system with flock", remedy)
     elif kind in NETWORK_FILE_SYSTEMS:
-        remedy = (
-            "locks may not hold between machines, and Prefect's database must not lie there: use a local disk"
-        )
-        yield Finding("warns", "lock", f"{place} is a network file system ({kind})", remedy)
+        remedy = "locks may not hold between machines: run on one machine only, or use a local disk"
+        found = f"{place} is on a network file system ({kind})"
+        yield Finding("warns", "lock", found, "a local disk", remedy)
     else:
         yield Finding("ok", "lock", f"holds at {place} ({kind})")
 
 
 _TRY_LOCK = """
-import fcntl, sys
+import fcntl, os, sys
 try:
-    fcntl.flock(open(sys.argv[1], "r+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError:
     sys.exit(0)
 sys.exit(1)
@@ -78,20 +146,34 @@ sys.exit(1)
 
 
 def excludes_others(folder: Path) -> bool:
-    """Hold a lock here and have another process try for it."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".sft-pipeline-lock-") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return subprocess.run([sys.executable, "-c", _TRY_LOCK, file.name], check=False).returncode == 0
+    """Hold a lock on a folder and on a file here, as a run does, and have another process try for each."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".sft-pipeline-lock-") as locked:
+        file = Path(locked, "run.lock")
+        file.touch()
+        return all(_second_process_is_refused(path) for path in (file, Path(locked)))
 
 
-def file_system(folder: Path) -> str:
-    """Kind of the file system that a folder lies on, as the kernel names it; "unknown" where it says nothing."""
+def _second_process_is_refused(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "unknown"
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return subprocess.run([sys.executable, "-c", _TRY_LOCK, str(path)], check=False).returncode == 0
+    finally:
+        os.close(descriptor)
+
+
+def file_system(folder: Path, mounts: str | None = None) -> str:
+    """Kind of the file system that a folder lies on, as the kernel names it; "unknown" where it says nothing.
+
+    `mounts` is the text of /proc/self/mounts.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "unknown"
     best, kind = "", "unknown"
-    for line in mounts:
+    for line in mounts.splitlines():
         _, point, found, *_ = line.split(" ")
         point = point.replace("\\040", " ")
         if len(point) >= len(best) and folder.resolve().is_relative_to(point):
@@ -99,83 +181,6 @@ def file_system(folder: Path) -> str:
     return kind
 
 
-_ASK_TORCH = """
-import torch
-print("torch", torch.__version__)
-for number in range(torch.cuda.device_count()):
-    properties = torch.cuda.get_device_properties(number)
-    print(f"gpu {properties.major}.{properties.minor} {properties.total_memory / 2**30:.0f} {properties.name}")
-"""
-
-
-def check_torch() -> Iterator[Finding]:
-    """Training's libraries, and what there is to train on. torch is asked in a child: it may break on import."""
-    missing = [name for module, name in TRAIN_PACKAGES.items() if not is_there(module)]
-    if missing:
-        remedy = "pip install 'sft-pipeline[train]'; the data stages run without it: --until pack"
-        yield Finding("warns", "training", f"missing: {', '.join(missing)}", remedy)
-        return
-    asked = subprocess.run(
-        [sys.executable, "-c", _ASK_TORCH],
-        capture_output=True,
-        text=True,
-        timeout=CHILD_TIMEOUT_SECONDS,
-        check=False,
-    )
-    if asked.returncode != 0:
-        last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        yield Finding(
-            "fails", "training", f"torch does not start: {last}", "install torch again for this machine"
-        )
-        return
-    yield from torch_findings(asked.stdout.splitlines())
-
-
-def torch_findings(lines: list[str]) -> Iterator[Finding]:
-    """Read the child's answer: a line for torch, one for each GPU."""
-    yield Finding("ok", "training", lines[0])
-    for line in lines[1:]:
-        _, capability, gib, name = line.split(" ", 3)
-        about = f"{name}, {gib} GiB, compute capability {capability}"
-        if float(capability) >= 8.0:
-            yield Finding("ok", "gpu", about)
-        else:
-            remedy = (
-                "below 8.0 there is no bfloat16: training is in float32, slower and with twice the memory"
-            )
-            yield Finding("warns", "gpu", about, remedy)
-    if len(lines) == 1:
-        remedy = (
-            "training works, but only small models are done in bearable time"
-            if not _has_nvidia()
-            else ("torch sees no GPU although there is a driver: install a build of torch with CUDA")
-        )
-        yield Finding("warns", "gpu", "none that torch can use", remedy)
-
-
-def check_deepspeed() -> Iterator[Finding]:
-    """DeepSpeed compiles its optimisers at first use: that needs tools."""
-    if not is_there("deepspeed"):
-        return
-    missing = [tool for tool in ("ninja", "nvcc", "g++") if shutil.which(tool) is None]
-    if missing:
-        remedy = "install them, or use a strategy without DeepSpeed"
-        yield Finding("warns", "deepspeed", f"can't compile its kernels: no {', '.join(missing)}", remedy)
-    else:
-        yield Finding("ok", "deepspeed", "with the tools to compile its kernels")
-
-
-def is_there(module: str) -> bool:
-    """Whether a module could be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a sub-module of a package that is missing
-        return False
-
-
-def _has_nvidia() -> bool:
-    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-
-
-def _nearest_existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())

@@ -3,7 +3,9 @@
 Standard library alone, and nothing of ours is imported: this runs before anything that could be foreign.
 """
 
+import functools
 import importlib.util
+import sys
 from pathlib import Path
 
 OUR_PACKAGES = ("schemas", "pipelines", "trainer", "flows")
@@ -19,10 +21,16 @@ def check_packages() -> None:
         raise ForeignPackageError(problem)
 
 
+def use_ours() -> None:
+    """From now on ours are imported, whoever stands before them: for doctor, which tells of the intruder."""
+    sys.path.insert(0, str(OUR_FOLDER))
+
+
+@functools.cache
 def foreign_package(ours: Path) -> str | None:
     """One sentence about the first of our packages that would be imported from elsewhere, or None.
 
-    Paths are compared, not metadata: `packages_distributions()` knows nothing of some editable installs.
+    Answered once a process, so still true after `use_ours`. Paths are compared, not metadata: `packages_distributions()` knows nothing of some editable installs.
     """
     for name in OUR_PACKAGES:
         found = _folder_of(name)

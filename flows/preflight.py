@@ -2,19 +2,24 @@
 
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows.packages import check_packages
+from flows.parent_watch import FLOW_RUN_VARIABLE, end_with_worker
+from flows.secret_values import ReadBlock, secret_variables
+from pipelines.run_lock import Lock, hold_run_root
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import RESOLVED_CONFIG_NAME, STAGES
 
-ALL_STAGES = (*STAGES, "train", "evaluate", "promote")
+TRAINER_STAGES = ("train", "evaluate", "promote")
+ALL_STAGES = (*STAGES, *TRAINER_STAGES)
 TORCH_STAGES = ("train", "evaluate")
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -26,7 +31,9 @@ class Run:
 
     config: PipelineConfig
     stages: tuple[str, ...]
-    lock: int | None
+    lock: Lock
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Variables for the trainer alone: engine.secret_env with its values. Never in a log, a file or a repr."""
 
 
 @contextmanager
@@ -36,25 +43,41 @@ def open_run(
     *,
     first: str | None = None,
     last: str | None = None,
+    read_block: ReadBlock | None = None,
 ) -> Iterator[Run]:
     """Check everything, take the run root, write its resolved config; the lock is held until the block ends.
 
-    Raises the errors of schemas/errors.py.
+    `read_block` asks Prefect for a secret; None in commands without Prefect. Raises the errors of
+    schemas/errors.py.
     """
     check_packages()
+    end_with_worker()
     config = load_config(Path(config_path), overrides or ())
     stages = chosen_stages(first, last)
     check_before_start(config, stages)
+    needs_secrets = any(stage in stages for stage in TRAINER_STAGES)
+    secrets = secret_variables(config.engine.secret_env, read_block) if needs_secrets else {}
     with hold(config) as lock:
-        yield Run(config, stages, lock)
+        yield Run(config, stages, lock, secrets)
 
 
 @contextmanager
-def hold(config: PipelineConfig) -> Iterator[int | None]:
-    """Hold the run root of a config and leave the resolved config in it, for children and for people."""
-    from pipelines.storage import hold_run_root, write_json
+def hold(config: PipelineConfig) -> Iterator[Lock]:
+    """Hold the run root of a config and leave the resolved config in it, for children and for people.
 
-    with hold_run_root(config.run_root, wait_seconds=config.engine.lock_wait_seconds) as lock:
+    Worker processes hold it too, and none is left at the end of the block.
+    """
+    from pipelines.executors import workers_hold
+    from pipelines.storage import write_json
+
+    with (
+        hold_run_root(
+            config.run_root,
+            wait_seconds=config.engine.lock_wait_seconds,
+            flow_run=os.environ.get(FLOW_RUN_VARIABLE, ""),
+        ) as lock,
+        workers_hold(lock),
+    ):
         write_json(config.run_root / RESOLVED_CONFIG_NAME, config.model_dump(mode="json"))
         yield lock
 
@@ -81,11 +104,16 @@ def check_before_start(config: PipelineConfig, stages: Sequence[str]) -> None:
     """Refuse now what would fail hours later: no tokenizer, no torch, settings that can't go together, no disk."""
     from pipelines.parts import check_free_disk
 
+    check_settings(config, stages)
+    check_free_disk(config)
+
+
+def check_settings(config: PipelineConfig, stages: Sequence[str]) -> None:
+    """What can be refused without touching the run root."""
     if "split" in stages:
         _check_tokenizer(config)
     if any(stage in stages for stage in TORCH_STAGES):
         _check_trainer(config)
-    check_free_disk(config)
 
 
 def _check_tokenizer(config: PipelineConfig) -> None:

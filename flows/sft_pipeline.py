@@ -3,12 +3,11 @@
 No `from __future__ import annotations` in flow modules: served flows then fail with undefined references.
 """
 
-from typing import Any
-
 from prefect import flow
 
 from flows.cancelling import stop_training
-from flows.preflight import open_run
+from flows.flow_run import open_flow_run
+from flows.parameters import ConfigPath, Overrides
 from flows.tasks import (
     clean,
     dedup,
@@ -31,8 +30,8 @@ from flows.tasks import (
     on_crashed=[stop_training],
 )
 def sft_pipeline(
-    config_path: str = "configs/demo.yaml",
-    overrides: dict[str, Any] | list[str] | None = None,
+    config_path: ConfigPath = "configs/demo.yaml",
+    overrides: Overrides = None,
     from_stage: str | None = None,
     until: str | None = None,
 ) -> None:
@@ -41,7 +40,7 @@ def sft_pipeline(
     `overrides` are {"train.max_steps": 5} or ["train.max_steps=5"]; a stage whose inputs are what they were
     is skipped; `from_stage` and `until` cut the story short.
     """
-    with open_run(config_path, overrides, first=from_stage, last=until) as run:
+    with open_flow_run(config_path, overrides, first=from_stage, last=until) as run:
         merge(run)  #        every dump, one shape: 01_merged
         clean(run)  #        HTML to Markdown, Unicode: 02_cleaned
         filter_rows(run)  #  language, quality, size: 03_filtered

@@ -11,16 +11,15 @@ from prefect.flows import FlowStateHook
 
 from flows import tasks
 from flows.cancelling import stop_training
-from flows.preflight import open_run
+from flows.flow_run import open_flow_run
+from flows.parameters import ConfigPath, Overrides
 
 
 def step_flow(name: str, first: str, last: str, *steps: Callable[[Any], None]) -> Flow[..., None]:
     """The flow `name`: the stages from `first` to `last` on the run root of a config."""
 
-    def run_steps(
-        config_path: str = "configs/demo.yaml", overrides: dict[str, Any] | list[str] | None = None
-    ) -> None:
-        with open_run(config_path, overrides, first=first, last=last) as run:
+    def run_steps(config_path: ConfigPath = "configs/demo.yaml", overrides: Overrides = None) -> None:
+        with open_flow_run(config_path, overrides, first=first, last=last) as run:
             for step in steps:
                 step(run)
 

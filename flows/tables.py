@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage import read_json
 from schemas.evaluation import Evaluation
-from schemas.run import CHECKPOINTS_FOLDER, EVALUATION_NAME, Manifest
-from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
+from schemas.run import CHECKPOINTS_FOLDER, Manifest
+from schemas.training_result import TrainingResult
+from trainer.service import current_training, read_evaluation, read_training
 
 Table = list[dict[str, Any]]
 
@@ -40,11 +40,11 @@ def stage_table(manifest: Manifest) -> Table:
 def trainer_table(stage: str, run_root: Path, *, lines: Sequence[str]) -> Table:
     """What train or evaluate wrote down; of promote, the last line that it printed: its decision with numbers."""
     if stage == "train":
-        folder = run_root / CHECKPOINTS_FOLDER
-        key = (folder / CURRENT_TRAINING_NAME).read_text(encoding="utf-8").strip()
-        return training_table(TrainingResult.model_validate(read_json(folder / key / TRAINING_RESULT_NAME)))
+        key = current_training(run_root)
+        assert key is not None, "the training has just ended well"
+        return training_table(read_training(run_root / CHECKPOINTS_FOLDER / key))
     if stage == "evaluate":
-        return evaluation_table(Evaluation.model_validate(read_json(run_root / EVALUATION_NAME)))
+        return evaluation_table(read_evaluation(run_root))
     return [{"what": "decision", "value": lines[-1] if lines else "none was printed"}]
 
 

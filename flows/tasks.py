@@ -21,6 +21,8 @@ from flows.show_examples import print_examples
 from flows.tables import Table, stage_table, trainer_table
 from flows.terminal import wants_color
 from flows.training import Say, run_trainer
+from pipelines.executors import close_workers
+from pipelines.run_lock import check_still_held
 
 Step = Callable[[Run], None]
 
@@ -32,6 +34,7 @@ def step(name: str, work: Callable[[Run, str], None]) -> Step:
     """
 
     def do(run: Run) -> None:
+        check_still_held(run.lock, run.config.run_root)
         work(run, name)
 
     do.__name__ = do.__qualname__ = name  # Prefect tells tasks apart by their function's name
@@ -56,13 +59,14 @@ def run_trainer_stage(run: Run, name: str) -> None:
 
     Before training a person sees one example, what is trained set apart; a log of Prefect never does.
     """
+    close_workers()  # the trainer wants their memory
     say = speaker()
     if name == "train" and say is _print:
         print_examples(
             run.config, num_examples=1, color=wants_color(None, stream=sys.stderr), file=sys.stderr
         )
     owner = flow_run.get_id() or ""
-    lines = run_trainer(name, run.config.run_root, lock=run.lock, say=say, owner=owner)
+    lines = run_trainer(name, run.config.run_root, lock=run.lock, say=say, owner=owner, secrets=run.secrets)
     publish(name, trainer_table(name, run.config.run_root, lines=lines))
 
 

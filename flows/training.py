@@ -21,7 +21,9 @@ from typing import IO
 
 from flows.child import DEATH_SIGNAL_VARIABLE
 from flows.packages import OUR_FOLDER
-from pipelines.storage import LOCK_FD_VARIABLE, PARENT_FD_VARIABLE, write_json
+from flows.secret_values import hider
+from pipelines.run_lock import PARENT_FD_VARIABLE, Lock, lock_variables
+from pipelines.storage import write_json
 from schemas.errors import SftPipelineError, TrainingError, UsageError
 from schemas.run import RESOLVED_CONFIG_NAME
 
@@ -49,11 +51,17 @@ class Child:
 
 
 def run_trainer(
-    command: str, run_root: Path, *, lock: int | None, say: Say, owner: str = ""
+    command: str,
+    run_root: Path,
+    *,
+    lock: Lock,
+    say: Say,
+    owner: str = "",
+    secrets: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """`python -m trainer.launch COMMAND --config <run root>/config.json` to its end; its last lines.
 
-    Raises TrainingError, or UsageError when the trainer refused, with the trainer's own last line.
+    `secrets` are in its environment and in no line that it prints. Raises TrainingError, or UsageError when the trainer refused, with the trainer's own last line.
     """
     config_path = run_root / RESOLVED_CONFIG_NAME
     return run_child(
@@ -62,25 +70,44 @@ def run_trainer(
         lock=lock,
         say=say,
         owner=owner,
+        secrets=secrets,
     )
 
 
 def run_child(
-    module_and_arguments: Sequence[str], *, pid_path: Path, lock: int | None, say: Say, owner: str = ""
+    module_and_arguments: Sequence[str],
+    *,
+    pid_path: Path,
+    lock: Lock,
+    say: Say,
+    owner: str = "",
+    secrets: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Run a module of ours as a child process group; every line that it prints goes to `say`. Its last lines.
 
-    `lock` is the descriptor of the held run root: the child keeps the lock should we die before it.
+    `lock` is that of the held run root: the child keeps it should we die before the child.
     """
     last_lines: list[str] = []
+    hide = hider(secrets or {})
 
     def hear(line: str) -> None:
+        line = hide(line)
         last_lines.append(line)
         del last_lines[:-NUM_LAST_LINES]
         if not line.startswith(ERROR_MARK):
             say(line)
 
-    with parent_pipe() as pipe, _trainer_process(module_and_arguments, pipe=pipe, lock=lock) as process:
+    with (
+        parent_pipe() as pipe,
+        child_process(
+            module_and_arguments,
+            pipe=pipe,
+            descriptors=lock,
+            environment={**lock_variables(lock), **(secrets or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
         write_pid(pid_path, Child(process.pid, process_start(process.pid), owner))
         try:
             assert process.stdout is not None, "stdout is a pipe"
@@ -162,22 +189,6 @@ def parent_pipe() -> Iterator[int]:
     finally:
         os.close(read_end)
         os.close(write_end)
-
-
-@contextmanager
-def _trainer_process(
-    module_and_arguments: Sequence[str], *, pipe: int, lock: int | None
-) -> Iterator["subprocess.Popen[str]"]:
-    held = str(lock) if lock is not None else os.environ.get(LOCK_FD_VARIABLE)
-    with child_process(
-        module_and_arguments,
-        pipe=pipe,
-        descriptors=[int(held)] if held else [],
-        environment={LOCK_FD_VARIABLE: held} if held else {},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:
-        yield process
 
 
 @contextmanager

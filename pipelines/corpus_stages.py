@@ -5,7 +5,15 @@ from types import ModuleType
 
 import pyarrow as pa
 
-from pipelines.parts import PartTask, StageResult, StageRun, inputs_from, side_files, stage_before
+from pipelines.parts import (
+    REPLACED_MANIFEST_NAME,
+    PartTask,
+    StageResult,
+    StageRun,
+    inputs_from,
+    side_files,
+    stage_before,
+)
 from pipelines.storage import (
     check_file,
     file_entry,
@@ -19,6 +27,7 @@ from pipelines.storage import (
 from pipelines.work import features_part, rows_digest, verdict_part
 from schemas.conversation import Drop
 from schemas.dataset import SPLITS
+from schemas.errors import IntegrityError
 from schemas.run import HOLDOUT_LEDGER_NAME, FileEntry, Manifest, PartEntry
 
 
@@ -61,12 +70,15 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     """04_deduplicated and the ledger -> 05_held_out and the ledger, grown."""
     folder, before = stage_before(run)
     ledger_path = run.config.run_root / HOLDOUT_LEDGER_NAME
-    ledger_digest = file_sha256(ledger_path) if ledger_path.exists() else "none"
     rows_key = run.key([part.kept[0].sha256 for part in before.parts])
-    if (result := _skip_holdout(run, rows_key, ledger_digest, ledger_path)) is not None:
+    made = read_manifest(run.folder) or read_manifest(run.folder, REPLACED_MANIFEST_NAME)
+    ledger_digest = _given_ledger(run, rows_key, made, ledger_path)
+    key = run.key(rows_key, ledger_digest)
+    if (result := run.skip(key)) is not None:
+        _publish_ledger(run, _ledger_entry(result.manifest), ledger_path)
         return result
     features, files = _features(run, folder, before)
-    ledger = read_table(ledger_path) if ledger_path.exists() else module.LEDGER.empty_table()
+    ledger = _read_ledger(ledger_path) if ledger_path.exists() else module.LEDGER.empty_table()
     decision = module.decide(_concat(features), ledger, run.config)
     sides = dict(zip(*(decision.sides[name].to_pylist() for name in ("row_id", "side")), strict=True))
     drops = {
@@ -78,12 +90,13 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
         for part, ids in zip(before.parts, _ids_by_part(features), strict=True)
     ]
     entries = run.run_parts(verdict_part, tasks)
+    run.unpublish()
     ledger_file = _write_ledger(run, decision.ledger)
     counts = {
         f"{side}_rows": sum(f.num_rows for e in entries for f in side_files(e, side)) for side in SPLITS
     }
     result = run.finish(
-        run.key(rows_key, ledger_digest),
+        key,
         entries,
         inputs=inputs_from(before) | {HOLDOUT_LEDGER_NAME: ledger_digest},
         files=(*files, ledger_file),
@@ -93,18 +106,40 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     return result
 
 
-def _skip_holdout(run: StageRun, rows_key: str, ledger_digest: str, ledger_path: Path) -> StageResult | None:
-    """Nothing to do when the rows are the same and the ledger is the one before or after that work."""
-    manifest = read_manifest(run.folder)
-    if manifest is None:
-        return None
-    ledger_file = next(file for file in manifest.files if file.path == HOLDOUT_LEDGER_NAME)
-    if ledger_digest not in (manifest.inputs[HOLDOUT_LEDGER_NAME], ledger_file.sha256):
-        return None
-    result = run.skip(run.key(rows_key, manifest.inputs[HOLDOUT_LEDGER_NAME]))
-    if result is not None and ledger_digest != ledger_file.sha256:
-        _publish_ledger(run, ledger_file, ledger_path)
-    return result
+def _given_ledger(run: StageRun, rows_key: str, made: Manifest | None, ledger_path: Path) -> str:
+    """Digest of the ledger that the work begins with, "none" for none; one that was lost is brought back.
+
+    Work that was done before began with the ledger that its manifest names, though the one on the disk has grown
+    by it since: with the grown one it ends the same. Raises IntegrityError for a ledger that no run has left here.
+    """
+    if made is None:
+        return file_sha256(ledger_path) if ledger_path.exists() else "none"
+    given, grown = made.inputs[HOLDOUT_LEDGER_NAME], _ledger_entry(made)
+    if not ledger_path.exists():
+        _publish_ledger(run, grown, ledger_path)
+    found = file_sha256(ledger_path) if ledger_path.exists() else grown.sha256
+    if found not in (given, grown.sha256):
+        raise IntegrityError(
+            f"{ledger_path} (sha256 {found[:12]}...) is not the ledger that {run.folder} was made with "
+            f"(sha256 {grown.sha256[:12]}...): delete it to take the copy in {run.folder}, or delete that folder to "
+            "draw the sides of all rows by the ledger as it is"
+        )
+    return given if made.key == run.key(rows_key, given) else found
+
+
+def _read_ledger(path: Path) -> pa.Table:
+    # Where no run has left it here, no digest is known: the pages' own checksums are all there is.
+    try:
+        return read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        why = " ".join(str(error).split())
+        raise IntegrityError(
+            f"{path} can't be read ({why}): bring a whole copy back, then run again"
+        ) from error
+
+
+def _ledger_entry(manifest: Manifest) -> FileEntry:
+    return next(file for file in manifest.files if file.path == HOLDOUT_LEDGER_NAME)
 
 
 def _write_ledger(run: StageRun, ledger: pa.Table) -> FileEntry:
@@ -115,8 +150,12 @@ def _write_ledger(run: StageRun, ledger: pa.Table) -> FileEntry:
 
 
 def _publish_ledger(run: StageRun, ledger_file: FileEntry, ledger_path: Path) -> None:
-    # After the manifest: a kill in between is healed by _skip_holdout of the next run.
-    write_bytes(ledger_path, check_file(run.folder, ledger_file).read_bytes())
+    # After the manifest; after a kill in between the next run does it, though it finds the stage finished.
+    if not run.dry and not (ledger_path.exists() and file_sha256(ledger_path) == ledger_file.sha256):
+        cure = (
+            f"bring a copy of {ledger_path} back, or delete {run.folder} to draw the sides of all rows anew"
+        )
+        write_bytes(ledger_path, check_file(run.folder, ledger_file, cure=cure).read_bytes())
 
 
 def _features(run: StageRun, folder: Path, before: Manifest) -> tuple[list[pa.Table], tuple[FileEntry, ...]]:

@@ -1,6 +1,8 @@
 """Where parts are worked on: in this process, or in worker processes that are kept over stages.
 
 Workers are spawned, never forked: a fork of a process with threads (Polars, tokenizers, Prefect) can hang.
+None may write after its run has ended. So they are killed when a stage ends early (an error, Ctrl-C, a cancel);
+each ends itself when its parent is gone; and until it has, it holds the run root that the parent held.
 """
 
 import atexit
@@ -11,14 +13,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from contextlib import contextmanager
+from multiprocessing import connection, reduction
+from typing import Any, TypeVar
 
+from pipelines.disk_errors import is_disk_error, storage_error
 from schemas.errors import SftPipelineError, WorkerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 MAX_POOL_REBUILDS = 3
+END_SECONDS = 10.0
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -56,11 +62,31 @@ def run_tasks(
                 raise WorkerError(_died(waiting, label)) from None
 
 
+@contextmanager
+def workers_hold(descriptors: Sequence[int]) -> Iterator[None]:
+    """Workers that start in this block have these descriptors of ours too; at its end no worker is left."""
+    close_workers()
+    _inherited.extend(descriptors)
+    try:
+        yield
+    finally:
+        _inherited.clear()
+        close_workers()
+
+
 def close_workers() -> None:
-    """Stop the kept workers; the next use starts new ones."""
-    for pool in _pools.values():
+    """Kill the kept workers and wait for their end; the next use starts new ones."""
+    while _pools:
+        _, pool = _pools.popitem()
+        # A graceful shutdown would wait for parts that nobody wants any more. The attribute is private, but
+        # it is the only way to the processes before Python 3.14.
+        processes = list((pool._processes or {}).values())
+        for process in processes:
+            process.kill()
         pool.shutdown(wait=False, cancel_futures=True)
-    _pools.clear()
+        # Not join(): the pool's own thread is joining them too, and only one of the two is told.
+        for process in processes:
+            connection.wait([process.sentinel], END_SECONDS)
 
 
 def _drain(
@@ -76,8 +102,8 @@ def _drain(
                 del waiting[index]
                 yield index, result
     finally:
-        for future in running:
-            future.cancel()
+        if running:  # left early: what still works would write after the end of its run
+            close_workers()
 
 
 def _result(future: "Future[Result]", label: str) -> Result:
@@ -86,7 +112,7 @@ def _result(future: "Future[Result]", label: str) -> Result:
     except (SftPipelineError, BrokenProcessPool):
         raise
     except Exception as error:
-        raise WorkerError(f"{label}: {type(error).__name__}: {error}") from error
+        raise _failure(error, label) from error
 
 
 def _call(function: Callable[[Task], Result], task: Task, label: Callable[[Task], str]) -> Result:
@@ -95,7 +121,18 @@ def _call(function: Callable[[Task], Result], task: Task, label: Callable[[Task]
     except SftPipelineError:
         raise
     except Exception as error:
-        raise WorkerError(f"{label(task)}: {type(error).__name__}: {error}") from error
+        raise _failure(error, label(task)) from error
+
+
+def _failure(error: Exception, label: str) -> SftPipelineError:
+    if is_disk_error(error):
+        return storage_error(error, label)
+    if isinstance(error, MemoryError):
+        return WorkerError(
+            f"{label}: out of memory ({error or 'no more could be had'}); lower engine.workers or merge.part_bytes, "
+            "or raise the limit of this process (ulimit -v), then run again"
+        )
+    return WorkerError(f"{label}: {type(error).__name__}: {error}")
 
 
 def _died(waiting: dict[int, Task], label: Callable[[Task], str]) -> str:
@@ -107,19 +144,36 @@ def _died(waiting: dict[int, Task], label: Callable[[Task], str]) -> str:
 
 
 _pools: dict[int, ProcessPoolExecutor] = {}
+_inherited: list[int] = []
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     if workers not in _pools:
         close_workers()
         _pools[workers] = ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(_Inherited(tuple(_inherited)),),
         )
-        atexit.register(close_workers)
     return _pools[workers]
 
 
-def _start_worker() -> None:
+atexit.register(close_workers)
+
+
+class _Inherited:
+    """Descriptors that a spawned process gets as they are, open as long as it lives: pickled at its start."""
+
+    def __init__(self, descriptors: tuple[int, ...]) -> None:
+        self.descriptors = descriptors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # DupFd hands a descriptor over only while a process is being spawned, which is when this is called.
+        return _Inherited, (tuple(reduction.DupFd(number).detach() for number in self.descriptors),)
+
+
+def _start_worker(inherited: _Inherited) -> None:
     os.environ.update(ONE_THREAD)
     # Ctrl-C reaches the whole group: the parent tells of it, a worker ends without a traceback of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

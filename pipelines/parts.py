@@ -3,6 +3,8 @@
 A stage's folder is rewritten in place without ever being half: new parts get names of their own (by key), the
 old manifest names the old files until the new one is renamed over it, and only then are old files removed.
 A part that was finished before a kill is found again by its sidecar `.entry-<key>.json`.
+Files whose names are fixed (shards, plans, the ledger) can't lie beside their old selves: while they are rewritten
+the folder has no manifest, but one set aside, by which its parts are still known.
 """
 
 import os
@@ -15,22 +17,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipelines import executors
 from pipelines.storage import (
-    TEMPORARY_PREFIX,
     check_file,
     check_manifest,
     json_digest,
-    read_json,
     read_manifest,
+    read_record,
+    sync_folder,
     write_json,
     write_manifest,
+    write_record,
 )
 from schemas.errors import InputError, IntegrityError, LimitError
 from schemas.pipeline_config import PipelineConfig
-from schemas.run import MANIFEST_NAME, STAGE_FOLDERS, TIMING_NAME, FileEntry, Manifest, PartEntry
+from schemas.run import (
+    MANIFEST_NAME,
+    STAGE_FOLDERS,
+    TEMPORARY_PREFIX,
+    TIMING_NAME,
+    FileEntry,
+    Manifest,
+    PartEntry,
+)
 
 GIB = 2**30
+REPLACED_MANIFEST_NAME = ".replaced-manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +184,12 @@ class StageRun:
         sweep(self.folder, manifest)
         return StageResult(manifest, self.num_parts_run, self.num_parts_reused, seconds)
 
+    def unpublish(self) -> None:
+        """Before a file is rewritten under its old name: from here to `finish` the folder does not exist."""
+        if (self.folder / MANIFEST_NAME).exists():
+            os.replace(self.folder / MANIFEST_NAME, self.folder / REPLACED_MANIFEST_NAME)
+            sync_folder(self.folder)
+
     def _finished_parts(self, tasks: Sequence[PartTask]) -> dict[int, PartEntry]:
         known = self._known_entries()
         entries: dict[int, PartEntry] = {}
@@ -180,7 +200,7 @@ class StageRun:
         return entries
 
     def _known_entries(self) -> dict[str, PartEntry]:
-        manifest = read_manifest(self.folder)
+        manifest = read_manifest(self.folder) or read_manifest(self.folder, REPLACED_MANIFEST_NAME)
         if manifest is None:
             return {}
         features = [file for file in manifest.files if file.path.startswith("features/")]
@@ -238,13 +258,16 @@ def sidecar_path(folder: Path, key: str) -> Path:
 
 def write_sidecar(folder: Path, entry: PartEntry) -> None:
     """The last write of a part."""
-    write_json(sidecar_path(folder, entry.key), entry.model_dump(mode="json"))
+    write_record(sidecar_path(folder, entry.key), entry.model_dump(mode="json"))
 
 
 def read_sidecar(folder: Path, key: str) -> PartEntry | None:
-    """The entry of a part that was finished by a run which ended before its manifest."""
+    """The entry of a part that was finished by a run which ended before its manifest; None for a damaged one."""
     path = sidecar_path(folder, key)
-    return PartEntry.model_validate(read_json(path)) if path.exists() else None
+    try:
+        return PartEntry.model_validate(read_record(path)) if path.exists() else None
+    except (IntegrityError, ValidationError):
+        return None  # the part is made again
 
 
 def is_whole(folder: Path, entry: PartEntry) -> bool:

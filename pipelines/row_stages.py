@@ -11,14 +11,14 @@ from pipelines.part_ranges import PartRange
 from pipelines.parts import PartTask, StageResult, StageRun, inputs_from, stage_before
 from pipelines.storage import json_digest
 from pipelines.work import merge_part, row_ids, step_part
-from schemas.run import PartEntry
+from schemas.run import SPOOL_FOLDER, PartEntry
 
 
 def run_merge(run: StageRun, module: ModuleType) -> StageResult:
     """Sources -> 01_merged."""
     config = run.config
     # A dry run writes nothing into the run root.
-    spool = Path(tempfile.mkdtemp()) if run.dry else config.run_root / ".spool"
+    spool = Path(tempfile.mkdtemp()) if run.dry else config.run_root / SPOOL_FOLDER
     try:
         sources = sorted(config.sources, key=lambda source: source.name)
         parts = [

@@ -54,6 +54,7 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
         for side in SPLITS
     }
     module.check_counts(sum_counts(entry.counts for entry in entries), run.config.split)
+    run.unpublish()
     paths = write_dataset(run.folder, tables, batch_rows=run.config.split.shard_rows)
     files = tuple(file_entry(path, folder=run.folder, num_rows=rows) for path, rows in paths)
     return run.finish(key, entries, inputs=inputs_from(before), files=files)
@@ -70,6 +71,7 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
         return result
     if run.dry:
         raise PartsToRun(sum(epochs.values()), 0)
+    run.unpublish()
     files: list[FileEntry] = []
     counts: dict[str, int] = {}
     for side in SPLITS:

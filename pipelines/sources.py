@@ -18,8 +18,6 @@ def find_files(
 
     A label is the file's path inside the source: inside the folder, or inside the part of a glob without wildcards.
     """
-    if "://" in source.path:
-        raise InputError(f"source {source.name}: {source.path} is a URL; download it and name the local path")
     path = base_folder / source.path
     if path.is_file():
         return [(path.name, path)], []

@@ -1,19 +1,15 @@
-"""Bytes on disk: durable writes, digests, rows as Parquet, manifests, and the lock of a run root.
+"""Bytes on disk: durable writes, digests, rows as Parquet, manifests.
 
 Each file is written aside, flushed, fsynced and renamed, and its folder fsynced; only then may a manifest name it.
 Without the first fsync a power cut leaves a synced manifest over a part of 0 bytes (ext4 and xfs, measured).
 """
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipelines.disk_errors import is_disk_error, storage_error
+from pipelines.sealed import json_bytes, sealed, unsealed
 from schemas.conversation import Conversation, Drop, Message, Role
 from schemas.dataset import DROPS, ROWS
-from schemas.errors import BusyError, InputError, IntegrityError
-from schemas.run import FORMAT_VERSION, LOCK_NAME, MANIFEST_NAME, FileEntry, Manifest
+from schemas.errors import InputError, IntegrityError
+from schemas.run import FORMAT_VERSION, MANIFEST_NAME, TEMPORARY_PREFIX, FileEntry, Manifest
 
-LOCK_FD_VARIABLE = "SFT_PIPELINE_LOCK_FD"
-PARENT_FD_VARIABLE = "SFT_PIPELINE_PARENT_FD"
-TEMPORARY_PREFIX = ".tmp-"
 ROWS_PER_GROUP = 4096
 
 # Durable writes ---------------------------------------------------------------------------------------------
@@ -38,18 +33,41 @@ ROWS_PER_GROUP = 4096
 def durable_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is on the disk under its final name.
 
-    When the block raises, the temporary file is removed and `path` is what it was.
+    When the block raises, the temporary file is removed and `path` is what it was; after a failure of the very last
+    step, the folder's fsync, `path` is the new file. Raises StorageError when the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
     try:
+        make_folder(path.parent)
         yield temporary
         sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except Exception as error:
+        num_bytes = _discard(temporary)
+        if not is_disk_error(error):
+            raise
+        raise storage_error(error, str(path), num_bytes=num_bytes) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """mkdir -p, with the new names on the disk too."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def _discard(temporary: Path) -> int:
+    """Remove what was written aside, if the disk lets us; else the next run will. Its size."""
+    with suppress(OSError):
+        num_bytes = temporary.stat().st_size
+        temporary.unlink()
+        return num_bytes
+    return 0
 
 
 def sync_file(path: Path) -> None:
@@ -78,18 +96,34 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Durably replace `path` by JSON with sorted keys: equal values give equal bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
+    write_bytes(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:
     """Raises InputError when absent and IntegrityError when it is not JSON."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
+        return json.loads(_read_bytes(path))
     except ValueError as error:
         raise IntegrityError(f"{path} is not valid JSON ({error}); delete it and run again") from None
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Durably replace `path` by a JSON record that carries its own digest: see pipelines/sealed.py."""
+    write_bytes(path, sealed(record))
+
+
+def read_record(path: Path, *, cure: str = "delete it and run again") -> dict[str, Any]:
+    """What write_record wrote, byte for byte. Raises InputError when absent, IntegrityError when it is anything else."""
+    return unsealed(_read_bytes(path), path, cure=cure)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except OSError as error:
+        raise storage_error(error, str(path)) from error
 
 
 # Digests ----------------------------------------------------------------------------------------------------
@@ -122,7 +156,7 @@ def file_entry(path: Path, *, folder: Path, num_rows: int = 0) -> FileEntry:
 _checked: set[tuple[str, int, int, int, int, str]] = set()
 
 
-def check_file(folder: Path, entry: FileEntry) -> Path:
+def check_file(folder: Path, entry: FileEntry, *, cure: str = "delete it and run its stage again") -> Path:
     """The path of an entry, once its size and sha256 are the manifest's.
 
     Checked once per process and file state: Arrow streams cut at a message border read short without an
@@ -132,14 +166,14 @@ def check_file(folder: Path, entry: FileEntry) -> Path:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise IntegrityError(f"{path} is named by its manifest but missing; run its stage again") from None
+        raise IntegrityError(f"{path} is named by its manifest but missing; {cure}") from None
     seen = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256)
     if seen in _checked:
         return path
     if status.st_size != entry.num_bytes or file_sha256(path) != entry.sha256:
         raise IntegrityError(
             f"{path} ({status.st_size} bytes) is not the file its manifest names "
-            f"({entry.num_bytes} bytes, sha256 {entry.sha256[:12]}...); delete it and run its stage again"
+            f"({entry.num_bytes} bytes, sha256 {entry.sha256[:12]}...); {cure}"
         )
     _checked.add(seen)
     return path
@@ -249,16 +283,16 @@ def _row(record: dict[str, Any]) -> Conversation:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last write of a stage: from now on the folder exists."""
-    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    write_record(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """None when the folder was never finished. Raises IntegrityError for one that can't be understood."""
-    path = folder / MANIFEST_NAME
+def read_manifest(folder: Path, name: str = MANIFEST_NAME) -> Manifest | None:
+    """None when the folder was never finished. Raises IntegrityError for one that is not as it was written."""
+    path = folder / name
     if not path.exists():
         return None
-    record = read_json(path)
-    found = record.get("format_version") if isinstance(record, dict) else None
+    record = read_record(path)
+    found = record.get("format_version")
     if found != FORMAT_VERSION:
         raise IntegrityError(
             f"{path} has format_version {found!r}, this version reads {FORMAT_VERSION}; use a new run_root"
@@ -277,63 +311,3 @@ def check_manifest(folder: Path, *, stage: str) -> Manifest:
     if manifest is None:
         raise InputError(f"{folder} is not finished: run the stage {stage!r} first")
     return manifest
-
-
-# One run at a time ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def hold_run_root(run_root: Path, *, wait_seconds: float) -> Iterator[int | None]:
-    """Hold the run root; yields the lock's descriptor, to be inherited by children that must keep it.
-
-    A child of a run finds the descriptor in its environment and holds already: yields None.
-    The lock file is never unlinked: two processes could then each lock a file of that name.
-    Raises BusyError naming the holder.
-    """
-    if LOCK_FD_VARIABLE in os.environ:
-        yield None
-        return
-    run_root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        _lock(descriptor, run_root, wait_seconds)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, run_root: Path, wait_seconds: float) -> None:
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-        if time.monotonic() >= deadline:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise BusyError(
-                f"{run_root} is held by another run (process {holder}): wait for it, stop it, "
-                "or use another run_root"
-            )
-        time.sleep(0.1)
-
-
-def exit_with_parent() -> None:
-    """In a child: end at once when the parent is gone, however it died.
-
-    The parent holds the write end of a pipe and never writes; its end is our end of file. PR_SET_PDEATHSIG
-    is the wrong cure: it fires when the thread that forked ends, not the process.
-    """
-    descriptor = os.environ.get(PARENT_FD_VARIABLE)
-    if descriptor is not None:
-        threading.Thread(target=_wait_for_end, args=(int(descriptor),), daemon=True).start()
-
-
-def _wait_for_end(descriptor: int) -> None:
-    while os.read(descriptor, 1):
-        pass
-    os._exit(1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from schemas.errors import ConfigError
 from schemas.pipeline_config import PipelineConfig
@@ -54,8 +54,15 @@ def _parse(text: str, where: str) -> Any:
             raise ConfigError(f"{where}: YAML aliases (*name) are not read; write the value out")
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
+        raise ConfigError(f"{where}: not valid YAML: {_yaml_problem(error)}") from None
+
+
+def _yaml_problem(error: YAMLError) -> str:
+    """What and where. The library's own text quotes the line, which may hold half of a password."""
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    said = " ".join(str(error.problem).split())
+    return f"{said}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]]:
@@ -111,6 +118,8 @@ def _problem(detail: Any) -> str:
         return f"unknown key {location!r}{_nearest(detail['loc'])}"
     if detail["type"] == "missing":
         return f"{location!r} is missing"
+    if detail["loc"][:2] == ("engine", "secret_env"):  # the value may be the secret itself, by mistake
+        return f"{location!r}: expected VARIABLE: name-of-a-Prefect-Secret-block, never the secret itself"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{location!r} is {detail['input']!r}: {message}" if location else message
 

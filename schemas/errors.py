@@ -4,6 +4,7 @@
     ├── InputError              a source or model is missing, empty or unreadable
     ├── IntegrityError          a file on disk is not the one that its manifest names
     ├── LimitError              more was dropped, or less was left, than the config allows
+    ├── StorageError            a disk refused: full, failing, no permission, file gone
     ├── WorkerError             a worker process died or raised
     ├── TrainingError           training can't go on (loss not finite, nothing to train, ...)
     └── UsageError              exit code 2: refused before any work
@@ -15,11 +16,19 @@
 A message says what was found, what was expected and what to do, on one line.
 """
 
+from schemas.credentials import without_credentials
+
 
 class SftPipelineError(Exception):
-    """Root of the tree. `exit_code` is what the command line returns."""
+    """Root of the tree. `exit_code` is what the command line returns.
+
+    Messages end in logs, reports and Prefect's database: a URL in them loses its user, password and query.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_credentials(message))
 
 
 class InputError(SftPipelineError):
@@ -32,6 +41,10 @@ class IntegrityError(SftPipelineError):
 
 class LimitError(SftPipelineError):
     """A limit set by the user was passed: too many drops, zero rows left."""
+
+
+class StorageError(SftPipelineError):
+    """A disk or file system refused to read or write: full, failing, no permission, the file is gone."""
 
 
 class WorkerError(SftPipelineError):

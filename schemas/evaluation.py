@@ -16,6 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.run import FORMAT_VERSION, FileEntry
+from schemas.training_config import BaseForm
 
 EVALUATION_EXAMPLES_NAME = "evaluation_examples.arrow"
 
@@ -99,6 +100,8 @@ class Evaluation(_Record):
     """The model in service when the candidate came; None: the base model was."""
     settings: dict[str, object]
     """The evaluate section of the config."""
+    base_form: BaseForm = "plain"
+    """In what form the weights of all models were held: train.base of the config."""
     models: tuple[ModelReport, ...]
     """base, incumbent (where there is one), candidate."""
     answers: tuple[Answers, ...]

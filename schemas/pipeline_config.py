@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from schemas.local_path import LocalPath, refuse_url
 from schemas.training_config import EvaluateConfig, ModelConfig, PromoteConfig, TrainConfig
 
 
@@ -15,10 +16,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+BlockName = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+
+
 class SourceConfig(Section):
     name: str
     """Short name of this source; part of every row id, so keep it when files move."""
-    path: str
+    path: LocalPath
     """A file, a folder or a glob; relative to the config file. .json .jsonl .parquet, also .gz and .zst."""
     format: Literal["auto", "sharegpt", "alpaca", "messages"] = "auto"
     """auto looks at each record."""
@@ -69,6 +74,7 @@ class FilterConfig(Section):
     max_chars: int = Field(default=4_000_000, gt=0)
     """Most characters of a chat."""
     max_turns: int = Field(default=10_000, gt=0)
+    """Most messages of a chat, the system message not counted."""
     alternation: Literal["repair", "drop"] = "repair"
     """Wrong role order: merge neighbours of one role and cut unpaired ends, or drop the chat."""
     max_digit_run: int = Field(default=0, ge=0)
@@ -79,9 +85,11 @@ class FilterConfig(Section):
 
 class DedupConfig(Section):
     exact: bool = True
+    """A chat that is there twice, word for word, is kept once."""
     branches: bool = True
     """A chat that another one repeats and extends is dropped in favour of the longer one."""
     near: bool = True
+    """A chat that is nearly another one is dropped in favour of the longer one."""
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 3-grams from which two chats count as one."""
 
@@ -92,6 +100,7 @@ class HoldoutConfig(Section):
     test: float = Field(default=0.02, ge=0, lt=0.5)
     """Share of chats for the promotion gate."""
     seed: int = 0
+    """Another seed draws other sides, for first user turns that have none yet."""
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """A new row this similar to a held-out row goes to its side."""
 
@@ -105,7 +114,7 @@ class SplitConfig(Section):
     """Each piece of a cut chat starts with the chat's system message."""
     train_on: Literal["assistant", "last"] = "assistant"
     """Which turns are trained: all assistant turns, or only the last one."""
-    chat_template: str | None = None
+    chat_template: LocalPath | None = None
     """Path of a Jinja file to use in place of the tokenizer's own template."""
     shard_rows: int = Field(default=8192, gt=0)
     """Rows in a record batch of the shards."""
@@ -117,6 +126,7 @@ class PackConfig(Section):
     capacity: int | None = Field(default=None, gt=8)
     """Tokens in a bin; default: split.max_tokens."""
     seed: int = 0
+    """Another seed gives another order of the bins."""
     weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(default_factory=dict)
     """Source name: how often each of its training examples stands in an epoch. 3 is thrice, 0.2 every fifth; default 1."""
 
@@ -130,6 +140,9 @@ class EngineConfig(Section):
     """Fail when a stage drops a larger share of its rows."""
     min_free_gib: float = Field(default=0.5, ge=0)
     """Fail before a stage starts when less disk is free."""
+    secret_env: dict[VariableName, BlockName] = Field(default_factory=dict)
+    """Variables for the trainer, each with the Prefect Secret block that has its value: {HF_TOKEN: hf-token}. One
+    that is set already where the run works is taken as it is."""
 
 
 class PipelineConfig(Section):
@@ -151,6 +164,11 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     engine: EngineConfig = EngineConfig()
+
+    @field_validator("run_root", mode="before")
+    @classmethod
+    def _run_root_is_here(cls, run_root: object) -> object:
+        return refuse_url(run_root) if isinstance(run_root, str) else run_root
 
     @field_validator("sources")
     @classmethod

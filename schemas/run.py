@@ -9,6 +9,7 @@
   07_plan/                 <split>-epoch-<nnnn>.arrow, manifest.json
   checkpoints/<training>/  step-<n>/, latest, metrics.jsonl, adapter/
   evaluation.json, promoted.json
+  .tmp-*, .spool/          being written, anywhere below; never read again, removed by the next run
 """
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,6 +34,8 @@ RESOLVED_CONFIG_NAME = "config.json"
 EVALUATION_NAME = "evaluation.json"
 PROMOTED_NAME = "promoted.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+TEMPORARY_PREFIX = ".tmp-"
+SPOOL_FOLDER = ".spool"
 
 
 class _Record(BaseModel):

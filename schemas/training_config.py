@@ -4,6 +4,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.local_path import LocalPath
+
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+BaseForm = Literal["plain", "int8"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -12,29 +17,42 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    path: str
+    path: LocalPath
     """Folder with a Hugging Face model and tokenizer, or a hub name that is in the local cache."""
     revision: str | None = None
-    tokenizer: str | None = None
+    """Commit or tag of a hub name."""
+    tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 from compute capability 8.0 on, and on CPUs; else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where torch sees one."""
 
 
 class LoraConfig(_Section):
     rank: int = Field(default=16, gt=0)
+    """Inner size of the two matrices beside each layer: more learn more and take more memory."""
     alpha: float = Field(default=32, gt=0)
+    """What the matrices add is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the inputs of the matrices that is dropped in training."""
     targets: str | list[str] = "all-linear"
     """'all-linear', or names of modules."""
 
 
 class TrainConfig(_Section):
     method: Literal["lora", "full"] = "lora"
+    """What is trained: small matrices beside the frozen weights, or all weights."""
     lora: LoraConfig = LoraConfig()
-    strategy: Literal["single"] = "single"
+    base: BaseForm = "plain"
+    """In what form the frozen weights are held; int8: bitsandbytes' LLM.int8, half the memory of bfloat16."""
+    strategy: Strategy = "single"
+    """How the work is laid over devices. ddp: each holds everything; zero1, zero2: DeepSpeed, each holds a part of
+    the optimiser, with zero2 of the gradients too."""
+    num_processes: int | None = Field(default=None, gt=0)
+    """Default: one per visible GPU where the strategy is for several devices, else 1."""
     epochs: int = Field(default=1, gt=0)
+    """Passes over the training side; pack.weights says how often a source stands in one."""
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many optimiser steps."""
     max_tokens: int | None = Field(default=None, gt=0)
@@ -44,16 +62,23 @@ class TrainConfig(_Section):
     bins_per_micro_step: int = Field(default=1, gt=0)
     """Bins in memory at once; changes speed and memory, never the result."""
     learning_rate: float = Field(default=2e-4, gt=0)
+    """The highest, after the warm-up. For method full a tenth of the default is usual."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls from the end of the warm-up to the last step."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Default: warmup_share of all steps."""
     warmup_share: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
     min_learning_rate_share: float = Field(default=0.0, ge=0, le=1)
     """Where linear and cosine end, as a share of learning_rate."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Each step shrinks the trained weights by learning rate x this."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of that mean."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this; 0 is off."""
     gradient_checkpointing: bool = False
@@ -63,8 +88,11 @@ class TrainConfig(_Section):
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0
+    """Of fresh adapter weights and of dropout."""
     checkpoint_every_steps: int = Field(default=100, gt=0)
+    """A killed training goes on from the last one."""
     keep_checkpoints: int = Field(default=2, gt=0)
+    """Older ones are removed."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Loss on the validation side every so many steps; 0: only at the end."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
@@ -77,12 +105,15 @@ class EvaluateConfig(_Section):
     questions: list[str] = Field(default_factory=list)
     """Prompts answered greedily by the base model and by the candidate, for people to read."""
     max_new_tokens: int = Field(default=96, gt=0)
+    """Longest answer."""
 
 
 class PromoteConfig(_Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """One-sided level of the paired bootstrap's lower bound."""
     bootstrap_samples: int = Field(default=2000, gt=0)
+    """Draws of the bootstrap."""
     seed: int = 0
+    """Of those draws."""
     max_source_regression: float = Field(default=0.02, ge=0)
     """A source's bits per byte may grow by at most this share."""

@@ -44,6 +44,9 @@ class TrainingResult(BaseModel):
     validation_loss: float | None
     """None without a validation side."""
     validation_bits_per_byte: float | None
+    strategy: str = "single"
+    num_processes: int = 1
+    """How the run that finished was laid over devices. Bytes are equal for equal strategy and number alone."""
     versions: dict[str, str]
     """Of the libraries that shape the numbers."""
     files: tuple[FileEntry, ...]

@@ -70,13 +70,17 @@ def load_for_generation(config: PipelineConfig, adapter: str | Path = "promoted"
 
 
 def load_with_adapter(config: PipelineConfig, folder: Path | None) -> torch.nn.Module:
-    """The base model, the base with the adapter in `folder`, or the whole model in `folder`; packed attention."""
-    settings = needed_model(config)
+    """The base model, the base with the adapter in `folder`, or the whole model in `folder`; packed attention.
+
+    All in the form of train.base: a card that trains an 8-bit base may not hold more.
+    """
+    settings, base = needed_model(config), config.train.base
     if folder is None:
-        return load_base_model(settings)
+        return load_base_model(settings, base=base)
     if (folder / "adapter_config.json").is_file():
-        return load_adapter(load_base_model(settings), folder)
-    return load_base_model(settings.model_copy(update={"path": str(folder), "revision": None}))
+        return load_adapter(load_base_model(settings, base=base), folder)
+    whole = settings.model_copy(update={"path": str(folder), "revision": None})
+    return load_base_model(whole, base=base)
 
 
 def check_base(config: PipelineConfig, trained: TrainedModel) -> None:

@@ -195,17 +195,17 @@ def _has_tensor_cores_of_sm80(device_index: int) -> bool:
 
 
 @functools.cache
-def _takes_fewer_key_heads(device_index: int) -> bool:
+def _takes_fewer_key_heads(device: torch.device) -> bool:
     """torch 2.11's kernel has no flag for grouped queries. Where it computes them all the same, keys and values
     need not be copied: tried once, gradients too.
     """
     kernel = _varlen_kernel()
     assert kernel is not None
-    draws = torch.Generator(f"cuda:{device_index}").manual_seed(0)
+    draws = torch.Generator(device).manual_seed(0)
     shapes = ((16, 4, 64), (16, 2, 64), (16, 2, 64))
-    options: dict[str, Any] = {"device": draws.device, "dtype": torch.bfloat16, "generator": draws}
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "generator": draws}
     inputs = [torch.randn(*shape, **options).requires_grad_() for shape in shapes]
-    borders = torch.tensor([0, 7, 16], dtype=torch.int32, device=draws.device)
+    borders = torch.tensor([0, 7, 16], dtype=torch.int32, device=device)
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
         output = kernel[0](query, key, value, borders, borders, 9, 9)
@@ -254,7 +254,7 @@ def _varlen(
     if query.shape[1] != key.shape[1]:
         if "enable_gqa" in parameters:  # torch 2.13
             options["enable_gqa"] = True
-        elif not _takes_fewer_key_heads(query.device.index or 0):
+        elif not _takes_fewer_key_heads(query.device):
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if "window_size" in parameters:

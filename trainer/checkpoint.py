@@ -13,6 +13,7 @@ stored: every draw is keyed by (seed, step, bin). No pickle.
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import getpid
 from pathlib import Path
@@ -24,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipelines import storage
+from pipelines.disk_errors import disk_errors
 from schemas.errors import SftPipelineError
-from schemas.run import MANIFEST_NAME, FileEntry
+from schemas.run import MANIFEST_NAME, TEMPORARY_PREFIX, FileEntry
 
 LATEST_NAME = "latest"
 WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME = "weights.safetensors", "moments.safetensors", "state.json"
@@ -78,14 +80,19 @@ def write_checkpoint(
 ) -> Path:
     """Write one, point `latest` at it, drop all but the newest `keep`. `facts` must be equal to be resumed."""
     final = training_folder / step_name(checkpoint.progress.num_steps)
-    temporary = hidden(final)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _write_files(temporary, checkpoint, facts)
-    publish(temporary, final)
-    storage.write_bytes(training_folder / LATEST_NAME, f"{final.name}\n".encode())
-    _drop_old(training_folder, newest=final, keep=keep)
+    with built_aside(final) as temporary:
+        _write_files(temporary, checkpoint, facts)
+    settle(training_folder, newest=final, keep=keep)
     return final
+
+
+def settle(training_folder: Path, *, newest: Path, keep: int) -> None:
+    """Point `latest` at the newest and drop all but `keep`; a resume does so too, for a run that was killed here."""
+    pointer, line = training_folder / LATEST_NAME, f"{newest.name}\n".encode()
+    with disk_errors(training_folder):
+        if not pointer.exists() or pointer.read_bytes() != line:
+            storage.write_bytes(pointer, line)
+        _drop_old(training_folder, newest=newest, keep=keep)
 
 
 def read_newest(
@@ -102,7 +109,7 @@ def read_newest(
 
 def read_checkpoint(folder: Path, *, facts: dict[str, Any]) -> Checkpoint:
     """Raises IntegrityError when a file is not the one written, ValueError for another training's checkpoint."""
-    manifest = _Manifest.model_validate(storage.read_json(folder / MANIFEST_NAME))
+    manifest = _Manifest.model_validate(storage.read_record(folder / MANIFEST_NAME))
     paths = {entry.path: storage.check_file(folder, entry) for entry in manifest.files}
     if set(paths) != set(FILE_NAMES):
         raise ValueError(f"its manifest names {sorted(paths)}, expected {sorted(FILE_NAMES)}")
@@ -125,9 +132,27 @@ def step_folders(training_folder: Path) -> list[Path]:
 # Folders that appear whole ----------------------------------------------------------------------------------
 
 
+@contextmanager
+def built_aside(final: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `final`; when the block ends well it is on the disk under that name.
+
+    Raises StorageError when the disk refuses; what was written is removed then, as far as it lets us.
+    """
+    temporary = hidden(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with disk_errors(final):
+            storage.make_folder(temporary)
+            yield temporary
+            publish(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def hidden(final: Path) -> Path:
     """The place beside `final` where it is built."""
-    return final.with_name(f"{storage.TEMPORARY_PREFIX}{getpid()}-{final.name}")
+    return final.with_name(f"{TEMPORARY_PREFIX}{getpid()}-{final.name}")
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -146,7 +171,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 def remove_leftovers(training_folder: Path) -> None:
     """What a killed run was writing. Only under the run root's lock: nobody else writes here."""
-    for path in training_folder.glob(f"{storage.TEMPORARY_PREFIX}*"):
+    for path in training_folder.glob(f"{TEMPORARY_PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -155,7 +180,7 @@ def remove_leftovers(training_folder: Path) -> None:
 
 def _remove(folder: Path) -> None:
     # Renamed first: a kill in the middle leaves no half folder under a name that counts.
-    away = folder.with_name(f"{storage.TEMPORARY_PREFIX}removed-{getpid()}-{folder.name}")
+    away = folder.with_name(f"{TEMPORARY_PREFIX}removed-{getpid()}-{folder.name}")
     folder.rename(away)
     shutil.rmtree(away)
 
@@ -166,7 +191,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any]) ->
     state = _State(progress=checkpoint.progress, facts=facts)
     storage.write_json(folder / STATE_NAME, state.model_dump(mode="json"))
     manifest = _Manifest(files=tuple(storage.file_entry(folder / name, folder=folder) for name in FILE_NAMES))
-    storage.write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    storage.write_record(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

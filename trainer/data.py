@@ -5,7 +5,6 @@ its loss is divided by. No sampler state exists; a cursor is enough to resume.
 """
 
 import dataclasses
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,7 +116,10 @@ def _split_entries(folder: Path, split: str, manifest: Manifest) -> list[FileEnt
     if not state.is_file():
         raise InputError(f"{folder} has no split {split!r} ({state} is missing); run the stage 'split' again")
     known = {entry.path: entry for entry in _all_entries(manifest)}
-    names = [f"{split}/{file['filename']}" for file in json.loads(state.read_bytes())["_data_files"]]
+    if f"{split}/state.json" not in known:
+        raise IntegrityError(f"{state} is not in the manifest of {folder}; run 'split' again")
+    files = storage.read_json(storage.check_file(folder, known[f"{split}/state.json"]))["_data_files"]
+    names = [f"{split}/{file['filename']}" for file in files]
     missing = [name for name in names if name not in known]
     if missing:
         raise IntegrityError(f"{folder / missing[0]} is not in the manifest of {folder}; run 'split' again")
@@ -293,8 +295,16 @@ def micro_batches(
 ) -> Iterator[tuple[int, MicroBatch]]:
     """(first bin, micro-batch) pairs over bins [first_bin, end_bin), on the CPU."""
     for start in range(first_bin, end_bin, bins_per_micro_step):
-        rows = plan.rows(start, min(start + bins_per_micro_step, end_bin))
-        examples = [example for row in rows if len((example := reader.example(int(row))).input_ids)]
-        num_tokens = sum(len(example.input_ids) for example in examples)
-        pad_to = -(-num_tokens // pad_multiple) * pad_multiple if pad_multiple else None
-        yield start, collate(examples, pad_to)
+        end = min(start + bins_per_micro_step, end_bin)
+        yield start, micro_batch(plan, reader, start, end, pad_multiple=pad_multiple)
+
+
+def micro_batch(
+    plan: Plan, reader: ShardReader, first_bin: int, end_bin: int, *, pad_multiple: int | None = None
+) -> MicroBatch:
+    """Bins [first_bin, end_bin) as one row, on the CPU."""
+    rows = plan.rows(first_bin, end_bin)
+    examples = [example for row in rows if len((example := reader.example(int(row))).input_ids)]
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    pad_to = -(-num_tokens // pad_multiple) * pad_multiple if pad_multiple else None
+    return collate(examples, pad_to)

@@ -22,8 +22,9 @@ from pipelines.storage import (
     file_entry,
     file_sha256,
     json_digest,
+    sync_folder,
     write_arrow,
-    write_json,
+    write_record,
 )
 from schemas.errors import IntegrityError
 from schemas.evaluation import (
@@ -96,7 +97,8 @@ def plan_evaluation(config: PipelineConfig) -> Work:
     shards, plan = (_manifest_digest(config, stage) for stage in ("split", "pack"))
     settings = config.evaluate.model_dump(mode="json")
     compared = [model.model_dump(mode="json") if model else None for model in (candidate, incumbent)]
-    key = json_digest([EVALUATION_VERSION, compared, shards, plan, settings, needed_model(config).dtype])
+    form = [needed_model(config).dtype, config.train.base]
+    key = json_digest([EVALUATION_VERSION, compared, shards, plan, settings, *form])
     return Work(candidate, incumbent, shards, plan, settings, key)
 
 
@@ -183,6 +185,9 @@ def _answers(config: PipelineConfig, model: torch.nn.Module, *, label: str) -> l
 
 def _write(config: PipelineConfig, work: Work, held_out: HeldOut, measured: Measured) -> Evaluation:
     examples = config.run_root / EVALUATION_EXAMPLES_NAME
+    # The report before names the examples before: it goes first, then it never names others.
+    (config.run_root / EVALUATION_NAME).unlink(missing_ok=True)
+    sync_folder(config.run_root)
     num_rows = write_arrow(examples, _examples_table(held_out, measured))
     questions = config.evaluate.questions
     answers = [measured.answers.get(label, []) for label in ("base", "candidate")]
@@ -194,6 +199,7 @@ def _write(config: PipelineConfig, work: Work, held_out: HeldOut, measured: Meas
         candidate=work.candidate,
         incumbent=work.incumbent,
         settings=work.settings,
+        base_form=config.train.base,
         models=tuple(_modelreport(label, held_out, measured) for label in _labels(measured)),
         answers=tuple(
             Answers(question=question, base=base, candidate=candidate)
@@ -201,7 +207,7 @@ def _write(config: PipelineConfig, work: Work, held_out: HeldOut, measured: Meas
         ),
         examples=file_entry(examples, folder=config.run_root, num_rows=num_rows),
     )
-    write_json(config.run_root / EVALUATION_NAME, evaluation.model_dump(mode="json"))
+    write_record(config.run_root / EVALUATION_NAME, evaluation.model_dump(mode="json"))
     return evaluation
 
 

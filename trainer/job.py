@@ -23,6 +23,8 @@ from trainer.model import (
     resolve_device,
     resolve_dtype,
 )
+from trainer.ranks import ALONE, Ranks
+from trainer.service import TRAINING_CURE
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
@@ -30,9 +32,16 @@ TRAINER_VERSION = 1
 """Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
 
 SETTINGS_OUTSIDE_KEY = frozenset(
-    {"checkpoint_every_steps", "keep_checkpoints", "evaluate_every_steps", "max_nonfinite_steps"}
+    {
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "evaluate_every_steps",
+        "max_nonfinite_steps",
+        "strategy",
+        "num_processes",
+    }
 )
-"""They shape no weight, so they may change between two runs of one training."""
+"""They shape no weight, the last two but for rounding, so they may change between two runs of one training."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,13 +60,14 @@ class Job:
     plans: tuple[Plan, ...]
     steps: tuple[Step, ...]
     validation: tuple[ShardReader, Plan] | None
+    ranks: Ranks = ALONE
 
     @property
     def num_tokens(self) -> int:
         return sum(step.num_tokens for step in self.steps)
 
 
-def plan_job(config: PipelineConfig) -> Job:
+def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
     """Check everything that can be checked without the model's weights.
 
     Raises RefusedError, InputError, IntegrityError, and TrainingError when there is nothing to train on.
@@ -84,6 +94,7 @@ def plan_job(config: PipelineConfig) -> Job:
         plans=plans,
         steps=_steps(config, reader, plans),
         validation=_validation(config),
+        ranks=ranks,
     )
 
 
@@ -93,22 +104,22 @@ def read_result(job: Job) -> TrainingResult | None:
     if not path.exists():
         return None
     try:
-        result = TrainingResult.model_validate(storage.read_json(path))
+        result = TrainingResult.model_validate(storage.read_record(path, cure=TRAINING_CURE))
     except ValidationError as error:
         raise IntegrityError(
-            f"{path} is not a training result of this version ({error.error_count()} wrong fields); delete it "
-            "and train again"
+            f"{path} is not a training result of this version ({error.error_count()} wrong fields); {TRAINING_CURE}"
         ) from error
     for entry in result.files:
-        storage.check_file(job.folder, entry)
+        storage.check_file(job.folder, entry, cure=f"delete {path} and run `sft-pipeline train`")
     return result
 
 
 def mark_current(job: Job) -> None:
     """Name this training as the newest finished one: what evaluate and promote take."""
     path = job.config.run_root / CHECKPOINTS_FOLDER / CURRENT_TRAINING_NAME
-    if not path.exists() or path.read_text(encoding="utf-8").strip() != job.key:
-        storage.write_bytes(path, f"{job.key}\n".encode())
+    line = f"{job.key}\n".encode()
+    if not path.exists() or path.read_bytes() != line:
+        storage.write_bytes(path, line)
 
 
 def _checked_plan(config: PipelineConfig, reader: ShardReader, epoch: int) -> Plan:
@@ -140,7 +151,8 @@ def _steps(config: PipelineConfig, reader: ShardReader, plans: tuple[Plan, ...])
 
 def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
     folder = config.run_root / STAGE_FOLDERS["split"]
-    if not (folder / "validation" / "state.json").is_file():
+    manifest = storage.check_manifest(folder, stage="split")
+    if not any(entry.path == "validation/state.json" for entry in manifest.files):
         return None
     reader = ShardReader(folder, "validation")
     if reader.num_rows == 0:

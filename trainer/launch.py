@@ -9,10 +9,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipelines.run_lock import Lock
     from schemas.pipeline_config import PipelineConfig
 
 OUR_PACKAGES = ("schemas", "pipelines", "trainer", "flows")
@@ -26,6 +28,9 @@ ENVIRONMENT = {
 }
 """Set before the libraries are imported, unless the user set them: no network, no telemetry, no chatter."""
 
+ERROR_FD_VARIABLE = "SFT_PIPELINE_RANK_ERROR_FD"
+"""Where one of several processes leaves its last words."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command under the lock of its run root. Raises errors of schemas.errors."""
@@ -33,12 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from pipelines import storage
+    from pipelines.run_lock import exit_with_parent, hold_run_root
+    from trainer.signals import leave_signals_to_starter
 
-    storage.exit_with_parent()
+    leave_signals_to_starter()
+    exit_with_parent()
     config = read_config(options.config)
-    with storage.hold_run_root(config.run_root, wait_seconds=config.engine.lock_wait_seconds):
-        COMMANDS[options.command](config, options)
+    with ExitStack() as stack:
+        lock: Lock = ()
+        if _is_first_rank():  # it holds the run root for the others
+            wait_seconds = config.engine.lock_wait_seconds
+            lock = stack.enter_context(hold_run_root(config.run_root, wait_seconds=wait_seconds))
+        COMMANDS[options.command](config, options, lock)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def read_config(path: Path) -> "PipelineConfig":
@@ -85,25 +100,33 @@ def _refuse_foreign(problem: str) -> None:
 # Commands ---------------------------------------------------------------------------------------------------
 
 
-def _train(config: "PipelineConfig", options: argparse.Namespace) -> None:
+def _train(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock") -> None:
+    from trainer.rank_processes import count_processes, train_in_processes
+    from trainer.support import check_supported
+
+    check_supported(config)
+    if "RANK" not in os.environ and (num_processes := count_processes(config)) > 1:
+        train_in_processes(options.config.resolve(), num_processes, lock=lock)
+        return
     _silence_libraries()
     from schemas.run import CHECKPOINTS_FOLDER
     from trainer.train import train
 
     result = train(config)
-    print(config.run_root / CHECKPOINTS_FOLDER / result.key / result.output)
+    if _is_first_rank():
+        print(config.run_root / CHECKPOINTS_FOLDER / result.key / result.output)
 
 
-def _evaluate(config: "PipelineConfig", options: argparse.Namespace) -> None:
+def _evaluate(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock") -> None:
     _silence_libraries()
-    from pipelines.storage import PARENT_FD_VARIABLE
+    from pipelines.run_lock import PARENT_FD_VARIABLE
     from trainer.evaluation import run_evaluate
 
     # What a child of a flow prints ends in Prefect's log, which carries counts and never text.
     run_evaluate(config, show_answers=PARENT_FD_VARIABLE not in os.environ)
 
 
-def _promote(config: "PipelineConfig", options: argparse.Namespace) -> None:
+def _promote(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock") -> None:
     from trainer.promotion import run_promote, run_rollback
 
     if options.rollback:
@@ -112,7 +135,7 @@ def _promote(config: "PipelineConfig", options: argparse.Namespace) -> None:
         run_promote(config, withdrawn_too=options.withdrawn_too)
 
 
-def _generate(config: "PipelineConfig", options: argparse.Namespace) -> None:
+def _generate(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock") -> None:
     _silence_libraries()
     from trainer.generate import run_generate
 
@@ -127,7 +150,7 @@ def _generate(config: "PipelineConfig", options: argparse.Namespace) -> None:
     )
 
 
-COMMANDS: dict[str, Callable[["PipelineConfig", argparse.Namespace], None]] = {
+COMMANDS: dict[str, Callable[["PipelineConfig", argparse.Namespace, "Lock"], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "promote": _promote,
@@ -136,9 +159,13 @@ COMMANDS: dict[str, Callable[["PipelineConfig", argparse.Namespace], None]] = {
 
 
 def _silence_libraries() -> None:
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # PEFT loads bitsandbytes where it is installed, and that asks for a package that 4-bit inference would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,11 +205,24 @@ def run_as_module() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        from pipelines.disk_errors import is_disk_error, storage_error
+
+        if is_disk_error(error):
+            error = storage_error(error, f"trainer {' '.join(sys.argv[1:2])}")
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:  # a bug of ours: its traceback is wanted
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_last_words(f"error: {' '.join(str(error).split())}\n")
         sys.exit(exit_code)
+
+
+def _say_last_words(line: str) -> None:
+    """To people, or to the process that started us as one of several: it says them once for all."""
+    descriptor = os.environ.get(ERROR_FD_VARIABLE)
+    if descriptor is None:
+        sys.stderr.write(line)
+    else:
+        os.write(int(descriptor), line.encode())
 
 
 if __name__ == "__main__":

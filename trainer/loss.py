@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from schemas.errors import RefusedError
 from trainer.attention import packing_arguments, unwrapped
 from trainer.data import MicroBatch, Plan, ShardReader, micro_batches
+from trainer.ranks import ALONE, Ranks
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits in memory at once: 256 MiB in fp32."""
@@ -142,14 +143,18 @@ def split_loss(
     *,
     device: torch.device,
     bins_per_micro_step: int = 1,
+    ranks: Ranks = ALONE,
 ) -> SplitLoss:
-    """Loss of the model over every bin of a plan, in evaluation mode; leaves the model in the mode it had."""
+    """Loss of the model over every bin of a plan, in evaluation mode; leaves the model in the mode it had.
+
+    The ranks take turns over the bins, and all get the whole result.
+    """
     was_training = model.training
     model.eval()
-    nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0
+    nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0.0
     batches = micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=bins_per_micro_step)
-    for _, batch in batches:
-        if batch.num_trained_tokens == 0:
+    for number, (_, batch) in enumerate(batches):
+        if batch.num_trained_tokens == 0 or number % ranks.count != ranks.number:
             continue
         losses = token_losses(model, batch.to(device)).double().cpu()
         nats += float(losses.sum())
@@ -157,9 +162,11 @@ def split_loss(
         weight_sum += float(batch.weights.double().sum())
         num_trained_tokens += batch.num_trained_tokens
     model.train(was_training)
+    sums = torch.tensor([nats, weighted, weight_sum, num_trained_tokens], dtype=torch.float64, device=device)
+    nats, weighted, weight_sum, num_trained_tokens = ranks.add_up(sums).tolist()
     num_bytes = int(reader.num_trained_bytes[plan.examples].sum())
     return SplitLoss(
         loss=weighted / weight_sum if weight_sum else math.nan,
         bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
-        num_trained_tokens=num_trained_tokens,
+        num_trained_tokens=int(num_trained_tokens),
     )

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from pipelines import storage
+from pipelines.disk_errors import disk_errors
+from trainer.events import Events
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -25,11 +28,12 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, *, num_steps_done: int, num_steps: int, num_tokens_left: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_NAME
-        keep_steps(path, num_steps_done)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(folder / TENSORBOARD_FOLDER, num_steps_done)
+        self._path = folder / METRICS_NAME
+        with disk_errors(self._path):
+            storage.make_folder(folder)
+            keep_steps(self._path, num_steps_done)
+            self._file = self._path.open("a", encoding="utf-8")
+        self._events = _events(folder / TENSORBOARD_FOLDER, num_steps_done)
         self._progress = _Progress(num_steps=num_steps, num_tokens_left=num_tokens_left)
 
     def __enter__(self) -> "Metrics":
@@ -41,9 +45,8 @@ class Metrics:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._events, disk_errors(self._path):
+            self._file.close()
 
     def log_step(self, record: dict[str, Any]) -> None:
         """One optimiser step; "step" counts from 1."""
@@ -58,27 +61,62 @@ class Metrics:
 
     def sync(self) -> None:
         """Before a checkpoint is published: its steps' lines are on the disk."""
-        os.fsync(self._file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        with disk_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(name, value, record["step"])
+        with disk_errors(self._path):
+            self._file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+            self._file.flush()
+        if isinstance(self._events, Events):
+            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+            self._events.add(numbers, int(numbers.pop("step")))
+
+
+class NoMetrics:
+    """In the place of Metrics where another rank writes them."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return
+
+    def log_step(self, record: dict[str, Any]) -> None: ...
+
+    def log_validation(self, record: dict[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
 
 
 def keep_steps(path: Path, num_steps_done: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut by a kill."""
+    """Drop the lines of later steps, a last line that was cut by a kill, and what a disk has made unreadable."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= num_steps_done]
-    if len(kept) < len(lines):
+    data = path.read_bytes()
+    lines = data.split(b"\n")[:-1]
+    steps = [_step_of(line) for line in lines]
+    if num_damaged := steps.count(None):
+        report(f"{path}: {num_damaged} of {len(lines)} lines can't be read and are left out")
+    kept = [
+        line + b"\n"
+        for line, step in zip(lines, steps, strict=True)
+        if step is not None and step <= num_steps_done
+    ]
+    if b"".join(kept) != data:
         storage.write_bytes(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def report(message: str) -> None:
@@ -136,10 +174,9 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _tensorboard_writer(folder: Path, num_steps_done: int) -> Any:
+def _events(folder: Path, num_steps_done: int) -> AbstractContextManager[Any]:
+    """Nothing where TensorBoard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return Events(folder, num_steps_done=num_steps_done)
     except ImportError:
-        return None
-    # Events of steps that a killed run had done after its last checkpoint are marked as void.
-    return SummaryWriter(str(folder), purge_step=num_steps_done + 1)
+        return nullcontext()

@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import json
+import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from schemas.errors import ConfigError, InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
-from schemas.training_config import ModelConfig
+from schemas.training_config import BaseForm, ModelConfig
 from trainer.attention import use_packed_attention
 from trainer.support import model_folder
 
@@ -27,12 +29,16 @@ WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 
 
 def load_base_model(
-    model: ModelConfig, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    model: ModelConfig,
+    *,
+    base: BaseForm = "plain",
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model with packed attention, all weights from safetensors; device and dtype default to the config's.
 
-    Raises InputError when a weight is missing or only pickles are there, RefusedError when the architecture
-    can't be trained packed.
+    With base int8 its linear layers, but for the head, are held in 8 bits. Raises InputError when a weight is
+    missing or only pickles are there, RefusedError when the architecture can't be trained packed.
     """
     folder = check_model_folder(model)
     device = device if device is not None else resolve_device(model)
@@ -40,7 +46,8 @@ def load_base_model(
     result: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        device_map={"": device} if device.type == "cuda" else None,
+        device_map={"": device} if device.type == "cuda" or base == "int8" else None,
+        quantization_config=_quantisation(base),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
@@ -56,6 +63,35 @@ def load_base_model(
         )
     use_packed_attention(loaded)
     return loaded
+
+
+def _quantisation(base: BaseForm) -> BitsAndBytesConfig | None:
+    if base == "plain":
+        return None
+    # Each product casts its inputs to fp16 to quantise them, as the method does, and says so each time.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+@contextmanager
+def without_outliers(model: torch.nn.Module) -> Iterator[None]:
+    """For exact comparisons over an int8 base; does nothing to others.
+
+    LLM.int8 computes input columns with a large number in some row apart from the rest, in 16 bits. So what a
+    token computes hangs, within the noise of 8 bits, on the other documents in its micro-batch.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    layers: list[Any] = []
+    if bitsandbytes is not None:
+        layers = [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear8bitLt)]
+    thresholds = [layer.state.threshold for layer in layers]
+    try:
+        for layer in layers:
+            layer.state.threshold = 0.0
+        yield
+    finally:
+        for layer, threshold in zip(layers, thresholds, strict=True):
+            layer.state.threshold = threshold
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":

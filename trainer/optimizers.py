@@ -1,43 +1,100 @@
-"""AdamW over fp32 masters of the trained weights, and learning rates in closed form.
+"""What a strategy's optimiser does, AdamW over fp32 masters of the trained weights, and learning rates.
 
 Parameters compute in the model's dtype; what the optimiser adds up is fp32. In bf16 alone, 8 bits of mantissa
 lose every update below 1/256 of a weight.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 
 from schemas.errors import TrainingError
 from schemas.training_config import TrainConfig
+from trainer.ranks import ALONE, Ranks
+
+ComputeLoss = Callable[[], torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+
+
+class Optimizer(Protocol):
+    """The trained weights, their gradients and moments, wherever a strategy keeps them.
+
+    All ranks call the same methods in the same order. What is saved has the parameters' names and none of a
+    strategy's own numbering, so that any other strategy can go on with it.
+    """
+
+    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
+        """Compute one micro-step's loss and add its gradient to what is there; the loss, detached."""
+
+    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+        """End a step: sum the ranks' losses and gradients, clip, and update unless one of them is not finite.
+
+        `loss` is this rank's part. Returns the step's loss and the norm of its gradient before clipping.
+        """
+
+    def weights(self) -> Tensors:
+        """fp32 masters by parameter name. Ranks but the first may get none."""
+
+    def moments(self) -> Tensors:
+        """Both running means of each updated parameter, as "exp_avg.<name>" and "exp_avg_sq.<name>"; likewise."""
+
+    def restore(self, weights: Tensors, moments: Tensors, *, num_updates: int) -> None:
+        """Take over what was saved. Raises TrainingError on a mismatch."""
 
 
 class MasterAdamW:
-    """torch's AdamW, stepping fp32 masters and writing them back into the parameters.
+    """torch's AdamW, stepping fp32 masters and writing them back into the parameters. Each rank holds all.
 
     The master of an fp32 parameter is the parameter itself. Other gradients are added up in fp32 by
     `collect_gradients`, one micro-step after the other. Source: Loshchilov and Hutter, Decoupled Weight
     Decay Regularization (2019).
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig) -> None:
-        self.parameters = dict(parameters)
-        if not self.parameters:
-            raise TrainingError("nothing is trainable; check train.method and train.lora.targets")
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        train: TrainConfig,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.parameters = trainable(parameters)
+        self._ranks = ranks
         self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
-        on_gpu = all(master.is_cuda for master in self.masters.values())
-        self._adamw = torch.optim.AdamW(
-            _groups(self.masters.values(), train.weight_decay),
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-            fused=on_gpu,
-            foreach=False,
-        )
+        self._adamw = torch_adamw(self.masters.values(), train)
         self._max_grad_norm = train.max_grad_norm or math.inf
         self.num_updates = 0
+
+    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
+        loss = compute_loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.collect_gradients()
+        return loss.detach()
+
+    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+        summed, num_gradients = self._sum_over_ranks(loss)
+        # One wait for the device a step, here: the update depends on both numbers.
+        numbers = torch.cat([summed.reshape(1), self.clip().reshape(1), num_gradients])
+        loss_value, grad_norm, *counts = numbers.tolist()
+        for master, count in zip(self.masters.values(), counts, strict=False):
+            master.grad = master.grad if count else None
+        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+            self.step(learning_rate)
+        else:
+            self.drop_gradients()
+        return loss_value, grad_norm
+
+    def _sum_over_ranks(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step's loss, and how many ranks have a gradient of each weight: what none has, is not updated."""
+        if self._ranks.count == 1:
+            return loss, loss.new_zeros(0)
+        masters = list(self.masters.values())
+        shared = torch.stack([loss, *(loss.new_tensor(float(m.grad is not None)) for m in masters)])
+        self._ranks.add_up(shared)
+        for master in masters:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        self._ranks.add_up_all([master.grad for master in masters if master.grad is not None])
+        return shared[0], shared[1:]
 
     def collect_gradients(self) -> None:
         """After each backward pass: add gradients up in fp32."""
@@ -72,10 +129,12 @@ class MasterAdamW:
             parameter.grad = None
             self.masters[name].grad = None
 
-    # State, by parameter name and without torch's own numbering: any strategy can read it -----------------------
+    # State, by parameter name --------------------------------------------------------------------------------
 
-    def moments(self) -> dict[str, torch.Tensor]:
-        """Both running means of every parameter that was updated, as "exp_avg.<name>" and "exp_avg_sq.<name>"."""
+    def weights(self) -> Tensors:
+        return dict(self.masters)
+
+    def moments(self) -> Tensors:
         found = {}
         for name, master in self.masters.items():
             state = self._adamw.state.get(master, {})
@@ -85,34 +144,48 @@ class MasterAdamW:
         return found
 
     @torch.no_grad()
-    def restore(
-        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, num_updates: int
-    ) -> None:
-        """Take over masters, moments and the update count of a checkpoint. Raises TrainingError on a mismatch."""
-        _check_names(set(weights), set(self.masters))
+    def restore(self, weights: Tensors, moments: Tensors, *, num_updates: int) -> None:
+        check_restored(weights, self.masters)
         for name, parameter in self.parameters.items():
             master = self.masters[name]
-            if weights[name].shape != master.shape:
-                raise TrainingError(
-                    f"checkpointed {name} has shape {tuple(weights[name].shape)}, expected {tuple(master.shape)}"
-                )
             master.copy_(weights[name])
             if master is not parameter:
                 parameter.copy_(master)
             if f"exp_avg.{name}" in moments:
                 self._adamw.state[master] = {
-                    "step": torch.tensor(float(num_updates), device=_step_device(master)),
+                    "step": step_count(num_updates, master),
                     "exp_avg": moments[f"exp_avg.{name}"].to(master.device, copy=True),
                     "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(master.device, copy=True),
                 }
         self.num_updates = num_updates
 
 
-def _groups(masters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def trainable(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
+    """By name. Raises TrainingError when there are none."""
+    found = dict(parameters)
+    if not found:
+        raise TrainingError("nothing is trainable; check train.method and train.lora.targets")
+    return found
+
+
+def torch_adamw(weights: Iterable[torch.Tensor], train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW as the config asks for it; its rate is set anew in each step."""
+    everything = list(weights)
+    return torch.optim.AdamW(
+        _groups(everything, train.weight_decay),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        fused=all(weight.is_cuda for weight in everything),
+        foreach=False,
+    )
+
+
+def _groups(weights: Iterable[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation."""
-    everything = list(masters)
-    matrices = [master for master in everything if master.dim() >= 2]
-    vectors = [master for master in everything if master.dim() < 2]
+    everything = list(weights)
+    matrices = [weight for weight in everything if weight.dim() >= 2]
+    vectors = [weight for weight in everything if weight.dim() < 2]
     groups = ((matrices, weight_decay), (vectors, 0.0))
     return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 
@@ -123,18 +196,24 @@ def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return torch.nn.Parameter(parameter.detach().float())
 
 
-def _step_device(master: torch.Tensor) -> torch.device:
-    # The fused kernel counts steps on the GPU, the plain one on the CPU.
-    return master.device if master.is_cuda else torch.device("cpu")
+def step_count(num_updates: int, weight: torch.Tensor) -> torch.Tensor:
+    """AdamW's own count of its updates of a weight."""
+    # The fused kernel counts on the GPU, the plain one on the CPU.
+    return torch.tensor(float(num_updates), device=weight.device if weight.is_cuda else "cpu")
 
 
-def _check_names(found: set[str], expected: set[str]) -> None:
-    if found != expected:
-        odd = sorted(found ^ expected)
+def check_restored(weights: Tensors, expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises TrainingError when these are not the weights that are trained."""
+    if odd := sorted(set(weights) ^ set(expected)):
         raise TrainingError(
-            f"the checkpoint holds {len(found)} trained weights, the model has {len(expected)}; first "
+            f"the checkpoint holds {len(weights)} trained weights, the model has {len(expected)}; first "
             f"difference {odd[0]}: it belongs to other settings, use a new run_root"
         )
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise TrainingError(
+                f"checkpointed {name} has shape {tuple(weight.shape)}, expected {tuple(expected[name].shape)}"
+            )
 
 
 # Learning rates ---------------------------------------------------------------------------------------------

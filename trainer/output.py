@@ -1,7 +1,7 @@
 """What a finished training leaves: trained weights with tokenizer and template, and the record of how."""
 
 import os
-import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
@@ -24,12 +24,9 @@ def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenize
     """The output folder, built aside and published whole. The method checks every tensor before it counts."""
     method = METHODS[job.config.train.method]
     final = job.folder / method.OUTPUT_FOLDER
-    temporary = checkpoint.hidden(final)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    method.save(model, temporary, job.model)
-    tokenizer.save_pretrained(temporary)
-    checkpoint.publish(temporary, final)
+    with checkpoint.built_aside(final) as temporary:
+        method.save(model, temporary, job.model)
+        tokenizer.save_pretrained(temporary)
     return final
 
 
@@ -53,15 +50,25 @@ def write_result(job: Job, model: torch.nn.Module, progress: Progress, output: P
         last_loss=progress.last_loss,
         validation_loss=progress.validation_loss,
         validation_bits_per_byte=progress.validation_bits_per_byte,
-        versions={name: version(name) for name in LIBRARIES},
+        strategy=job.config.train.strategy,
+        num_processes=job.ranks.count,
+        versions={name: version(name) for name in _libraries(job)},
         files=tuple(_entries(job.folder, output)),
     )
-    storage.write_json(job.folder / TRAINING_RESULT_NAME, result.model_dump(mode="json"))
+    storage.write_record(job.folder / TRAINING_RESULT_NAME, result.model_dump(mode="json"))
     return result
 
 
 def num_trainable_weights(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _libraries(job: Job) -> Iterator[str]:
+    yield from LIBRARIES
+    if job.config.train.base == "int8":
+        yield "bitsandbytes"
+    if job.config.train.strategy.startswith("zero"):
+        yield "deepspeed"
 
 
 def _entries(training_folder: Path, output: Path) -> list[FileEntry]:

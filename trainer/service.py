@@ -3,12 +3,13 @@
 Light: no torch. A trained model counts only while every file of it is the one that training wrote.
 """
 
+import re
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipelines.storage import check_file, json_digest, read_json, write_json
+from pipelines.storage import check_file, json_digest, read_record, write_record
 from schemas.errors import InputError, IntegrityError
 from schemas.evaluation import Evaluation, Promotions, TrainedModel
 from schemas.run import CHECKPOINTS_FOLDER, EVALUATION_NAME, FORMAT_VERSION, PROMOTED_NAME
@@ -19,10 +20,10 @@ Record = TypeVar("Record", bound=BaseModel)
 
 def find_candidate(run_root: Path) -> TrainedModel:
     """The newest finished training. Raises InputError when there is none."""
-    pointer = run_root / CHECKPOINTS_FOLDER / CURRENT_TRAINING_NAME
-    if not pointer.is_file():
+    key = current_training(run_root)
+    if key is None:
         raise InputError(f"no training is finished in {run_root}: run `sft-pipeline train` first")
-    return _trained_model(run_root, run_root / CHECKPOINTS_FOLDER / pointer.read_text("utf-8").strip())
+    return _trained_model(run_root, run_root / CHECKPOINTS_FOLDER / key)
 
 
 def find_promoted(run_root: Path) -> TrainedModel | None:
@@ -58,13 +59,13 @@ def check_trained_model(run_root: Path, trained: TrainedModel) -> Path:
             f"{folder} is not the model that was promoted (digest {found.digest[:12]}, expected "
             f"{trained.digest[:12]}): restore it, or roll back"
         )
-    for entry in _read_training(folder.parent).files:
+    for entry in read_training(folder.parent).files:
         check_file(folder.parent, entry)
     return folder
 
 
 def _trained_model(run_root: Path, training_folder: Path) -> TrainedModel:
-    result = _read_training(training_folder)
+    result = read_training(training_folder)
     return TrainedModel(
         kind=result.output,
         path=(training_folder / result.output).relative_to(run_root).as_posix(),
@@ -72,6 +73,21 @@ def _trained_model(run_root: Path, training_folder: Path) -> TrainedModel:
         base_digest=result.inputs["model"],
         training_key=result.key,
     )
+
+
+def current_training(run_root: Path) -> str | None:
+    """Key of the newest finished training. Raises IntegrityError when the pointer is not as it was written."""
+    pointer = run_root / CHECKPOINTS_FOLDER / CURRENT_TRAINING_NAME
+    if not pointer.is_file():
+        return None
+    data = pointer.read_bytes()
+    key = data[:-1].decode(errors="replace")
+    if not re.fullmatch(rb"[\w-]+\n", data) or not (pointer.parent / key).is_dir():
+        raise IntegrityError(
+            f"{pointer} holds {data[:32]!r}, expected the name of a folder beside it: run `sft-pipeline train`, "
+            "which writes it anew"
+        )
+    return key
 
 
 # Records on disk --------------------------------------------------------------------------------------------
@@ -82,32 +98,35 @@ def read_evaluation(run_root: Path) -> Evaluation:
     path = run_root / EVALUATION_NAME
     if not path.exists():
         raise InputError(f"{path} is missing: run `sft-pipeline evaluate` first")
-    return _read_record(path, Evaluation)
+    return _read_record(path, Evaluation, cure="run `sft-pipeline evaluate`, which writes it anew")
 
 
 def read_promotions(run_root: Path) -> Promotions | None:
     """promoted.json; None where nothing was promoted yet. Raises IntegrityError."""
     path = run_root / PROMOTED_NAME
-    return _read_record(path, Promotions) if path.exists() else None
+    return _read_record(path, Promotions, cure=_PROMOTED_CURE) if path.exists() else None
 
 
 def write_promotions(run_root: Path, promotions: Promotions) -> None:
     """Durably replace promoted.json: from now on its current model is in service."""
-    write_json(run_root / PROMOTED_NAME, promotions.model_dump(mode="json"))
+    write_record(run_root / PROMOTED_NAME, promotions.model_dump(mode="json"))
 
 
-def _read_training(folder: Path) -> TrainingResult:
-    return _read_record(folder / TRAINING_RESULT_NAME, TrainingResult)
+def read_training(folder: Path) -> TrainingResult:
+    """training.json. Raises InputError when it is missing, IntegrityError when it is not as it was written."""
+    return _read_record(folder / TRAINING_RESULT_NAME, TrainingResult, cure=TRAINING_CURE)
 
 
-def _read_record(path: Path, kind: type[Record]) -> Record:
-    record = read_json(path)
-    found = record.get("format_version") if isinstance(record, dict) else None
+TRAINING_CURE = "delete it and run `sft-pipeline train`: what its last checkpoint holds is not done again"
+_PROMOTED_CURE = "bring a copy back, or delete it: then the base model is in service until the next promotion"
+
+
+def _read_record(path: Path, kind: type[Record], *, cure: str) -> Record:
+    record = read_record(path, cure=cure)
+    found = record.get("format_version")
     if found != FORMAT_VERSION:
         raise IntegrityError(f"{path} has format_version {found!r}, this version reads {FORMAT_VERSION}")
     try:
         return kind.model_validate(record)
     except ValidationError as error:
-        raise IntegrityError(
-            f"{path} has {error.error_count()} wrong fields: it is not what we wrote"
-        ) from error
+        raise IntegrityError(f"{path} has {error.error_count()} wrong fields; {cure}") from error

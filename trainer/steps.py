@@ -1,5 +1,6 @@
 """Every optimiser step of a run, decided from the plans: which bins, how many tokens, which divisor of the loss."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,3 +60,38 @@ def _step(plan: Plan, reader: ShardReader, bins: range, number: int) -> Step:
         num_trained_tokens=int(reader.num_trained_tokens[rows].sum()),
         weight_sum=float(reader.weight_sums[rows].sum()),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MicroStep:
+    """Bins that one process computes at once. A filler has no part in the result: its loss is multiplied by 0."""
+
+    first_bin: int
+    end_bin: int
+    is_filler: bool = False
+
+
+def micro_steps(
+    plan: Plan,
+    reader: ShardReader,
+    step: Step,
+    *,
+    bins_per_micro_step: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> list[MicroStep]:
+    """This rank's part of a step: the ranks take turns over its micro-steps, but for those that train nothing.
+
+    Bins are filled to nearly the same number of tokens, so turns are fair. Fillers give every rank as many micro-
+    steps as any other: some strategies exchange gradients in each backward pass.
+    """
+    useful = [
+        MicroStep(first, min(first + bins_per_micro_step, step.end_bin))
+        for first in range(step.first_bin, step.end_bin, bins_per_micro_step)
+    ]
+    useful = [m for m in useful if reader.weight_sums[plan.rows(m.first_bin, m.end_bin)].sum() > 0]
+    own = useful[rank::num_ranks]
+    if not useful:
+        return own
+    filler = dataclasses.replace(useful[0], is_filler=True)
+    return own + [filler] * (-(-len(useful) // num_ranks) - len(own))

@@ -4,6 +4,7 @@ Light: reads the config and the model's config.json, never imports torch. The ta
 matrix that the docs print.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Rule:
 
 
 def _broken_rules(config: PipelineConfig) -> Iterator[tuple[Rule, str]]:
-    architecture = _architecture(config)
+    architecture = model_architecture(config)
     for rule in RULES:
         found = rule.find(config, architecture)
         if found is not None:
@@ -67,7 +68,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def _architecture(config: PipelineConfig) -> dict[str, Any]:
+def model_architecture(config: PipelineConfig) -> dict[str, Any]:
+    """The model's config.json, the language model's part of it first; {} where there is none yet."""
     if config.model is None:
         return {}
     try:
@@ -86,6 +88,8 @@ def _architecture(config: PipelineConfig) -> dict[str, Any]:
 
 # The rules --------------------------------------------------------------------------------------------------
 
+SHARDED_STRATEGIES = ("zero3", "fsdp2")
+"""They cut the frozen weights into pieces too."""
 RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "mamba2", "recurrent", "conv"}
 RECURRENT_MODEL_TYPES = {
     "bamba",
@@ -151,6 +155,45 @@ def _warmup_never_ends(config: PipelineConfig, architecture: dict[str, Any]) -> 
     return f"train.warmup_steps is {warmup_steps}, train.max_steps {max_steps}"
 
 
+def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.base != "int8" or train.strategy not in SHARDED_STRATEGIES:
+        return None
+    return f"train.base is int8, train.strategy {train.strategy}"
+
+
+def _strategy_to_come(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.base == "int8" or train.strategy not in SHARDED_STRATEGIES:
+        return None  # refused for good by the rule above
+    return f"train.strategy is {train.strategy}"
+
+
+def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if config.train.base != "int8" or config.train.method != "full":
+        return None
+    return "train.base is int8, train.method full"
+
+
+def _several_on_single(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    num_processes = config.train.num_processes
+    if config.train.strategy != "single" or num_processes in (None, 1):
+        return None
+    return f"train.num_processes is {num_processes}, train.strategy single"
+
+
+def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if not config.train.strategy.startswith("zero") or importlib.util.find_spec("deepspeed") is not None:
+        return None
+    return f"train.strategy is {config.train.strategy}"
+
+
+def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if config.train.base != "int8" or importlib.util.find_spec("bitsandbytes") is not None:
+        return None
+    return "train.base is int8"
+
+
 def _micro_step_above_step(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     micro_step, step = config.train.bins_per_micro_step, config.train.bins_per_step
     if micro_step <= step:
@@ -176,7 +219,7 @@ RULES = (
         "quantised-base",
         _quantised,
         "training over a quantised base is not built yet",
-        "use the model's unquantised weights with train.method lora",
+        "use the model's unquantised weights; train.base int8 holds them in 8 bits",
     ),
     Rule(
         "encoder-decoder",
@@ -207,5 +250,36 @@ RULES = (
         _micro_step_above_step,
         "a micro-step is a part of a step",
         "set train.bins_per_micro_step to train.bins_per_step or fewer",
+    ),
+    Rule(
+        "int8-sharded",
+        _int8_in_shards,
+        "8-bit weights do not survive being cut into pieces and put together: it trains silently wrong",
+        "set train.strategy to zero2, zero1 or ddp, which keep the base whole on each device",
+    ),
+    Rule("strategy", _strategy_to_come, "it is not built yet", "set train.strategy to ddp, zero1 or zero2"),
+    Rule(
+        "int8-full",
+        _int8_trained_whole,
+        "8-bit weights have no gradients",
+        "set train.method to lora, or train.base to plain",
+    ),
+    Rule(
+        "processes",
+        _several_on_single,
+        "this strategy uses one device",
+        "set train.strategy to ddp, zero1 or zero2",
+    ),
+    Rule(
+        "deepspeed",
+        _no_deepspeed,
+        "deepspeed is not installed",
+        "pip install 'sft-pipeline[deepspeed]', or set train.strategy to ddp",
+    ),
+    Rule(
+        "bitsandbytes",
+        _no_bitsandbytes,
+        "bitsandbytes is not installed",
+        "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain",
     ),
 )

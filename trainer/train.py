@@ -5,11 +5,10 @@ run that was killed goes on from its last checkpoint to the same weights, bit fo
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,39 +19,47 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, Progress
-from trainer.data import micro_batches
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
-from trainer.loss import split_loss, summed_loss
+from trainer.loss import split_loss
 from trainer.methods import METHODS
-from trainer.metrics import Metrics, memory_gib, report
+from trainer.metrics import Metrics, NoMetrics, memory_gib, report
 from trainer.model import enable_gradient_checkpointing, load_base_model, load_tokenizer
-from trainer.optimizers import MasterAdamW, learning_rate
+from trainer.optimizers import Optimizer
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.probe import check_packing
+from trainer.ranks import joined_ranks
 from trainer.signals import StopSignals
+from trainer.stepping import StepOutcome, run_step
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
-
-CUDA_PAD_MULTIPLE = 128
-"""Rows of few different lengths: tensor cores stay full and the allocator's blocks fit again."""
+from trainer.support import check_supported
 
 
 def train(config: PipelineConfig) -> TrainingResult:
     """Train, or go on with, or skip, what the config asks for. The caller holds the run root.
 
+    One of several processes where the environment says so: all compute, the first one writes.
     Raises errors of schemas.errors; SystemExit(128 + signal) after SIGTERM or SIGINT, once a checkpoint is
     written.
     """
-    job = plan_job(config)
-    finished = read_result(job)
-    if finished is not None:
-        report(f"training {job.key} is finished: nothing to do")
-        mark_current(job)
+    check_supported(config)
+    with joined_ranks(config) as ranks:
+        job = plan_job(config, ranks)
+        finished = read_result(job)
+        if finished is None:
+            return train_job(job)
+        tell(job, f"training {job.key} is finished: nothing to do")
+        if ranks.is_first:
+            mark_current(job)
         return finished
-    checkpoint.remove_leftovers(job.folder)
+
+
+def train_job(job: Job) -> TrainingResult:
+    if job.ranks.is_first:
+        checkpoint.remove_leftovers(job.folder)
     make_deterministic(job)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(job.config)
     model = place(job, apply_method(job, load_model(job)))
     speed_up(job, model)
     check_packing(model, device=job.device)
@@ -63,6 +70,12 @@ def train(config: PipelineConfig) -> TrainingResult:
     return finish(job, model, tokenizer, progress)
 
 
+def tell(job: Job, message: str) -> None:
+    """A line for people, once for all ranks."""
+    if job.ranks.is_first:
+        report(message)
+
+
 def make_deterministic(job: Job) -> None:
     """On CUDA by wish, since it costs speed. cuBLAS reads its variable when its first handle is made."""
     if job.config.train.deterministic and job.device.type == "cuda":
@@ -71,7 +84,7 @@ def make_deterministic(job: Job) -> None:
 
 
 def load_model(job: Job) -> torch.nn.Module:
-    model = load_base_model(job.model, device=job.device, dtype=job.dtype)
+    model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
@@ -83,26 +96,33 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    placed: torch.nn.Module = STRATEGIES[job.config.train.strategy].place(model, job.device)
-    return placed
+    return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks)
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
-    report(f"computing with {use_fast_kernels(model, job.config.train, device=job.device)}")
+    tell(job, f"computing with {use_fast_kernels(model, job.config.train, device=job.device)}")
 
 
-def build_optimizer(job: Job, model: torch.nn.Module) -> MasterAdamW:
+def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return MasterAdamW(trained, job.config.train)
+    return STRATEGIES[job.config.train.strategy].build_optimizer(trained, job.config.train, job.ranks)
 
 
-def restore(job: Job, optimizer: MasterAdamW) -> Progress:
+def restore(job: Job, optimizer: Optimizer) -> Progress:
     """Take over the newest usable checkpoint, if there is one."""
-    found = checkpoint.read_newest(job.folder, facts=facts(job), report=report)
+    found = checkpoint.read_newest(job.folder, facts=facts(job), report=lambda line: tell(job, line))
+    num_steps = found.progress.num_steps if found is not None else 0
+    if num_steps != job.ranks.largest(num_steps):
+        raise TrainingError(
+            f"process {job.ranks.number} can't read a checkpoint that another one reads; look at its disk"
+        )
     if found is None:
         return Progress()
     optimizer.restore(found.weights, found.moments, num_updates=found.progress.num_updates)
-    report(f"going on after step {found.progress.num_steps}")
+    tell(job, f"going on after step {num_steps}")
+    if job.ranks.is_first:
+        newest = job.folder / checkpoint.step_name(num_steps)
+        checkpoint.settle(job.folder, newest=newest, keep=job.config.train.keep_checkpoints)
     return found.progress
 
 
@@ -112,27 +132,28 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
     num_bins = sum(plan.num_bins for plan in job.plans)
     all_steps = sum(math.ceil(plan.num_bins / train_config.bins_per_step) for plan in job.plans)
     cap = f", capped from {all_steps} by max_steps or max_tokens" if len(job.steps) < all_steps else ""
-    report(
+    several = f", {train_config.strategy} over {job.ranks.count} processes" if job.ranks.count > 1 else ""
+    tell(
+        job,
         f"training {job.key}: {len(job.steps)} steps{cap}, {job.num_tokens:,} tokens in {num_bins} bins, "
-        f"{num_trainable_weights(model):,} trained weights, {train_config.method}, {job.dtype}, {job.device}"
+        f"{num_trainable_weights(model):,} trained weights, {train_config.method}, base {train_config.base}, "
+        f"{job.dtype}, {job.device}{several}",
     )
+    num_micro_steps = -(-train_config.bins_per_step // train_config.bins_per_micro_step)
+    if num_micro_steps % job.ranks.count:
+        tell(
+            job,
+            f"some processes wait: {num_micro_steps} micro-steps in a step for {job.ranks.count} of them; "
+            "train.bins_per_step over train.bins_per_micro_step is best a multiple of their number",
+        )
 
 
 # The loop ---------------------------------------------------------------------------------------------------
 
 
-def run_steps(job: Job, model: torch.nn.Module, optimizer: MasterAdamW, progress: Progress) -> Progress:
+def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
     steps = job.steps[progress.num_steps :]
-    num_tokens_left = sum(step.num_tokens for step in steps)
-    with (
-        StopSignals() as signals,
-        Metrics(
-            job.folder,
-            num_steps_done=progress.num_steps,
-            num_steps=len(job.steps),
-            num_tokens_left=num_tokens_left,
-        ) as metrics,
-    ):
+    with StopSignals() as signals, open_metrics(job, progress) as metrics:
         for step in steps:
             started_at = time.monotonic()
             outcome = run_step(job, model, optimizer, step)
@@ -141,64 +162,25 @@ def run_steps(job: Job, model: torch.nn.Module, optimizer: MasterAdamW, progress
             check_progress(job, progress)
             if is_due(job, step, job.config.train.evaluate_every_steps):
                 progress = validate(job, model, metrics, progress)
-            if signals.received is not None or is_due(job, step, job.config.train.checkpoint_every_steps):
+            received = job.ranks.largest(signals.received or 0)
+            if received or is_due(job, step, job.config.train.checkpoint_every_steps):
                 metrics.sync()
                 save(job, optimizer, progress)
-            if signals.received is not None:
-                stop(job, progress, signals.received)
+            if received:
+                stop(job, progress, received)
     return progress
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    loss: float
-    grad_norm: float
-    learning_rate: float
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-def run_step(job: Job, model: torch.nn.Module, optimizer: MasterAdamW, step: Step) -> StepOutcome:
-    """One optimiser step: all its micro-batches, then one update unless loss or gradient is not finite.
-
-    The loss is the weighted mean over the step's trained tokens; its divisor is known from the plan.
-    """
-    rate = learning_rate(job.config.train, step.number, len(job.steps))
-    if step.weight_sum <= 0:
-        return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
-    total = torch.zeros((), device=job.device)
-    batches = micro_batches(
-        job.plans[step.epoch],
-        job.reader,
-        step.first_bin,
-        step.end_bin,
-        bins_per_micro_step=job.config.train.bins_per_micro_step,
-        pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
+def open_metrics(job: Job, progress: Progress) -> AbstractContextManager[Metrics | NoMetrics]:
+    if not job.ranks.is_first:
+        return NoMetrics()
+    num_tokens_left = sum(step.num_tokens for step in job.steps[progress.num_steps :])
+    return Metrics(
+        job.folder,
+        num_steps_done=progress.num_steps,
+        num_steps=len(job.steps),
+        num_tokens_left=num_tokens_left,
     )
-    for first_bin, batch in batches:
-        if batch.num_trained_tokens == 0:
-            continue
-        torch.manual_seed(draw_seed(job.config.train.seed, step.number, first_bin))
-        loss = summed_loss(model, batch.to(job.device)) / step.weight_sum
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.collect_gradients()
-        total += loss.detach()
-    # One wait for the device a step, here: the update depends on both numbers.
-    loss_value, grad_norm = torch.stack([total, optimizer.clip()]).tolist()
-    outcome = StepOutcome(loss=loss_value, grad_norm=grad_norm, learning_rate=rate)
-    if outcome.is_finite:
-        optimizer.step(rate)
-    else:
-        optimizer.drop_gradients()
-    return outcome
-
-
-def draw_seed(seed: int, step: int, first_bin: int) -> int:
-    """Seed of a micro-batch's draws (dropout): the same whoever computes it, and after any resume."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{first_bin}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> Progress:
@@ -247,11 +229,11 @@ def is_due(job: Job, step: Step, every_steps: int) -> bool:
     return done == len(job.steps) or (every_steps > 0 and done % every_steps == 0)
 
 
-def validate(job: Job, model: torch.nn.Module, metrics: Metrics, progress: Progress) -> Progress:
+def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, progress: Progress) -> Progress:
     if job.validation is None:
         return progress
     reader, plan = job.validation
-    found = split_loss(model, reader, plan, device=job.device)
+    found = split_loss(model, reader, plan, device=job.device, ranks=job.ranks)
     loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
     metrics.log_validation(
         {
@@ -263,13 +245,12 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics, progress: Progr
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
 
 
-def save(job: Job, optimizer: MasterAdamW, progress: Progress) -> None:
-    checkpoint.write_checkpoint(
-        job.folder,
-        Checkpoint(progress, weights=dict(optimizer.masters), moments=optimizer.moments()),
-        facts=facts(job),
-        keep=job.config.train.keep_checkpoints,
-    )
+def save(job: Job, optimizer: Optimizer, progress: Progress) -> None:
+    """All ranks gather; the first one writes while the others go on."""
+    found = Checkpoint(progress, weights=optimizer.weights(), moments=optimizer.moments())
+    if job.ranks.is_first:
+        keep = job.config.train.keep_checkpoints
+        checkpoint.write_checkpoint(job.folder, found, facts=facts(job), keep=keep)
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -278,14 +259,25 @@ def facts(job: Job) -> dict[str, Any]:
 
 
 def stop(job: Job, progress: Progress, signal_number: int) -> None:
-    report(
+    tell(
+        job,
         f"stopped by signal {signal_number} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
-        f"{job.folder / checkpoint.step_name(progress.num_steps)}; run the same command to go on"
+        f"{job.folder / checkpoint.step_name(progress.num_steps)}; run the same command to go on",
     )
     raise SystemExit(128 + signal_number)
 
 
 def finish(
+    job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> TrainingResult:
+    written = publish(job, model, tokenizer, progress) if job.ranks.is_first else None
+    job.ranks.wait_for_all()
+    result = written if written is not None else read_result(job)
+    assert result is not None, "the first rank has just written it"
+    return result
+
+
+def publish(
     job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> TrainingResult:
     output = write_output(job, model, tokenizer)

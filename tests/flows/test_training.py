@@ -15,7 +15,7 @@ import pytest
 
 from flows import training
 from flows.training import Child, process_start, read_pid, run_child, stop_child, write_pid
-from pipelines.storage import hold_run_root
+from pipelines.run_lock import hold_run_root
 from schemas.errors import BusyError, TrainingError, UsageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,7 +29,7 @@ STAND_INS = {
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "sleeps": """
 import os, pathlib, subprocess, sys, time
-from pipelines.storage import exit_with_parent
+from pipelines.run_lock import exit_with_parent
 exit_with_parent()
 grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
 pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()} {grandchild.pid}")
@@ -55,10 +55,10 @@ print("gone")
 """,
     "imports": "import trainer; print(trainer.__file__)",
     "locks": """
-import pathlib, sys
-from pipelines.storage import hold_run_root
+import os, pathlib, sys
+from pipelines.run_lock import hold_run_root
 with hold_run_root(pathlib.Path(sys.argv[1]), wait_seconds=0) as lock:
-    print("held already" if lock is None else "took the lock")
+    print("held already" if str(lock[0]) in os.environ.get("SFT_PIPELINE_LOCK_FD", "") else "took the lock")
 """,
 }
 
@@ -102,7 +102,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def run_stand_in(
     name: str, tmp_path: Path, *arguments: str, say: Callable[[str], None] = print, **more: object
 ) -> None:
-    run_child([f"stand_in_{name}", *arguments], pid_path=tmp_path / "train.pid", lock=None, say=say, **more)  # type: ignore[arg-type]
+    run_child([f"stand_in_{name}", *arguments], pid_path=tmp_path / "train.pid", lock=(), say=say, **more)  # type: ignore[arg-type]
 
 
 def test_every_line_of_the_child_is_heard_whichever_stream_it_was_written_to(
@@ -191,7 +191,7 @@ PARENT = """
 import sys, threading
 from pathlib import Path
 from flows.training import run_child
-from pipelines.storage import hold_run_root
+from pipelines.run_lock import hold_run_root
 folder, stand_in, thread = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def work(lock):
     run_child([f"stand_in_{stand_in}", str(folder / "pids")], pid_path=folder / "train.pid", lock=lock, say=print,

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from pipelines import executors
-from schemas.errors import InputError, WorkerError
+from pipelines.run_lock import hold_run_root
+from schemas.errors import BusyError, InputError, WorkerError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -74,6 +75,74 @@ def test_errors_of_a_task_reach_the_caller(workers: int) -> None:
         list(executors.run_tasks(refuse, [1, 2], num_workers=workers, label=label))
     with pytest.raises(WorkerError, match="part 1: ZeroDivisionError"):
         list(executors.run_tasks(fail, [1, 1], num_workers=workers, label=label))
+
+
+def write_late(path: str) -> None:
+    if not path:
+        raise InputError("this part is unreadable")
+    time.sleep(2)
+    Path(path).write_text("too late")
+
+
+def test_no_worker_writes_after_the_stage_has_ended_early(tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    tasks = [str(tmp_path / "late"), ""]
+    with pytest.raises(InputError):
+        list(executors.run_tasks(write_late, tasks, num_workers=2, label=label))
+    left = {child for child in psutil.Process().children(recursive=True) if child not in before}
+    assert not [child for child in left if "spawn_main" in " ".join(child.cmdline())]
+    time.sleep(2.5)
+    assert not (tmp_path / "late").exists()
+
+
+HOLDING_PARENT = """
+import sys
+from pathlib import Path
+from pipelines import executors
+from pipelines.run_lock import hold_run_root
+from tests_sleep import stop
+
+if __name__ == "__main__":
+    with hold_run_root(Path(sys.argv[1]), wait_seconds=0) as lock, executors.workers_hold(lock):
+        for _ in executors.run_tasks(stop, [0, 1], num_workers=2, label=str):
+            pass
+"""
+
+
+def test_a_worker_that_cannot_notice_the_end_of_its_parent_keeps_the_run_root(tmp_path: Path) -> None:
+    """Stopped workers stand for those in the middle of a long call: they would write once they go on."""
+    (tmp_path / "tests_sleep.py").write_text(
+        "import os, signal\ndef stop(task):\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    (tmp_path / "parent.py").write_text(HOLDING_PARENT)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "run")]
+    parent = subprocess.Popen(command, env=environment)
+    workers = wait_for_workers(psutil.Process(parent.pid), 2)
+    wait_for_state(workers, psutil.STATUS_STOPPED)
+    parent.kill()
+    parent.wait()
+    for worker in workers:
+        with pytest.raises(BusyError), hold_run_root(tmp_path / "run", wait_seconds=0.3):
+            pass
+        worker.kill()
+    with hold_run_root(tmp_path / "run", wait_seconds=10):
+        pass
+
+
+def test_workers_of_a_run_that_has_ended_are_gone_and_its_root_is_free(tmp_path: Path) -> None:
+    for _ in range(2):
+        with hold_run_root(tmp_path, wait_seconds=0) as lock, executors.workers_hold(lock):
+            results = dict(executors.run_tasks(square, [1, 2], num_workers=2, label=label))
+        assert results == {0: 1, 1: 4}
+    assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
+
+
+def wait_for_state(processes: list[psutil.Process], state: str) -> None:
+    deadline = time.monotonic() + 30
+    while any(process.status() != state for process in processes):
+        assert time.monotonic() < deadline, f"not all workers are {state}"
+        time.sleep(0.1)
 
 
 PARENT = """

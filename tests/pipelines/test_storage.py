@@ -1,10 +1,6 @@
 """What is on the disk is old or new, never half; what was damaged is refused."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,7 +11,7 @@ from hypothesis import strategies as st
 from pipelines import storage
 from schemas.conversation import Conversation, Drop, Message
 from schemas.dataset import DROPS, ROWS
-from schemas.errors import BusyError, IntegrityError
+from schemas.errors import IntegrityError
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 messages = st.builds(
@@ -80,55 +76,3 @@ def test_a_damaged_file_is_refused_before_its_first_use(tmp_path: Path, damage: 
         path.write_bytes(data)
     with pytest.raises(IntegrityError, match="part\\.parquet"):
         storage.check_file(tmp_path, entry)
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from pipelines.storage import hold_run_root
-with hold_run_root(Path(sys.argv[1]), wait_seconds=0):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_run_is_refused_by_the_name_of_the_first_and_goes_on_after_its_death(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        refused = pytest.raises(BusyError, match=str(holder.pid))
-        with refused, storage.hold_run_root(tmp_path, wait_seconds=0.2):
-            pass
-    finally:
-        holder.kill()
-        holder.communicate()
-    with storage.hold_run_root(tmp_path, wait_seconds=5):
-        assert (tmp_path / "run.lock").exists()
-
-
-CHILD = """
-import time
-from pipelines.storage import exit_with_parent
-exit_with_parent()
-print("up", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_child_ends_when_the_parents_end_of_the_pipe_closes() -> None:
-    read_end, write_end = os.pipe()
-    environment = os.environ | {storage.PARENT_FD_VARIABLE: str(read_end)}
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD], pass_fds=[read_end], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    os.close(read_end)
-    with child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "up\n"
-        started = time.monotonic()
-        os.close(write_end)
-        assert child.wait(timeout=10) == 1
-        assert time.monotonic() - started < 5

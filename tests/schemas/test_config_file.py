@@ -56,6 +56,7 @@ def test_an_override_reaches_into_the_list_of_sources(tmp_path: Path) -> None:
     [
         (GOOD + "  learning_rat: 1", [], "did you mean 'train.learning_rate'?"),
         (GOOD + "trian: {}", [], "did you mean 'train'?"),
+        (GOOD, ["train.steps=5"], "did you mean 'train.max_steps'?"),
         (GOOD, ["train.lora.rnak=4"], "did you mean 'train.lora.rank'?"),
         (GOOD + "  epochs: two", [], "'train.epochs' is 'two'"),
         (GOOD + "  learning_rate: 2", [], "duplicate"),
@@ -67,6 +68,13 @@ def test_an_override_reaches_into_the_list_of_sources(tmp_path: Path) -> None:
         (GOOD, ["train.epochs.x=1"], "should be a valid integer"),
         (GOOD, ["pack.weights.chat=2"], "pack.weights names 'chat', no such source; sources are chats"),
         (GOOD, ["sources.7.format=alpaca"], "not a number below 1"),
+        (
+            GOOD + "  x: 'never closed",
+            [],
+            "not valid YAML: found unexpected end of stream, line 7, column 19",
+        ),
+        (GOOD, ["engine.secret_env.HF TOKEN=hf-token"], "'engine.secret_env.HF TOKEN.[key]': expected"),
+        (GOOD, ["engine.secret_env.HF_TOKEN=hf_s3cr3t"], "'engine.secret_env.HF_TOKEN': expected"),
     ],
 )
 def test_a_mistake_is_refused_with_what_to_do(
@@ -76,6 +84,7 @@ def test_a_mistake_is_refused_with_what_to_do(
         load_config(write(tmp_path, text), overrides)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+    assert "s3cr3t" not in str(error.value)
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
@@ -88,3 +97,39 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sft-pipeline init"):
         load_config(tmp_path / "none.yaml")
+
+
+SECRET = "s3cr3t/Wit@h"
+URL = f"https://me:{SECRET}@host.example/a.json?token={SECRET}"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        (GOOD.replace("dumps/*.json", f'"{URL}"'), [], "'sources.0.path' is 'https://***@"),
+        (GOOD, {"sources.0.path": URL}, "'sources.0.path' is 'https://***@"),
+        (GOOD, [f"sources.0.path={URL}"], "'sources.0.path' is 'https://***@"),
+        (GOOD, [f"{URL}"], "'https://***@"),
+        (GOOD, {"sources": URL}, "'sources' is 'https://***@"),
+        (GOOD, {"sources": [{"name": "chats", "pth": URL}]}, "did you mean 'sources.0.path'?"),
+        (GOOD, {"model.path": URL}, "'model.path' is 'https://***@"),
+        (GOOD, {"model.path": "m", "model.tokenizer": URL}, "'model.tokenizer' is 'https://***@"),
+        (GOOD, {"split.chat_template": URL}, "'split.chat_template' is 'https://***@"),
+        (GOOD, {"run_root": URL}, "'run_root' is 'https://***@"),
+        (GOOD + f"  x: [{URL}", [], "not valid YAML"),
+        (GOOD + f"  x: {URL}\n  x: {URL}", [], "duplicate"),
+        (GOOD + f"  long: [{'x ' * 20}{URL}", [], "not valid YAML"),
+    ],
+)
+def test_a_url_is_no_path_and_its_password_is_in_no_message(
+    tmp_path: Path, text: str, overrides: dict[str, object] | list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text), overrides)
+    assert said in str(error.value)
+    assert not any(part in str(error.value) for part in ("s3cr", "t/Wi", "me:"))
+
+
+def test_a_config_file_that_is_a_url_is_told_without_its_password() -> None:
+    with pytest.raises(ConfigError, match=r"no config file at https:/\*\*\*@"):
+        load_config(Path(URL))

@@ -206,7 +206,8 @@ def kernel_of_torch_2_11(
     *,
     window_size: tuple[int, int] = (-1, -1),
 ) -> torch.Tensor:
-    assert query.shape == key.shape, "this version knows no grouped queries"
+    if query.shape != key.shape:
+        raise ValueError("this version knows no grouped queries")
     return kernel_of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
 
 

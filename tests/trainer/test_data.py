@@ -140,8 +140,10 @@ def test_several_files_are_read_in_the_order_of_state_json(tmp_path: Path) -> No
     state = {"_data_files": [{"filename": "data-b.arrow"}, {"filename": "data-00000-of-00001.arrow"}]}
     (folder / "train/state.json").write_text(json.dumps(state))
     manifest = storage.check_manifest(folder, stage="split")
-    entry = storage.file_entry(folder / "train/data-b.arrow", folder=folder)
-    storage.write_manifest(folder, manifest.model_copy(update={"files": (*manifest.files, entry)}))
+    shards = [entry for entry in manifest.files if entry.path.endswith(".arrow")]
+    names = ("train/data-b.arrow", "train/state.json")
+    added = [storage.file_entry(folder / name, folder=folder) for name in names]
+    storage.write_manifest(folder, manifest.model_copy(update={"files": (*shards, *added)}))
     reader = ShardReader(folder, "train")
     assert reader.num_tokens.tolist() == [7, 8, 9, 5, 6]
     assert reader.example(3).input_ids.tolist() == random_documents([5, 6])[0].ids

@@ -1,6 +1,5 @@
 """The report: its numbers against a plain loop, its bytes, and what it refuses. Trains tiny models for real."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -71,7 +70,7 @@ def run_copy(finished_run: PipelineConfig, tmp_path: Path) -> PipelineConfig:
 
 
 def read_report(config: PipelineConfig) -> Evaluation:
-    return Evaluation.model_validate(storage.read_json(config.run_root / EVALUATION_NAME))
+    return Evaluation.model_validate(storage.read_record(config.run_root / EVALUATION_NAME))
 
 
 # The numbers ------------------------------------------------------------------------------------------------
@@ -362,9 +361,9 @@ def forge_base(config: PipelineConfig) -> None:
     path = (
         config.run_root / CHECKPOINTS_FOLDER / find_candidate(config.run_root).training_key / "training.json"
     )
-    result = json.loads(path.read_text())
+    result = storage.read_record(path)
     result["inputs"]["model"] = model_digest(Path(config.model.path))
-    path.write_text(json.dumps(result))
+    storage.write_record(path, result)
 
 
 # The command ------------------------------------------------------------------------------------------------
@@ -372,9 +371,9 @@ def forge_base(config: PipelineConfig) -> None:
 
 @pytest.fixture
 def hostile_report(run_copy: PipelineConfig) -> PipelineConfig:
-    report = storage.read_json(run_copy.run_root / EVALUATION_NAME)
+    report = storage.read_record(run_copy.run_root / EVALUATION_NAME)
     report["answers"][0]["candidate"] = "\x1b[2Jgone\u202e"
-    storage.write_json(run_copy.run_root / EVALUATION_NAME, report)
+    storage.write_record(run_copy.run_root / EVALUATION_NAME, report)
     return run_copy
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import storage
+from pipelines import run_lock
 from schemas.errors import BusyError, ConfigError, ForeignPackageError
 from schemas.pipeline_config import PipelineConfig
 from tests.trainer.tiny_models import tiny_run
@@ -80,10 +80,10 @@ def test_called_as_a_function_it_raises(tmp_path: Path) -> None:
 
 
 def test_a_held_run_root_is_not_trained_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(storage.LOCK_FD_VARIABLE, raising=False)
+    monkeypatch.delenv(run_lock.LOCK_FD_VARIABLE, raising=False)
     config = tiny_run(tmp_path, engine={"lock_wait_seconds": 0})
     with (
-        storage.hold_run_root(config.run_root, wait_seconds=0),
+        run_lock.hold_run_root(config.run_root, wait_seconds=0),
         pytest.raises(BusyError, match=str(os.getpid())),
     ):
         main(["train", "--config", written(config)])

@@ -225,7 +225,7 @@ def finish_training(config: PipelineConfig, key: str, *, method: str = "lora") -
             "files": [storage.file_entry(weights, folder=folder).model_dump()],
         }
     )
-    storage.write_json(folder / TRAINING_RESULT_NAME, result.model_dump(mode="json"))
+    storage.write_record(folder / TRAINING_RESULT_NAME, result.model_dump(mode="json"))
     pointer = config.run_root / CHECKPOINTS_FOLDER / CURRENT_TRAINING_NAME
     storage.write_bytes(pointer, f"{key}\n".encode())
     return find_candidate(config.run_root)
@@ -266,7 +266,7 @@ def finish_evaluation(
         answers=(),
         examples=storage.file_entry(path, folder=config.run_root, num_rows=10),
     )
-    storage.write_json(config.run_root / EVALUATION_NAME, evaluation.model_dump(mode="json"))
+    storage.write_record(config.run_root / EVALUATION_NAME, evaluation.model_dump(mode="json"))
 
 
 def train_and_promote(config: PipelineConfig, key: str, *, candidate: float, incumbent: float) -> Promotion:
@@ -444,7 +444,7 @@ def test_pieces_of_one_chat_count_as_one_chat(config: PipelineConfig) -> None:
     one_chat = pa.array(["same"] * 7 + ["b", "c", "a"], pa.string())
     table = table.set_column(1, EVALUATION_EXAMPLES.field("row_id"), one_chat)
     storage.write_arrow(path, table)
-    evaluation = Evaluation.model_validate(storage.read_json(config.run_root / EVALUATION_NAME))
+    evaluation = Evaluation.model_validate(storage.read_record(config.run_root / EVALUATION_NAME))
     entry = storage.file_entry(path, folder=config.run_root, num_rows=10)
     losses = chat_losses(config.run_root, evaluation.model_copy(update={"examples": entry}))
     assert losses.num_bytes.tolist() == [10, 10, 10, 70]

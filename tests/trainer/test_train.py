@@ -23,11 +23,13 @@ from tests.trainer.tiny_models import (
     write_plans,
     write_shards,
 )
+from trainer import stepping
 from trainer import train as train_module
 from trainer.attention import use_plain_attention
 from trainer.job import plan_job
 from trainer.model import load_adapter, load_base_model, model_digest
-from trainer.train import StepOutcome, draw_seed, train
+from trainer.stepping import StepOutcome, draw_seed
+from trainer.train import train
 
 
 def training_folder(config: PipelineConfig, result: TrainingResult) -> Path:
@@ -272,7 +274,7 @@ def test_without_a_validation_side_there_is_no_validation_loss(tmp_path: Path) -
 def test_steps_that_are_not_finite_are_skipped_counted_and_in_the_end_too_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = train_module.summed_loss
+    original = stepping.summed_loss
     poisoned = {3, 5}
 
     def poison(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -282,7 +284,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_in_the_end_too_many(
     config = tiny_run(tmp_path, train={"max_steps": 8, "max_nonfinite_steps": 2})
     steps = plan_job(config).steps
     bad_seeds = {draw_seed(0, number, steps[number].first_bin) for number in poisoned}
-    monkeypatch.setattr(train_module, "summed_loss", poison)
+    monkeypatch.setattr(stepping, "summed_loss", poison)
     result = train(config)
     assert result.num_steps == 8
     assert result.num_updates == 6

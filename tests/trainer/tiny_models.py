@@ -146,10 +146,10 @@ def write_shards(
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SHARD) as writer:
             for batch in table.to_batches(max_chunksize=rows_per_batch):
                 writer.write_batch(batch)
-        (folder / split / "state.json").write_text(
-            json.dumps({"_data_files": [{"filename": path.name}], "_split": split})
-        )
+        state = folder / split / "state.json"
+        state.write_text(json.dumps({"_data_files": [{"filename": path.name}], "_split": split}))
         files.append(storage.file_entry(path, folder=folder, num_rows=len(documents)))
+        files.append(storage.file_entry(state, folder=folder))
     storage.write_manifest(folder, _manifest("split", files))
     return folder
 

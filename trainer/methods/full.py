@@ -1,5 +1,6 @@
 """Full tuning: every weight is trained."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ def save(model: PreTrainedModel, folder: Path, model_config: ModelConfig) -> Non
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0 or not bool(torch.isfinite(parameter).all()):
             raise TrainingError(f"weight {name} {tuple(parameter.shape)} is empty or not finite; not saved")
+    # Saving imports DeepSpeed where it is installed, and that would print what hardware it looked for in vain.
+    os.environ.setdefault("DS_ACCELERATOR", model.device.type)
     # transformers 5.17 refuses to write generation settings that it reads without a word: keep the base's file.
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)

@@ -1,0 +1,123 @@
+"""Cancelled in every stage, by a real Prefect server and worker: soon Cancelled, nobody left, the next run goes on.
+
+All runs are caught midway at the same time, each in a stage of its own and on a run root of its own.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from pipelines.storage import TEMPORARY_PREFIX
+from schemas.run import STAGES
+from tests.integration.prefect_site import Site, Toys, finish, freeze_in, has_pending, is_free
+from tests.integration.processes import Family, descendants, ended_after, go_on, lives
+from tests.integration.servers import needs_plugin, wait_for
+
+CANCELLED_SECONDS = 40.0
+LEFT_SECONDS = 30.0
+CAUGHT = (*STAGES, "train")
+
+pytestmark = [pytest.mark.stress, needs_plugin]
+
+
+@dataclass
+class Caught:
+    """A run that is frozen in the middle of a stage."""
+
+    stage: str
+    name: str
+    flow_run_id: str
+    flow: psutil.Process
+    frozen: list[psutil.Process]
+    family: list[psutil.Process]
+
+
+@dataclass
+class Cancelled:
+    """What became of it; seconds since the cancel, and since the state Cancelled."""
+
+    name: str
+    state: str
+    seconds_to_state: float
+    seconds_to_last_process: float
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys")).make()
+
+
+@pytest.fixture(scope="module")
+def cancelled(toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cancelled]]:
+    """A run cancelled in each stage, by stage."""
+    family = Family()
+    with (
+        ended_after(family),
+        Site(tmp_path_factory.mktemp("prefect"), family) as site,
+        ThreadPoolExecutor(len(CAUGHT)) as catchers,
+        ThreadPoolExecutor(2) as cancellers,
+    ):
+        caught = list(catchers.map(lambda stage: catch(site, toys, stage), CAUGHT))
+        # Prefect's worker starts a process for the hooks of each: no more at once than there are cores.
+        outcomes = list(cancellers.map(lambda run: cancel(site, run), caught))
+        yield dict(zip(CAUGHT, outcomes, strict=True))
+
+
+def catch(site: Site, toys: Toys, stage: str) -> Caught:
+    """A run that has begun to write in its stage and has not ended it; a busy machine may need a second try."""
+    for attempt in range(3):
+        name = f"{stage}-{attempt}"
+        config = toys.copy(name, first=stage)
+        flow_run_id = site.run(config, first=stage, until=stage)
+        flow = site.flow(flow_run_id)
+        try:
+            frozen = freeze_in(stage, toys.folder / name, flow)
+        except AssertionError as too_late:
+            print(stage, too_late)
+            continue
+        return Caught(stage, name, flow_run_id, flow, frozen, [flow, *descendants(flow)])
+    raise AssertionError(f"{stage} was over three times before it could be caught")
+
+
+def cancel(site: Site, run: Caught) -> Cancelled:
+    started = time.monotonic()
+    site.cancel(run.flow_run_id)
+    if run.stage in (
+        "pack",
+        "train",
+    ):  # these hear of it themselves: pool workers need not go on to be killed
+        for process in run.frozen:
+            wait_for(lambda process=process: has_pending(process, signal.SIGTERM), "SIGTERM", 60)
+        go_on(run.frozen)
+    wait_for(lambda: site.state(run.flow_run_id)["type"] == "CANCELLED", f"Cancelled in {run.stage}", 120)
+    at_state = time.monotonic()
+    wait_for(lambda: not any(map(lives, run.family)), f"the end of all processes of {run.stage}", 120)
+    state = site.state(run.flow_run_id)["type"]
+    return Cancelled(run.name, state, at_state - started, time.monotonic() - at_state)
+
+
+@pytest.mark.parametrize("stage", CAUGHT)
+def test_cancelled_in_a_stage_it_ends_soon_and_the_next_run_ends_with_the_same_bytes(
+    cancelled: dict[str, Cancelled], toys: Toys, stage: str
+) -> None:
+    outcome = cancelled[stage]
+    print(outcome)
+    assert outcome.state == "CANCELLED"
+    assert outcome.seconds_to_state < CANCELLED_SECONDS
+    assert outcome.seconds_to_last_process < LEFT_SECONDS
+    run_root = toys.folder / outcome.name
+    assert is_free(run_root)
+    assert not (run_root / "train.pid").exists()
+    finish(toys.folder / f"{outcome.name}.yaml", first=stage, until=stage)
+    assert not list(run_root.rglob(f"{TEMPORARY_PREFIX}*"))
+    expected = {
+        path: digest
+        for path, digest in toys.results("reference", until=stage).items()
+        if path != "evaluation.json"
+    }
+    assert toys.results(outcome.name, until=stage) == expected

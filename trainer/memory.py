@@ -1,0 +1,150 @@
+"""What training holds in memory, told from the headers of the model's files: no torch, and no weight is read.
+
+Two figures a process. The floor is what must be there at once whatever the data: weights, masters, moments,
+gradients. The likely peak adds activations and the head's logits, reckoned from shapes for a dense decoder; it is
+a guide, not a promise.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import InputError
+from schemas.pipeline_config import PipelineConfig
+from schemas.training_config import TrainConfig
+
+MASTER_BYTES, MOMENTS_BYTES, GRADIENT_BYTES = 4, 8, 4
+CHECKPOINT_BYTES_PER_WEIGHT = MASTER_BYTES + MOMENTS_BYTES
+LOGITS_BYTES = 512 * 2**20
+"""trainer/loss.py computes the head in chunks: this is the most that a chunk and its gradient take."""
+CUDA_CONTEXT_BYTES = 600 * 2**20
+
+_NOT_LINEAR = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|norm|rotary")
+MAX_HEADER_BYTES = 100 * 2**20
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes in one process."""
+
+    weights: int
+    states: int
+    """fp32 masters, moments and gradients of what is trained; under ZeRO a share of them."""
+    activations: int
+
+    @property
+    def floor(self) -> int:
+        """Below this, training can't begin."""
+        return self.weights + self.states
+
+    @property
+    def likely(self) -> int:
+        """With the activations of one micro-step."""
+        return self.floor + self.activations
+
+
+def memory_need(
+    config: PipelineConfig,
+    shapes: Shapes,
+    architecture: Mapping[str, Any],
+    *,
+    bytes_per_weight: int,
+    num_processes: int = 1,
+) -> MemoryNeed:
+    """`bytes_per_weight` is that of the dtype that computes; with base int8 linear layers take one byte a weight."""
+    train = config.train
+    num_trained = num_trained_weights(shapes, train)
+    weights = sum(
+        math.prod(shape) * (1 if train.base == "int8" and is_linear(name, shape) else bytes_per_weight)
+        for name, shape in shapes.items()
+    )
+    if train.method != "full":
+        weights += num_trained * bytes_per_weight
+    states = num_trained * _state_bytes(train, bytes_per_weight, num_processes)
+    return MemoryNeed(weights, int(states), _activation_bytes(config, architecture, bytes_per_weight))
+
+
+def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) -> float:
+    """Of one trained weight in one process. The master of an fp32 weight is the weight itself."""
+    optimizer = MOMENTS_BYTES + (MASTER_BYTES if bytes_per_weight < MASTER_BYTES else 0)
+    if train.strategy == "zero1":
+        return optimizer / num_processes + GRADIENT_BYTES
+    if train.strategy == "zero2":
+        return (optimizer + GRADIENT_BYTES) / num_processes
+    return optimizer + GRADIENT_BYTES
+
+
+def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
+    """Of LoRA: rank x (in + out) of each linear layer that it wraps; else all weights."""
+    if train.method == "full":
+        return sum(math.prod(shape) for shape in shapes.values())
+    return sum(
+        train.lora.rank * sum(shape)
+        for name, shape in shapes.items()
+        if is_linear(name, shape) and _is_target(name.removesuffix(".weight"), train.lora.targets)
+    )
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer; embeddings and the head are none here."""
+    return len(shape) == 2 and name.endswith(".weight") and _NOT_LINEAR.search(name) is None
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors in a model folder. Raises InputError where there are no safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    else:
+        files = ["model.safetensors"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in files:
+        shapes |= _shapes_in(folder / name)
+    return shapes
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with path.open("rb") as file:
+            (num_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(num_bytes, MAX_HEADER_BYTES)))
+        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is no readable safetensors file ({error}); download the model again"
+        ) from None
+
+
+def _is_target(name: str, targets: str | list[str]) -> bool:
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _activation_bytes(config: PipelineConfig, architecture: Mapping[str, Any], bytes_per_weight: int) -> int:
+    """What one micro-step keeps for its backward pass; 0 where the model's config.json does not say its shape."""
+    numbers = [architecture.get(name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+    if not all(isinstance(number, int) for number in numbers):
+        return 0
+    hidden, inner, layers = (int(number or 0) for number in numbers)
+    heads = int(architecture.get("num_attention_heads") or 1)
+    key_heads = int(architecture.get("num_key_value_heads") or heads)
+    num_tokens = config.train.bins_per_micro_step * (config.pack.capacity or config.split.max_tokens)
+    # Two norms in fp32 (8 bytes each), queries, keys, values, attention's output, inputs of the linear layers,
+    # and four tensors of the MLP.
+    kept = 4 * hidden + 2 * hidden * key_heads // heads + 4 * inner
+    per_layer = 16 * hidden + bytes_per_weight * kept
+    if config.train.gradient_checkpointing:
+        per_token = layers * bytes_per_weight * hidden + per_layer
+    else:
+        per_token = layers * per_layer
+    return num_tokens * per_token + LOGITS_BYTES

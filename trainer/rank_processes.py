@@ -1,0 +1,197 @@
+"""Starts the ranks of a training on this machine and watches over them. Light: no torch until GPUs are counted.
+
+One rank that fails ends all, and its own message is the one that is raised. The ranks end with this process,
+however it dies. Only this process hears SIGTERM and SIGINT: a group or a terminal sends them to everybody, and a
+rank that heard one twice would not stop in good order. It tells the ranks by SIGUSR1 and SIGUSR2.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pipelines.run_lock import PARENT_FD_VARIABLE, Lock, lock_variables
+from schemas.errors import SftPipelineError, TrainingError, UsageError
+from trainer.launch import ERROR_FD_VARIABLE
+from trainer.signals import HANDED_ON_VARIABLE, TOLD_SIGNALS, StopSignals
+
+if TYPE_CHECKING:
+    from schemas.pipeline_config import PipelineConfig
+
+PORT_VARIABLE = "SFT_PIPELINE_RANKS_PORT"
+"""Where the ranks meet; set only in ranks that were started here."""
+LISTENING_FD_VARIABLE = "SFT_PIPELINE_RANKS_LISTENING_FD"
+ERROR_MARK = "error: "
+LOST_RANKS_EXIT_CODE = 75
+"""Of a rank that ends because another one is gone."""
+POLL_SECONDS = 0.05
+CULPRIT_SECONDS = 5.0
+"""A rank notices the end of another one before we do; so long the other one's own end is waited for."""
+
+_START = """
+import sys
+our_folder = sys.argv.pop(1)
+sys.path[0] = our_folder
+if our_folder in sys.path[1:]:  # installed: ahead of the standard library it could shadow that
+    del sys.path[0]
+from trainer.launch import run_as_module
+run_as_module()
+"""
+
+
+def count_processes(config: "PipelineConfig") -> int:
+    """How many ranks the config asks for; without a number one per visible GPU."""
+    if config.train.strategy == "single":
+        return 1
+    if config.train.num_processes is not None:
+        return config.train.num_processes
+    if config.model is None or config.model.device == "cpu":
+        return 1
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def train_in_processes(config_path: Path, num_processes: int, *, lock: Lock) -> None:
+    """Run `train` in so many ranks to its end; the first one's output is ours.
+
+    Raises TrainingError or UsageError with the words of the rank that failed first; SystemExit(128 + signal)
+    after SIGTERM or SIGINT, once all ranks have stopped at the same step.
+    """
+    with StopSignals() as signals, _started_ranks(config_path, num_processes, lock) as ranks:
+        was_told = False
+        while any(code is None for code in _exit_codes(ranks)):
+            if signals.received is not None and not was_told:
+                _tell(ranks, signals.received)
+                was_told = True
+            if any(_has_failed(rank, signals.received) for rank in ranks):
+                raise _failure(ranks, signals.received)
+            time.sleep(POLL_SECONDS)
+        if any(_has_failed(rank, signals.received) for rank in ranks):
+            raise _failure(ranks, signals.received)
+        if signals.received is not None and any(_exit_codes(ranks)):
+            raise SystemExit(128 + signals.received)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    number: int
+    process: "subprocess.Popen[bytes]"
+    words: IO[bytes]
+    """What it said on its way out: for the first rank its error, for the others all of standard error."""
+
+
+@contextmanager
+def _started_ranks(config_path: Path, num_processes: int, lock: Lock) -> Iterator[list[_Rank]]:
+    read_end, write_end = os.pipe()  # never written to: our death closes it, and the ranks end
+    with ExitStack() as stack:
+        stack.callback(os.close, read_end)
+        stack.callback(os.close, write_end)
+        # Bound here and handed over, so that no other program can take the port in between.
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        ranks: list[_Rank] = []
+        stack.callback(_kill, ranks)
+        for number in range(num_processes):
+            words = stack.enter_context(tempfile.TemporaryFile())
+            inherited = [read_end, words.fileno(), *lock, *([listening.fileno()] if number == 0 else [])]
+            process = subprocess.Popen(
+                [sys.executable, "-c", _START, str(_our_folder()), "train", "--config", str(config_path)],
+                env=os.environ
+                | lock_variables(lock)
+                | _place_variables(number, num_processes, listening)
+                | {PARENT_FD_VARIABLE: str(read_end), ERROR_FD_VARIABLE: str(words.fileno())},
+                stdin=subprocess.DEVNULL,
+                stdout=None if number == 0 else subprocess.DEVNULL,
+                stderr=None if number == 0 else words,
+                pass_fds=inherited,
+            )
+            ranks.append(_Rank(number, process, words))
+        yield ranks
+
+
+def _place_variables(number: int, num_processes: int, listening: socket.socket) -> dict[str, str]:
+    """The same names as torchrun's, and our own for the meeting place."""
+    threads = max((os.cpu_count() or 1) // num_processes, 1)
+    return {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(num_processes),
+        # Each rank would otherwise take a thread per core, and all wait for each other.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        HANDED_ON_VARIABLE: "1",
+        PORT_VARIABLE: str(listening.getsockname()[1]),
+        LISTENING_FD_VARIABLE: str(listening.fileno()),
+    }
+
+
+def _our_folder() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+def _exit_codes(ranks: Sequence[_Rank]) -> list[int | None]:
+    return [rank.process.poll() for rank in ranks]
+
+
+def _tell(ranks: Sequence[_Rank], number: int) -> None:
+    told = next(told for told, meant in TOLD_SIGNALS.items() if meant == number)
+    for rank in ranks:
+        if rank.process.poll() is None:
+            rank.process.send_signal(told)
+
+
+def _kill(ranks: Sequence[_Rank]) -> None:
+    for rank in ranks:
+        rank.process.kill()
+    for rank in ranks:
+        rank.process.wait()
+
+
+# Failures ---------------------------------------------------------------------------------------------------
+
+
+def _has_failed(rank: _Rank, received: int | None) -> bool:
+    """Ended otherwise than well or by the signal that it was told, or that ended it before it could listen."""
+    code = rank.process.poll()
+    if received is not None and (code == 128 + received or (code is not None and -code in TOLD_SIGNALS)):
+        return False
+    return code is not None and code != 0
+
+
+def _failure(ranks: Sequence[_Rank], received: int | None) -> SftPipelineError:
+    """The error of the rank that is to blame: one that did not merely lose another."""
+    deadline = time.monotonic() + CULPRIT_SECONDS
+    while True:
+        failed = [rank for rank in ranks if _has_failed(rank, received)]
+        culprits = [rank for rank in failed if rank.process.returncode != LOST_RANKS_EXIT_CODE]
+        if culprits or time.monotonic() > deadline:
+            return _error_of((culprits or failed)[0], len(ranks))
+        time.sleep(POLL_SECONDS)
+
+
+def _error_of(rank: _Rank, num_ranks: int) -> SftPipelineError:
+    code = rank.process.returncode
+    text = _last_words(rank)
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and lines[-1].startswith(ERROR_MARK):
+        message = lines[-1].removeprefix(ERROR_MARK)
+        return UsageError(message) if code == UsageError.exit_code else TrainingError(message)
+    sys.stderr.write(text)  # a bug of ours: its traceback is wanted
+    ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    said = f": {lines[-1].strip()}" if lines else ""
+    return TrainingError(
+        f"process {rank.number} of {num_ranks} {ended}{said}; run the same command to go on from the last "
+        "checkpoint"
+    )
+
+
+def _last_words(rank: _Rank) -> str:
+    rank.words.seek(0)
+    return rank.words.read().decode(errors="replace")
