@@ -148,6 +148,10 @@ class Toys:
         finish(self.folder / "reference.yaml", workers=2)
         return self
 
+    def new_name(self, kind: str) -> str:
+        """A name that no run root of this folder has."""
+        return f"{kind}-{len(list(self.folder.glob(f'{kind}-*.yaml')))}"
+
     def copy(self, name: str, *, first: str) -> Path:
         """The config of a run root where everything before the stage `first` is finished."""
         run_root = self.folder / name
@@ -168,7 +172,9 @@ class Toys:
         return {
             path: digest
             for path, digest in found.items()
-            if path.split("/")[0] in folders or "/adapter/" in path or path == "evaluation.json"
+            if path.split("/")[0] in folders
+            or ("/adapter/" in path and until not in STAGES)
+            or (path == "evaluation.json" and until == "evaluate")
         }
 
 

@@ -148,8 +148,8 @@ def expected_states(base: tuple[str, ...], case: Case) -> tuple[str, ...]:
 def catch(site: Site, toys: Toys, case: Case) -> Caught:
     """A run that has begun to write in its stage and has not ended it; a busy machine may need a second try."""
     last = case.stage if case.stage == "train" else "pack"
-    for attempt in range(3):
-        name = f"{case.name}-{attempt}"
+    for _ in range(3):
+        name = toys.new_name(case.name)
         flow_run_id = site.run(toys.copy(name, first=case.stage), first=case.stage, until=last)
         flow = site.flow(flow_run_id)
         try:
@@ -172,8 +172,5 @@ def check_next_run(toys: Toys, run: Caught) -> None:
     """The lock is free, and the same stages run again leave the bytes of a run that nobody disturbed."""
     until = "evaluate" if run.case.stage == "train" else "pack"
     finish(toys.folder / f"{run.name}.yaml", until=until)
-    expected = toys.results("reference", until="evaluate")
-    if until == "pack":
-        expected = {path: digest for path, digest in expected.items() if path.startswith("0")}
-    assert toys.results(run.name, until=until) == expected, run.name
+    assert toys.results(run.name, until=until) == toys.results("reference", until=until), run.name
     assert not list((toys.folder / run.name).rglob(f"{TEMPORARY_PREFIX}*")), run.name

@@ -23,7 +23,7 @@ MADE_BY = {
     "step-clean": ["02_cleaned"],
     "step-filter": ["03_filtered"],
     "step-dedup": ["04_deduplicated"],
-    "step-holdout": ["05_held_out"],
+    "step-holdout": ["05_held_out", "holdout.parquet"],  # a ledger there would be given to the step
     "step-split": ["06_shards"],
     "step-pack": ["07_plan"],
     "train": ["checkpoints"],
@@ -121,8 +121,10 @@ def contents(made: Path) -> Any:
     """What may not hang on when and where it was made."""
     if made.name == "checkpoints":
         return toy.folder_digests(made / (made / "current").read_text().strip() / "adapter")
-    if made.is_file():
+    if made.suffix == ".json":
         return sorted(json.loads(made.read_text()))
+    if made.is_file():
+        return made.read_bytes()
     return toy.folder_digests(made)
 
 

@@ -231,5 +231,5 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
     with launched(config) as training:
         assert training.end() == 2
     assert training.words().splitlines() == [
-        "error: train.lora.targets: 'q_prj' matches no linear layer; nearest: q_proj"
+        "error: train.lora.targets: 'q_prj' matches no linear layer; nearest: q_proj, v_proj, o_proj"
     ]

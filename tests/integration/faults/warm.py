@@ -59,13 +59,13 @@ class Ended:
     calls: tuple[Call, ...] = ()
 
 
-def compile_shim(folder: Path) -> Path:
-    """failnth.so; skips the test where there is no compiler."""
+def compile_shim(folder: Path, name: str = "failnth") -> Path:
+    """A library to preload; skips the test where there is no compiler."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None or sys.platform != "linux":
-        pytest.skip("no C compiler on Linux: the shim that makes calls fail can't be built")
-    shim = folder / "failnth.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", str(shim), str(HERE / "failnth.c")]
+        pytest.skip("no C compiler on Linux: a shim can't be built")
+    shim = folder / f"{name}.so"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", str(shim), str(HERE / f"{name}.c")]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return shim
