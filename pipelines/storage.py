@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipelines.disk_errors import is_disk_error, storage_error
+from pipelines.disk_errors import disk_errors, is_disk_error, storage_error
 from pipelines.sealed import json_bytes, sealed, unsealed
 from schemas.conversation import Conversation, Drop, Message, Role
 from schemas.dataset import DROPS, ROWS
@@ -80,12 +80,16 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable: without it a power cut may bring the old name back."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make renames inside `folder` durable: without it a power cut may bring the old name back.
+
+    Raises StorageError when the disk refuses.
+    """
+    with disk_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
