@@ -31,8 +31,11 @@ ERRORS = {
     "unlink": (errno.EIO, errno.EACCES, errno.ENOENT),
     "rmdir": (errno.EIO, errno.EPERM, errno.ENOENT),
 }
-SAMPLED_FAULTS_A_KIND = 2
+SAMPLED_FAULTS_A_KIND = 1
 """Of the faults that a kind of call on a kind of file can have; a kill is one more."""
+
+NOT_TWICE = ("rollback-2",)
+"""Done, though a fault was met: once more would go back one model further."""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,8 @@ def trouble(journey: Journey, phase: Phase, fault: Fault, healed: set[str]) -> I
     if fault.action == "short" and (ended.code != 0 or digests(journey.seen) != phase.after):
         yield f"a short write was not gone on with: exit code {ended.code}: {ended.output[-300:]}"
     found = state(journey.seen)
-    if found not in healed:
+    is_done = digests(journey.seen) == phase.after
+    if found not in healed and not (is_done and phase.name in NOT_TWICE):
         again = journey.warm.run(*phase.arguments)
         if again.code != 0:
             yield f"the next run fails with {again.code}: {again.output[-300:]}"

@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from schemas.evaluation import Evaluation
+from pipelines.storage import read_record
 from schemas.run import STAGE_FOLDERS, STAGES
-from schemas.training_result import TrainingResult
 from tests.integration import toy
 from tests.integration.faults.warm import compile_shim
 from tests.integration.servers import wait_for
@@ -45,7 +44,7 @@ def end(process: "subprocess.Popen[str]", *, code: int = 0) -> str:
 
 
 def results(run_root: Path) -> dict[str, str]:
-    """What a run is there for: all stages, and the newest adapter."""
+    """What a run is there for: all stages, and the newest adapter without its config, which names the base's place."""
     folders = [run_root / STAGE_FOLDERS[stage] for stage in STAGES]
     if (newest := run_root / "checkpoints" / "current").exists():
         folders.append(newest.parent / newest.read_text().strip() / "adapter")
@@ -53,6 +52,7 @@ def results(run_root: Path) -> dict[str, str]:
         f"{folder.name}/{path}": digest
         for folder in folders
         for path, digest in toy.folder_digests(folder).items()
+        if path != "adapter_config.json"
     }
 
 
@@ -128,7 +128,7 @@ def test_a_second_command_is_refused_or_waits_and_another_run_root_is_free(folde
     holder = psutil.Process(first.pid)
     holder.suspend()
     refused = end(begin(config, "--until", "pack", "--set", "engine.lock_wait_seconds=0"), code=2)
-    assert f"pid {first.pid}" in refused
+    assert f"process {first.pid}" in refused
     waiting = begin(config, "--until", "pack", "--set", "engine.lock_wait_seconds=200")
     end(begin(toy.write_config(folder, run_root="other"), "--until", "pack"))
     assert waiting.poll() is None, "it did not wait"
@@ -149,9 +149,7 @@ def test_an_8_bit_base_on_two_processes_is_trained_as_the_flows_last_work(folder
     assert "zero2 over 2 processes" in told
     run_root = folder / "zero2"
     key = (run_root / "checkpoints" / "current").read_text().strip()
-    trained = TrainingResult.model_validate_json(
-        (run_root / "checkpoints" / key / "training.json").read_text()
-    )
-    assert trained.num_steps == 12
-    assert Evaluation.model_validate_json((run_root / "evaluation.json").read_text())
+    assert read_record(run_root / "checkpoints" / key / "training.json")["num_steps"] == 12
+    evaluation = read_record(run_root / "evaluation.json")
+    assert (evaluation["candidate"]["training_key"], evaluation["base_form"]) == (key, "int8")
     assert (run_root / "promoted.json").exists()
