@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import psutil
 
 MARKER = "SFT_TEST_FAMILY"
+DYING_SECONDS = 10.0
 
 KINDS: dict[str, Callable[[str], bool]] = {
     "server": lambda command: "prefect server start" in command,
@@ -97,9 +98,12 @@ def go_on(processes: list[psutil.Process]) -> None:
 
 
 def kill(processes: list[psutil.Process]) -> None:
-    """SIGKILL to all before anything else happens."""
+    """SIGKILL to all before anything else happens; returns when they are dead, which takes the kernel a moment."""
     for process in processes:
         _signalled(process.kill)
+    deadline = time.monotonic() + DYING_SECONDS
+    while any(map(lives, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _signalled(send: Callable[[], None]) -> bool:
