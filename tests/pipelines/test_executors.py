@@ -13,6 +13,7 @@ import pytest
 from pipelines import executors
 from pipelines.run_lock import hold_run_root
 from schemas.errors import BusyError, InputError, WorkerError
+from tests.integration.processes import command_line
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -90,7 +91,7 @@ def test_no_worker_writes_after_the_stage_has_ended_early(tmp_path: Path) -> Non
     with pytest.raises(InputError):
         list(executors.run_tasks(write_late, tasks, num_workers=2, label=label))
     left = {child for child in psutil.Process().children(recursive=True) if child not in before}
-    assert not [child for child in left if "spawn_main" in " ".join(child.cmdline())]
+    assert not [child for child in left if "spawn_main" in command_line(child)]
     time.sleep(2.5)
     assert not (tmp_path / "late").exists()
 
