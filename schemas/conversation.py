@@ -45,6 +45,7 @@ META_KEYS = {
     "holdout_key": "blake2b-128 of the first user turn as merged, white space folded",
     "date": "ISO date in the record, where it had one",
     "set": "'train' where a record may never be held out",
+    "group": "place of the record that this chat and others are paths of; absent for a record of one chat",
     "answers": "what the source says of its assistant turns: auto, html or text; text once they are cleaned",
     "language": "languages of the chat by share of letters, largest first: [['en', 0.93], ...]",
     "unfinished": "true where an answer's markup says that it was cut off while being written",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from schemas.conversation import Role
 from schemas.local_path import LocalPath, refuse_url
 from schemas.training_config import EvaluateConfig, ModelConfig, PromoteConfig, TrainConfig
 
@@ -20,13 +21,69 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 BlockName = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
 
 
+FormatName = Literal[
+    "auto",
+    "sharegpt",
+    "alpaca",
+    "messages",
+    "prompt",
+    "preference",
+    "kto",
+    "oasst",
+    "chatgpt",
+    "moss",
+    "dialogue",
+    "text",
+    "custom",
+]
+
+
+class FieldPaths(Section):
+    """Where things stand in records of a shape of their own: keys joined by dots, numbers count in lists."""
+
+    messages: str = ""
+    """Path of the list of turns, such as data.turns."""
+    role: str = "role"
+    """Path inside a turn of who speaks."""
+    content: str = "content"
+    """Path inside a turn of what is said."""
+    roles: dict[str, Role] = Field(default_factory=dict)
+    """Names of speakers beside the usual ones: {customer: user, agent: assistant}."""
+    prompt: list[str] = Field(default_factory=list)
+    """In place of messages: paths of the question's parts, which are joined by blank lines."""
+    answer: str = ""
+    """In place of messages: path of the answer, such as answers.0.text."""
+    system: str = ""
+    """Path of a system text."""
+    id: str = ""
+    """Path of the record's own id."""
+    date: str = ""
+    """Path of its date."""
+    model: str = ""
+    """Path of the name of the model that answered."""
+
+    @model_validator(mode="after")
+    def _turns_or_a_round(self) -> "FieldPaths":
+        if bool(self.messages) == bool(self.prompt or self.answer) or bool(self.prompt) != bool(self.answer):
+            raise ValueError("name either messages, or prompt and answer")
+        return self
+
+
 class SourceConfig(Section):
     name: str
     """Short name of this source; part of every row id, so keep it when files move."""
     path: LocalPath
     """A file, a folder or a glob; relative to the config file. .json .jsonl .parquet, also .gz and .zst."""
-    format: Literal["auto", "sharegpt", "alpaca", "messages"] = "auto"
-    """auto looks at each record."""
+    format: FormatName = "auto"
+    """auto looks at each record; custom reads it by fields."""
+    fields: FieldPaths | None = None
+    """Where things stand in a record, with format: custom."""
+    tree_paths: Literal["all", "best"] = "all"
+    """Of trees (oasst, chatgpt): all paths from the root to a leaf, or the best-ranked or shown one."""
+    assistant_side: str = ""
+    """Of chats between people: first, second or a speaker's name becomes the assistant; empty drops them."""
+    text_chars: int = Field(default=4000, ge=100)
+    """Of plain texts and papers: about how many characters a round has."""
     answers: Literal["auto", "html", "text"] = "auto"
     """Whether assistant turns are HTML; auto looks at each answer. User turns are always plain text."""
     set: Literal["any", "train"] = "any"
@@ -38,6 +95,12 @@ class SourceConfig(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
         return name
+
+    @model_validator(mode="after")
+    def _custom_has_fields(self) -> "SourceConfig":
+        if (self.format == "custom") != (self.fields is not None):
+            raise ValueError("format: custom and fields belong together: name both or none")
+        return self
 
 
 class MergeConfig(Section):

@@ -381,7 +381,7 @@ def test_published_shapes_are_read(real_data: Path, tmp_path: Path) -> None:
         ("src/common_en_sample_230805.json", "sharegpt"): 5,
         ("src/common_zh_sample_230805.json", "sharegpt"): 5,
         ("src/gpt4_final_data_sample_230629.json", "sharegpt"): 1,
-        ("src/openai_export.json", None): 1,
+        ("src/openai_export.json", "chatgpt"): 5,
         ("src/vicuna_sample_230629.json", "sharegpt"): 11,
     }
 
