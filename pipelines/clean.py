@@ -17,7 +17,7 @@ from pipelines.markdown import map_prose
 from schemas.conversation import Conversation, Drop, Message
 from schemas.pipeline_config import CleanConfig, PipelineConfig
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 # C0 but for new line and tab (a lone carriage return has become a new line before), DEL, C1, byte order mark.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
@@ -40,6 +40,7 @@ def versions(config: PipelineConfig) -> dict[str, str]:
     return {
         "selectolax": version("selectolax"),
         converter: version(converter),
+        "markdown-it-py": version("markdown-it-py"),
         "unicode": unicodedata.unidata_version,
     }
 

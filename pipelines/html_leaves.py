@@ -20,7 +20,6 @@ _LANGUAGE_NAMES = {
 _NOT_CODE = frozenset(("button", "svg", "style", "script"))
 _UNSAFE_SCHEMES = ("javascript:", "data:", "vbscript:")
 _URL = re.compile(r"(?:https?:)?//\S+$", re.IGNORECASE)
-_TRACKING = re.compile(r"([?&])utm_source=chatgpt\.com(&|$|(?=#))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,23 +154,15 @@ def formula(node: LexborNode, class_names: str) -> tuple[str, bool] | None:
 # ------------------------------------------------------------------------------------------------- links, pictures
 
 
-def link_target(href: str, text: str) -> str:
-    """The address to write behind a link's text; "" where the text is to stand alone.
-
-    That is so for schemes that run or embed something, and for a bare URL, which Markdown links by itself.
-    """
-    href = _TRACKING.sub(lambda m: m[1] if m[2] == "&" else "", href.strip())
+def link_target(href: str) -> str:
+    """The address to write behind a link's text, as it stands in the page; "" where it runs or embeds something."""
+    href = re.sub(r"[\t\n\r]", "", href.strip())
     scheme = re.sub(r"[\x00-\x20\x7f-\x9f\u200b]", "", href).lower()
-    if not href or scheme.startswith(_UNSAFE_SCHEMES) or _same_address(href, text):
+    if not href or scheme.startswith(_UNSAFE_SCHEMES):
         return ""
-    href = href.replace("\n", "%0A").replace("<", "%3C").replace(">", "%3E").replace("\\", "%5C")
-    is_plain = not re.search(r"[\s()]", href) or (" " not in href and _is_balanced(href))
+    href = href.replace("<", "%3C").replace(">", "%3E").replace("\\", "%5C")
+    is_plain = not re.search(r"[\s()]", href) or (not re.search(r"\s", href) and _is_balanced(href))
     return href if is_plain else f"<{href}>"
-
-
-def _same_address(href: str, text: str) -> bool:
-    bare = text.strip()
-    return bool(bare) and href in (bare, bare + "/", f"http://{bare}", f"http://{bare}/", f"mailto:{bare}")
 
 
 def _is_balanced(text: str) -> bool:
@@ -212,4 +203,4 @@ def image_markdown(node: LexborNode, images: str) -> str:
     if not target:
         return "" if alt_is_url else alt
     description = "" if alt_is_url else alt.replace("[", "\\[").replace("]", "\\]")
-    return f"![{description}]({link_target(target, '')})"
+    return f"![{description}]({link_target(target)})"

@@ -23,7 +23,7 @@ from pipelines.html_leaves import (
     link_target,
 )
 from pipelines.html_marks import Fragment, Fragments, Marks, Passage
-from pipelines.html_page import Handler, Page, block, block_token, end_run, inline_token, walk
+from pipelines.html_page import Handler, Page, block, block_token, close_link, end_run, inline_token, walk
 from pipelines.markdown import code_span
 
 _HIDDEN = re.compile(r"(?:^|\s)(?:sr-only|katex-mathml)(?:\s|$)")
@@ -35,6 +35,7 @@ def read_answer(body: LexborNode, marks: Marks, *, images: str, max_depth: int) 
     Where the page has elements of class `markdown`, only they are read: around them stands furniture.
     """
     page = Page(HANDLERS, Fragments(marks), images, max_depth)
+    page.has_formulas = body.css_first(".katex, .katex-display, .katex-error, math") is not None
     for root in answer_roots(body):
         walk(root, page, 1)
         end_run(page)
@@ -90,15 +91,22 @@ def _math(node: LexborNode, page: Page, depth: int) -> None:
 
 
 def _formula(tex: str, is_display: bool, page: Page) -> None:
-    if is_display and not page.in_cell:
+    if re.search(r"(?<!\\)(?:\\\\)*\\$", tex):  # cut off while being written: its end would hide the dollar
+        page.run.append(" ".join(tex.split()))
+    elif is_display and not page.in_cell:
         block_token(page, Fragment(f"$$\n{tex}\n$$", is_block=True))
     else:
         fence = "$$" if is_display else "$"
-        page.run.append(inline_token(page, f"{fence}{' '.join(tex.split())}{fence}"))
+        if page.run and page.run[-1][-1:].isdigit():
+            page.run.append(" ")  # readers take a dollar beside a digit for an amount
+        page.last_formula = inline_token(page, f"{fence}{' '.join(tex.split())}{fence}")
+        page.run.append(page.last_formula)
 
 
 def _code(node: LexborNode, page: Page, depth: int) -> None:
     if text := inline_code_text(node):
+        if page.run and page.run[-1].endswith(page.fragments.marks.code_close):
+            page.run.append(" ")  # "`a``b`" would be one span
         page.run.append(inline_token(page, code_span(text), is_code=True))
 
 
@@ -144,12 +152,14 @@ def _html_tag(tag: str) -> Handler:
 def _link(node: LexborNode, page: Page, depth: int) -> None:
     if is_citation_pill(node) or node.attrs.get("data-footnote-backref") is not None:
         return
-    start = len(page.run)
+    target = "" if page.link else link_target(node.attrs.get("href") or "")
+    if not target:
+        walk(node, page, depth)
+        return
+    page.link, page.link_start, page.tags_outside_link = target, len(page.run), len(page.open_tags)
     walk(node, page, depth)
-    text = "".join(page.run[start:])
-    target = link_target(node.attrs.get("href") or "", text)
-    if target and text.strip() and "\n" not in text:
-        page.run[start:] = [inline_token(page, "["), *page.run[start:], inline_token(page, f"]({target})")]
+    close_link(page)
+    page.link = ""
 
 
 def _image(node: LexborNode, page: Page, depth: int) -> None:
