@@ -56,7 +56,7 @@ def plan_source(
     for label, path in files:
         spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
         found = plan_file(
-            path, source_name=source.name, file=label, spool_path=spool_path, config=config.merge
+            path, source=source, file=label, spool_path=spool_path, config=config.merge, notes=notes
         )
         if not found:
             notes.append(f"source {source.name}: {label} holds no records")

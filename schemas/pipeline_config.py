@@ -38,6 +38,25 @@ FormatName = Literal[
 ]
 
 
+EncodingName = Literal[
+    "auto",
+    "utf-8",
+    "utf-16-le",
+    "utf-16-be",
+    "cp1252",
+    "iso8859-1",
+    "iso8859-15",
+    "cp1250",
+    "cp1251",
+    "koi8-r",
+    "gb18030",
+    "big5",
+    "shift_jis",
+    "euc-jp",
+    "euc-kr",
+]
+
+
 class FieldPaths(Section):
     """Where things stand in records of a shape of their own: keys joined by dots, numbers count in lists."""
 
@@ -73,7 +92,11 @@ class SourceConfig(Section):
     name: str
     """Short name of this source; part of every row id, so keep it when files move."""
     path: LocalPath
-    """A file, a folder or a glob; relative to the config file. .json .jsonl .parquet, also .gz and .zst."""
+    """A file, a folder or a glob; relative to the config file. .json .jsonl .parquet .arrow .csv .zip, also .gz and .zst."""
+    container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
+    """How records lie in a file: auto looks at its bytes; text: a file is one document; text_lines: each line is."""
+    encoding: EncodingName = "auto"
+    """How text is written: auto knows UTF-8, UTF-16 and UTF-32; name any other. A byte order mark outdoes it."""
     format: FormatName = "auto"
     """auto looks at each record; custom reads it by fields."""
     fields: FieldPaths | None = None

@@ -83,7 +83,9 @@ def _passages(text: str, max_chars: int) -> list[str]:
 
 def _blocks(text: str, max_chars: int) -> list[str]:
     """Paragraphs with the blank lines behind them; fenced code is one block; what is too long is cut."""
-    blocks, lines, in_code = [], [], False
+    blocks: list[str] = []
+    lines: list[str] = []
+    in_code = False
     for line in text.splitlines(keepends=True):
         begins = not in_code and (_HEADING.match(line) or (lines and not lines[-1].strip() and line.strip()))
         if begins and lines:
