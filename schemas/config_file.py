@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from schemas.errors import ConfigError
-from schemas.pipeline_config import PipelineConfig
+from schemas.pipeline_config import PipelineConfig, names_function
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -164,6 +164,9 @@ def _resolve(config: PipelineConfig, folder: Path) -> PipelineConfig:
     if config.split.chat_template is not None:
         template = _absolute(folder, config.split.chat_template)
         updates["split"] = config.split.model_copy(update={"chat_template": template})
+    if config.filter.quality and not names_function(config.filter.quality):
+        quality = _absolute(folder, config.filter.quality)
+        updates["filter"] = config.filter.model_copy(update={"quality": quality})
     return config.model_copy(update=updates)
 
 

@@ -48,6 +48,8 @@ META_KEYS = {
     "group": "place of the record that this chat and others are paths of; absent for a record of one chat",
     "answers": "what the source says of its assistant turns: auto, html or text; text once they are cleaned",
     "language": "languages of the chat by share of letters, largest first: [['en', 0.93], ...]",
+    "chinese": "zh-Hans or zh-Hant, where a chat in Chinese shows which",
+    "quality": "the score that filter.quality gave the chat",
     "unfinished": "true where an answer's markup says that it was cut off while being written",
     "model": "the model that answered, where the record names it",
     "tools": "the tools that the chat may call, as the record gives them",

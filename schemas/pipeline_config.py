@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from schemas.conversation import Role
-from schemas.local_path import LocalPath, refuse_url
+from schemas.local_path import LocalPath, SourcePath, refuse_url
 from schemas.training_config import EvaluateConfig, ModelConfig, PromoteConfig, TrainConfig
 
 
@@ -91,8 +91,8 @@ class FieldPaths(Section):
 class SourceConfig(Section):
     name: str
     """Short name of this source; part of every row id, so keep it when files move."""
-    path: LocalPath
-    """A file, a folder or a glob; relative to the config file. .json .jsonl .parquet .arrow .csv .zip, also .gz and .zst."""
+    path: SourcePath
+    """A file, a folder or a glob, relative to the config file, or a URL such as s3://... or hf://datasets/OWNER/NAME."""
     container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
     """How records lie in a file: auto looks at its bytes; text: a file is one document; text_lines: each line is."""
     encoding: EncodingName = "auto"
@@ -140,6 +140,8 @@ class CleanConfig(Section):
     """Which library writes the Markdown, behind the same pre-pass."""
     images: Literal["keep", "alt", "drop"] = "drop"
     """Pictures in answers: as Markdown, as their alt text, or not at all."""
+    citations: Literal["keep", "drop"] = "drop"
+    """Pills with the names of sources inside sentences: as links, or not at all."""
     unfinished: Literal["keep", "drop"] = "drop"
     """Answers whose markup says that they were cut off while being written."""
     max_message_bytes: int = Field(default=2 * 2**20, gt=0)
@@ -148,25 +150,98 @@ class CleanConfig(Section):
     """HTML nested deeper is dropped as html_too_deep: converters lose or crash on it."""
 
 
+def names_function(name: str) -> bool:
+    """Whether `name` is written as package.module:function, not as a path."""
+    module, _, function = name.partition(":")
+    return all(part.isidentifier() for part in [*module.split("."), function])
+
+
+LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|zh-Han[st])$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+KeepOrDrop = Literal["keep", "drop"]
+KeepCutDrop = Literal["keep", "cut", "drop"]
+
+
 class FilterConfig(Section):
-    keep_languages: list[str] = Field(default_factory=list)
-    """ISO 639-1 codes; empty keeps all. A chat stays if its main language is in the list."""
-    skip_languages: list[str] = Field(default_factory=list)
-    """ISO 639-1 codes whose chats are dropped."""
+    keep_languages: list[LanguageCode] = Field(default_factory=list)
+    """ISO 639-1 codes, zh-Hans or zh-Hant; empty keeps all. A chat stays if its main language is in the list."""
+    skip_languages: list[LanguageCode] = Field(default_factory=list)
+    """Codes of languages whose chats are dropped."""
     min_language_share: float = Field(default=0.5, ge=0, le=1)
     """Share of letters the main language must have before keep/skip may judge by it."""
+    foreign_rounds: KeepCutDrop = "keep"
+    """Rounds with a turn in a language that is not kept or is skipped: left in, cut out, or their chats dropped."""
+    mixed_chats: KeepCutDrop = "keep"
+    """Chats in more than one language: kept, freed of the rounds with a turn in another than the main one, or dropped."""
+    keep_models: list[str] = Field(default_factory=list)
+    """Names of models whose chats stay, with * and ?; "" stands for chats that name no model. Empty keeps all."""
+    skip_models: list[str] = Field(default_factory=list)
+    """Names of models whose chats are dropped, with * and ?."""
     min_chars: int = Field(default=1, ge=0)
     """Fewest characters of all assistant turns together."""
     max_chars: int = Field(default=4_000_000, gt=0)
     """Most characters of a chat."""
+    min_answer_chars: int = Field(default=0, ge=0)
+    """Fewest characters of every assistant turn; tool calls don't count as turns."""
+    max_answer_chars: int = Field(default=0, ge=0)
+    """Most characters of every assistant turn; 0 is off."""
+    min_tokens: int = Field(default=0, ge=0)
+    """Fewest tokens of a chat's texts by the tokenizer of `model`, its template not counted; 0 is off."""
+    max_tokens: int = Field(default=0, ge=0)
+    """Most tokens of a chat's texts by the tokenizer of `model`, its template not counted; 0 is off."""
+    min_turns: int = Field(default=0, ge=0)
+    """Fewest messages of a chat, the system message not counted."""
     max_turns: int = Field(default=10_000, gt=0)
     """Most messages of a chat, the system message not counted."""
+    first_round_only: bool = False
+    """Cut every chat behind its first round: one question and what answers it."""
     alternation: Literal["repair", "drop"] = "repair"
-    """Wrong role order: merge neighbours of one role and cut unpaired ends, or drop the chat."""
+    """Wrong role order: repaired as the next three say, or the chat is dropped."""
+    same_role: Literal["merge", "last", "drop"] = "merge"
+    """Neighbours of one role: joined by a blank line, only the last one kept, or the chat dropped."""
+    leading_answers: Literal["cut", "drop"] = "cut"
+    """Answers before the first question: cut off, or the chat dropped."""
+    trailing_questions: Literal["cut", "drop"] = "cut"
+    """Questions behind the last answer: cut off, or the chat dropped."""
+    error_replies: KeepCutDrop = "cut"
+    """Short answers that are a server's error or rate limit. cut ends the chat before the question to them."""
+    refusals: KeepCutDrop = "keep"
+    """Answers that begin by declining, in twelve languages."""
+    ai_disclaimers: KeepCutDrop = "keep"
+    """Answers with "as an AI language model, I", in twelve languages."""
+    unfinished_answers: KeepCutDrop = "keep"
+    """Answers whose text breaks off: in a code block, after a comma, in a long line without an end of sentence."""
+    echoes: KeepCutDrop = "keep"
+    """Answers that are the question again."""
+    placeholders: KeepCutDrop = "keep"
+    """Questions and answers with a {{name}} that nobody filled in, outside of code."""
+    broken_numbering: KeepOrDrop = "drop"
+    """Answers with lists numbered 1. 1. 1., as exports leave them that lost the numbers."""
     max_digit_run: int = Field(default=0, ge=0)
     """Drop chats with one digit repeated more often than this; 0 is off."""
-    broken_numbering: Literal["keep", "drop"] = "drop"
-    """Answers with lists numbered 1. 1. 1., as exports leave them that lost the numbers."""
+    max_character_run: int = Field(default=0, ge=0)
+    """Drop chats with another character repeated more often than this in an answer's prose; 0 is off."""
+    max_repeated_line_share: Share = 1
+    """Largest share of lines of an answer's prose that stood before in it; 1 is off."""
+    max_repeated_ngram_share: Share = 1
+    """Largest share of an answer's words (characters in Chinese, Japanese, Thai) in stretches of eight that stood before in
+    it; 1 is off."""
+    max_symbol_share: Share = 1
+    """Largest share of signs that are neither letters nor digits in the prose of the answers; 1 is off."""
+    max_digit_share: Share = 1
+    """Largest share of digits in the prose of the answers; 1 is off."""
+    max_code_share: Share = 1
+    """Largest share of code in the characters of the answers; 1 is off."""
+    blocked_words: list[str] = Field(default_factory=list)
+    """Words and phrases whose chats are dropped: whole words, in prose, upper or lower case."""
+    blocked_words_in: Literal["all", "answers"] = "all"
+    """Whether questions and system messages are searched, too."""
+    quality: str = ""
+    """A score of the chat: `package.module:function` (a chat in, a number out), or the path of a fastText model."""
+    quality_label: str = "__label__hq"
+    """The model's label whose probability is the score."""
+    min_quality: float = 0.5
+    """Chats with a lower score are dropped as low_quality; every score stands in meta."""
 
 
 class DedupConfig(Section):

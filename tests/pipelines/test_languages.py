@@ -93,7 +93,7 @@ def test_the_same_chat_gets_the_same_answer_whatever_came_before(detector: Detec
 
 def test_prose_is_what_is_left_of_a_turn() -> None:
     turn = "See  https://e.org/x\n```\ncode\n```\nand `code` <b>bold</b> $x^2$\nint main() { return 0; }\nend"
-    assert prose_of(turn) == "See and bold end"
+    assert prose_of(turn) == "See\nand bold\nend"
 
 
 # ------------------------------------------------------------------------------------------------- real data
