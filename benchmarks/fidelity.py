@@ -22,7 +22,7 @@ compared in
 Not compared: white space and paragraph borders outside code; U+200B, U+2060, U+FEFF; which formula a dollar sign
 means where the page has none; and what no reader takes for the answer: buttons and all in them, icons (svg), scripts,
 styles, frames, text for screen readers, code bars (but for the language), KaTeX's other two copies of a formula,
-links from a footnote back. Pictures and citations are counted and printed.
+links from a footnote back, numbers of edits between their buttons. Pictures and citations are counted and printed.
 """
 
 import argparse
@@ -256,7 +256,7 @@ _SKIPPED = frozenset(
     "button svg script style iframe noscript template object video audio canvas select textarea".split()
 )
 _STYLES = {"strong": "strong", "b": "strong", "em": "em", "i": "em", "del": "s", "s": "s", "strike": "s",
-           "sup": "sup", "sub": "sub"}  # fmt: skip
+           "sup": "sup", "sub": "sub", "summary": "strong"}  # fmt: skip
 
 
 class _TreeBuilder(HTMLParser):
@@ -321,7 +321,7 @@ class _PageReader:
 
     def element(self, element: Element) -> None:
         tag, classes, recorder = element.tag, element.classes, self.recorder
-        if tag in _SKIPPED or "sr-only" in classes:
+        if tag in _SKIPPED or "sr-only" in classes or is_edit_counter(element):
             if tag == "button":
                 recorder.reading.num_images += len(element.all("img"))
         elif is_formula(element):
@@ -453,6 +453,9 @@ class _PageReader:
     def on_img(self, element: Element) -> None:
         self.recorder.reading.num_images += 1
         source, alt = element.attributes.get("src", "").strip(), element.attributes.get("alt", "").strip()
+        if 0 < len(alt) <= 8 and not re.search(r"[\w\x00-\xff]", alt):  # an emoji drawn as a picture
+            self.recorder.text(alt)
+            return
         alt_is_url = bool(re.match(r"(?:https?:)?//\S+$", alt, re.IGNORECASE))
         if not re.match(r"(?:https?:)?//\S+$", source, re.IGNORECASE):
             source = alt if alt_is_url else ""
@@ -520,22 +523,51 @@ def formula_of(element: Element) -> tuple[str, str]:
 def code_of(pre: Element) -> tuple[str, str]:
     """Language and text of a code block. Text right in the <pre> beside its code: all of it is code."""
     editors = [element for element in pre.walk() if "cm-content" in element.classes]
-    codes, inner = pre.all("code"), pre.all("pre")
+    codes, inner = [code for code in pre.all("code") if not _within(code, "code", pre)], pre.all("pre")
     beside = any(isinstance(child, str) and child.strip() for child in pre.children)
-    if beside:
-        node = pre
-    elif editors:
-        node = editors[0]
-    elif len(codes) == 1:
-        node = codes[0]
+    nodes = [pre] if beside else editors[:1] or codes or inner[-1:] or [pre]
+    classes = " ".join(" ".join(element.classes) for node in nodes for element in (node, *node.walk()))
+    named = re.search(r"(?:^|\s)lang(?:uage)?-([^\s`]+)", f"{classes} {' '.join(pre.classes)}")
+    if nodes == [pre] and not beside:
+        bar, code = _bar_and_rest(pre)
     else:
-        node = inner[-1] if inner and not codes else pre
-    classes = " ".join(" ".join(element.classes) for element in (node, *node.walk(), pre))
-    named = re.search(r"(?:^|\s)lang(?:uage)?-([^\s`]+)", classes)
-    language = named[1] if named else ""
-    if not named and node is not pre:
-        language = _bar_language("".join(_before(pre, node)))
-    return language, _code_text(node)
+        bar = "" if beside else "".join(_before(pre, nodes[0]))
+        code = "".join(map(_code_text, nodes))
+    return named[1] if named else _bar_language(bar), code
+
+
+def _bar_and_rest(pre: Element) -> tuple[str, str]:
+    """Without <code>, a short line before the first button is a bar where something follows."""
+    code = _code_text(pre)
+    button = next((element for element in pre.walk() if element.tag == "button"), None)
+    if button is None:
+        return "", code
+    bar = "".join(_before(pre, button))
+    rest = code.removeprefix(bar)
+    return (bar, rest) if len(bar) <= 40 and "\n" not in bar and rest.strip() else ("", code)
+
+
+def _within(element: Element, tag: str, top: Element) -> bool:
+    parent = element.parent
+    while parent is not None and parent is not top:
+        if parent.tag == tag:
+            return True
+        parent = parent.parent
+    return False
+
+
+def _is_button(element: Element) -> bool:
+    return element.tag in _SKIPPED or element.attributes.get("role") == "button"
+
+
+def is_edit_counter(element: Element) -> bool:
+    """ "2 / 3" between the buttons that lead to the other edits."""
+    if element.tag not in ("div", "span") or not re.fullmatch(r"\s*\d{1,4}\s*/\s*\d{1,4}\s*", element.text()):
+        return False
+    siblings = element.parent.children if element.parent else []
+    place = next(i for i, sibling in enumerate(siblings) if sibling is element)
+    around = siblings[max(0, place - 1) : place] + siblings[place + 1 : place + 2]
+    return any(isinstance(sibling, Element) and sibling.tag == "button" for sibling in around)
 
 
 _NAMES = {"c++": "cpp", "c#": "csharp", "f#": "fsharp", "plain-text": "text", "objective-c": "objectivec"}
@@ -544,7 +576,7 @@ _NAMES = {"c++": "cpp", "c#": "csharp", "f#": "fsharp", "plain-text": "text", "o
 def _bar_language(bar: str) -> str:
     words = " ".join(bar.split())
     name = words.lower().replace(" ", "-")
-    return _NAMES.get(name, name) if re.fullmatch(r"[\w+#./ -]{1,40}", words) else ""
+    return _NAMES.get(name, name) if re.fullmatch(r"(?=.*[A-Za-z])[\w+#./ -]{1,40}", words) else ""
 
 
 def _before(element: Element, stop: Element) -> Iterator[str]:
@@ -553,7 +585,7 @@ def _before(element: Element, stop: Element) -> Iterator[str]:
             return
         if isinstance(child, str):
             yield child
-        elif child.tag not in _SKIPPED:
+        elif not _is_button(child):
             yield from _before(child, stop)
             if stop in list(child.walk()):
                 return
@@ -567,7 +599,7 @@ def _code_text(node: Element) -> str:
         elif child.tag == "br":
             is_last_of_line = "cm-line" in node.classes and number == len(node.children) - 1
             pieces.append("" if is_last_of_line else "\n")
-        elif child.tag not in _SKIPPED:
+        elif not _is_button(child):
             if "cm-line" in child.classes and pieces:
                 pieces.append("\n")
             pieces.append(_code_text(child))

@@ -32,6 +32,9 @@ class Converted:
     is_unfinished: bool
 
 
+_COUNTER = re.compile(r">\s*\d{1,4}\s*/\s*\d{1,4}\s*<")
+
+
 class _UnfaithfulError(Exception):
     """A converter lost, added or moved text."""
 
@@ -49,7 +52,8 @@ def convert_answer(html: str, config: CleanConfig) -> Converted | Drop:
         if body is None:
             return Converted("", is_unfinished=False)
         marks = choose_marks(html)
-        passage, fragments = read_answer(body, marks, images=config.images, max_depth=config.max_depth)
+        counters = "<button" in html and _COUNTER.search(html) is not None
+        passage, fragments = read_answer(body, marks, config, has_counters=counters)
         markdown = _markdown(passage, fragments, config)
     except TooLargeError as error:
         return Drop("html_too_large", str(error))

@@ -9,6 +9,7 @@ from selectolax.lexbor import LexborNode
 from pipelines.markdown import fenced_code
 
 _LANGUAGE_CLASS = re.compile(r"(?:^|\s)lang(?:uage)?-([^\s`]+)")
+MAX_BAR_CHARS = 40
 _LANGUAGE_TEXT = re.compile(r"[\w+#./ -]{1,40}")
 _LANGUAGE_NAMES = {
     "c++": "cpp",
@@ -46,10 +47,10 @@ def code_block(pre: LexborNode) -> CodeBlock:
     <pre> means that it has no bar: all of it is code.
     """
     code = None if _has_own_text(pre) else _code_node(pre)
-    if code is None:
-        return CodeBlock(_code_text(pre), _class_language(pre))
-    language = _class_language(code) or _class_language(pre) or _bar_language(pre, code)
-    return CodeBlock(_code_text(code), language)
+    if code is not None:
+        language = _class_language(code) or _class_language(pre) or _bar_language(pre, code)
+        return CodeBlock(_code_text(code), language)
+    return _below_its_button(pre) or CodeBlock(_code_text(pre), _class_language(pre))
 
 
 def _has_own_text(pre: LexborNode) -> bool:
@@ -63,9 +64,29 @@ def _code_node(pre: LexborNode) -> LexborNode | None:
     if editor is not None:
         return editor
     codes = pre.css("code")
-    if len(codes) == 1:
-        return codes[0]
-    return None if codes else _innermost_pre(pre)
+    if not codes:
+        return _innermost_pre(pre)
+    outermost = [code for code in codes if not _is_inside(code, "code", pre)]
+    return outermost[0] if len(outermost) == 1 else _shared_parent(outermost, pre)
+
+
+def _is_inside(node: LexborNode, tag: str, top: LexborNode) -> bool:
+    parent = node.parent
+    while parent is not None and parent.mem_id != top.mem_id:
+        if parent.tag == tag:
+            return True
+        parent = parent.parent
+    return False
+
+
+def _shared_parent(codes: list[LexborNode], pre: LexborNode) -> LexborNode | None:
+    """The element that holds the <code> of every line; None where that is the whole <pre>."""
+    parent = codes[0].parent
+    while parent is not None and parent.mem_id != pre.mem_id:
+        if len(parent.css("code")) >= len(pre.css("code")):
+            return parent
+        parent = parent.parent
+    return None
 
 
 def _innermost_pre(pre: LexborNode) -> LexborNode | None:
@@ -73,17 +94,36 @@ def _innermost_pre(pre: LexborNode) -> LexborNode | None:
     return nested[-1] if nested else None
 
 
+def _below_its_button(pre: LexborNode) -> CodeBlock | None:
+    """A block without <code>: its bar is the largest element of one short line around its first button."""
+    node, bar = None if _has_own_text(pre) else pre.css_first("button"), None
+    while node is not None and node.mem_id != pre.mem_id and _is_short("".join(_code_pieces(node))):
+        bar, node = node, node.parent
+    if bar is None:
+        return None
+    before = "".join(_text_before(pre, bar.mem_id)[0])
+    code = "".join(_code_pieces(pre, skip=bar.mem_id)).removeprefix(before)
+    if not code.strip() or not _is_short(before):
+        return None
+    return CodeBlock(code, _class_language(pre) or _language_name(before + "".join(_code_pieces(bar))))
+
+
+def _is_short(text: str) -> bool:
+    return len(text.strip()) <= MAX_BAR_CHARS and "\n" not in text.strip()
+
+
 def _code_text(node: LexborNode) -> str:
     """The text to the byte; <br> is a new line, and so is the end of a CodeMirror line."""
     only = node.child
     if only is not None and only.is_text_node and only.next is None:
         return only.text_content or ""
-    if node.css_first("br, button, svg, style, script, .cm-line") is None:
+    if node.css_first("br, button, svg, style, script, .cm-line, [role=button]") is None:
         return node.text(deep=True)
     return "".join(_code_pieces(node))
 
 
-def _code_pieces(node: LexborNode) -> Iterator[str]:
+def _code_pieces(node: LexborNode, skip: int = 0) -> Iterator[str]:
+    """The text piece by piece, but for the subtree with id `skip`."""
     previous_line = False
     for child in node.iter(include_text=True):
         if child.is_text_node:
@@ -91,11 +131,11 @@ def _code_pieces(node: LexborNode) -> Iterator[str]:
         elif child.tag == "br":
             # An empty CodeMirror line is <div class="cm-line"><br></div>: the line's end counts already.
             yield "" if has_class(node, "cm-line") and child.next is None else "\n"
-        elif child.tag not in _NOT_CODE:
+        elif child.tag not in _NOT_CODE and child.mem_id != skip and child.attrs.get("role") != "button":
             is_line = has_class(child, "cm-line")
             yield "\n" if is_line and previous_line else ""
             previous_line = is_line
-            yield from _code_pieces(child)
+            yield from _code_pieces(child, skip)
 
 
 def _class_language(node: LexborNode) -> str:
@@ -104,8 +144,12 @@ def _class_language(node: LexborNode) -> str:
 
 
 def _bar_language(pre: LexborNode, code: LexborNode) -> str:
-    words = " ".join("".join(_text_before(pre, code.mem_id)[0]).split())
-    if not _LANGUAGE_TEXT.fullmatch(words):
+    return _language_name("".join(_text_before(pre, code.mem_id)[0]))
+
+
+def _language_name(bar: str) -> str:
+    words = " ".join(bar.split())
+    if not _LANGUAGE_TEXT.fullmatch(words) or not re.search("[A-Za-z]", words):
         return ""
     name = words.lower().replace(" ", "-")
     return _LANGUAGE_NAMES.get(name, name)
@@ -119,7 +163,7 @@ def _text_before(node: LexborNode, stop: int) -> tuple[list[str], bool]:
             pieces.append(child.text_content or "")
         elif child.mem_id == stop:
             return pieces, True
-        elif child.tag not in _NOT_CODE:
+        elif child.tag not in _NOT_CODE and child.attrs.get("role") != "button":
             inner, met = _text_before(child, stop)
             pieces += inner
             if met:
@@ -177,6 +221,23 @@ def _is_balanced(text: str) -> bool:
 def is_citation_pill(node: LexborNode) -> bool:
     """A link whose text is the truncated names of its sources, and how many more there are."""
     return node.css_first("span.truncate") is not None
+
+
+def citation_links(pill: LexborNode) -> list[tuple[str, str]]:
+    """Name and address of each source that a pill names with an address."""
+    links = [pill] if pill.tag == "a" else pill.css("a")
+    found = []
+    for link in links:
+        truncated = link.css_first(".truncate")
+        name = " ".join((truncated or link).text(deep=True).split()).replace("[", "(").replace("]", ")")
+        if name and link.attrs.get("href"):
+            found.append((name, link.attrs["href"] or ""))
+    return found
+
+
+def is_emoji(alt: str) -> bool:
+    """Whether a picture's text is one symbol: some pages draw them as pictures."""
+    return 0 < len(alt) <= 8 and all(ord(character) > 0xFF and not character.isalnum() for character in alt)
 
 
 def footnote_label(node: LexborNode) -> str | None:

@@ -40,6 +40,7 @@ class Page:
     handlers: Mapping[str | None, "Handler"]
     fragments: Fragments
     images: str
+    citations: str
     max_depth: int
     blocks: list[str] = field(default_factory=list)
     run: list[str] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Page:
     list_ends: dict[int, str] = field(default_factory=dict)  # number of blocks at the end of a list: its kind
     other_markers: bool = False  # whether that list has the other kind of markers
     has_formulas: bool = False
+    has_counters: bool = False
     last_formula: str = ""
     link: str = ""  # where the open link leads
     link_start: int = 0  # index in `run` of the first piece of its text

@@ -1,9 +1,10 @@
 """One pass over the parsed tree of a ChatGPT answer: what the model wrote, without the page around it.
 
-`read_answer(body, marks, images=..., max_depth=...)` gives a `Passage` of canonical HTML that every converter reads
+`read_answer(body, marks, config)` gives a `Passage` of canonical HTML that every converter reads
 alike (p, h1-h6, ul, ol, li, hr, br, strong, em, del; no attributes but <ol start>), and the fragments for its tokens.
 
-Left out: buttons (in any language: by tag), icons, frames, scripts, text for screen readers, citation pills.
+Left out: buttons (in any language: by tag), icons, frames, scripts, text for screen readers, edit counters, and, as
+the settings say, pictures and citations.
 U+200B goes; other blanks (U+00A0, U+3000, ...) stay as they are, converters would fold them.
 """
 
@@ -13,6 +14,7 @@ from selectolax.lexbor import LexborNode
 
 from pipelines.html_blocks import read_heading, read_list, read_quote, read_rule, read_table
 from pipelines.html_leaves import (
+    citation_links,
     code_block,
     footnote_label,
     formula,
@@ -20,22 +22,30 @@ from pipelines.html_leaves import (
     image_markdown,
     inline_code_text,
     is_citation_pill,
+    is_emoji,
     link_target,
 )
 from pipelines.html_marks import Fragment, Fragments, Marks, Passage
 from pipelines.html_page import Handler, Page, block, block_token, close_link, end_run, inline_token, walk
 from pipelines.markdown import code_span
+from schemas.pipeline_config import CleanConfig
 
+_COUNTER = re.compile(r"\s*\d{1,4}\s*/\s*\d{1,4}\s*")
+_SCREEN_READER = re.compile(r"(?:^|\s)sr-only(?:\s|$)")
 _HIDDEN = re.compile(r"(?:^|\s)(?:sr-only|katex-mathml)(?:\s|$)")
 
 
-def read_answer(body: LexborNode, marks: Marks, *, images: str, max_depth: int) -> tuple[Passage, Fragments]:
+def read_answer(
+    body: LexborNode, marks: Marks, config: CleanConfig, *, has_counters: bool = True
+) -> tuple[Passage, Fragments]:
     """The canonical form of an answer. Raises TooDeepError, TooLargeError.
 
     Where the page has elements of class `markdown`, only they are read: around them stands furniture.
+    `has_counters`: somewhere in it may stand which of several edits it is.
     """
-    page = Page(HANDLERS, Fragments(marks), images, max_depth)
+    page = Page(HANDLERS, Fragments(marks), config.images, config.citations, config.max_depth)
     page.has_formulas = body.css_first(".katex, .katex-display, .katex-error, math") is not None
+    page.has_counters = has_counters
     for root in answer_roots(body):
         walk(root, page, 1)
         end_run(page)
@@ -72,16 +82,47 @@ def _skip(node: LexborNode, page: Page, depth: int) -> None:
 
 
 def _division(node: LexborNode, page: Page, depth: int) -> None:
-    if not has_class(node, "sr-only"):
+    class_names = node.attrs.get("class") or ""
+    if _SCREEN_READER.search(class_names) or (page.has_counters and _is_edit_counter(node)):
+        return
+    if "whitespace-pre-wrap" in class_names and all(
+        child.is_text_node for child in node.iter(include_text=True)
+    ):
+        _preformatted_prose(node, page)
+    else:
         block(node, page, depth)
+
+
+def _is_edit_counter(node: LexborNode) -> bool:
+    """Whether an element is "2 / 3" between the buttons that lead to the other edits of a message."""
+    return bool(_COUNTER.fullmatch(node.text(deep=True))) and any(
+        neighbour is not None and neighbour.tag == "button" for neighbour in (node.prev, node.next)
+    )
+
+
+def _preformatted_prose(node: LexborNode, page: Page) -> None:
+    for paragraph in re.split(r"\n[ \t]*\n\s*", node.text(deep=True)):
+        end_run(page)
+        page.run.append(paragraph.strip("\n"))
+    end_run(page)
 
 
 def _span(node: LexborNode, page: Page, depth: int) -> None:
     class_names = node.attrs.get("class") or ""
     if "katex" in class_names and (found := formula(node, class_names)) is not None:
         _formula(*found, page)
-    elif not _HIDDEN.search(class_names) and node.attrs.get("data-testid") != "webpage-citation-pill":
+    elif node.attrs.get("data-testid") == "webpage-citation-pill":
+        _citation(node, page)
+    elif not _HIDDEN.search(class_names) and not (page.has_counters and _is_edit_counter(node)):
         walk(node, page, depth)
+
+
+def _citation(node: LexborNode, page: Page) -> None:
+    if page.citations == "drop":
+        return
+    for name, href in citation_links(node):
+        if target := link_target(href):
+            page.run += [" ", inline_token(page, f"[{name}]({target})"), " "]
 
 
 def _math(node: LexborNode, page: Page, depth: int) -> None:
@@ -150,7 +191,10 @@ def _html_tag(tag: str) -> Handler:
 
 
 def _link(node: LexborNode, page: Page, depth: int) -> None:
-    if is_citation_pill(node) or node.attrs.get("data-footnote-backref") is not None:
+    if "data-footnote-backref" in node.attrs:
+        return
+    if is_citation_pill(node):
+        _citation(node, page)
         return
     target = "" if page.link else link_target(node.attrs.get("href") or "")
     if not target:
@@ -163,7 +207,10 @@ def _link(node: LexborNode, page: Page, depth: int) -> None:
 
 
 def _image(node: LexborNode, page: Page, depth: int) -> None:
-    if text := image_markdown(node, page.images):
+    alt = (node.attrs.get("alt") or "").strip()
+    if is_emoji(alt):
+        page.run.append(alt)
+    elif text := image_markdown(node, page.images):
         page.run.append(inline_token(page, text) if page.images == "keep" else text)
 
 

@@ -248,6 +248,76 @@ def test_both_converters_write_what_reads_the_same(name: str) -> None:
     assert len(tight) == 1
 
 
+PILL = (
+    '<span data-state="closed"><span data-testid="webpage-citation-pill"><a href="https://e.org/p?utm_source=chatgpt.com">'
+    '<span class="flex"><span class="grow truncate">e.org</span><span class="-me-1">+3</span></span></a></span></span>'
+)
+RELATIVES = {
+    "no code element": (
+        f"<pre><div>python{COPY}</div><div>a = 1\n  b</div></pre>",
+        "```python\na = 1\n  b\n```",
+    ),
+    "no code element, button in a box of its own": (
+        f'<pre><div><div>C++</div><div class="sticky">{COPY}</div><div><span>a</span>\n  b</div></div></pre>',
+        "```cpp\na\n  b\n```",
+    ),
+    "a button of another element": (
+        '<pre><div><span>js</span><div role="button">Bearbeiten</div></div><code>a</code></pre>',
+        "```js\na\n```",
+    ),
+    "a code element for every line": (
+        f"<pre><div><span>js</span>{COPY}</div><div><code>a\n</code><code>b</code></div></pre>",
+        "```js\na\nb\n```",
+    ),
+    "code in code": ("<pre><code><span>a</span><code>b</code></code></pre>", "```\nab\n```"),
+    "one line and a button below": (f"<pre><div>ls -la</div><div>{COPY}</div></pre>", "```\nls -la\n```"),
+    "nothing but a button": (f"<pre><div>{COPY}</div></pre>", "```\n```"),
+    "an editor's lines as elements": (
+        '<pre><div class="cm-gutters">1</div><div class="cm-content"><div class="cm-line">a</div>'
+        '<div class="cm-line"><br></div><div class="cm-line">  b</div></div></pre>',
+        "```\na\n\n  b\n```",
+    ),
+    "counter of edits": (
+        f"<div>{COPY}<span> 2 / 3 </span>{COPY}</div><p>2 / 3</p><p><span>2 / 3</span> of it</p>",
+        "2 / 3\n\n2 / 3 of it",
+    ),
+    "lines of preformatted prose": (
+        '<div class="whitespace-pre-wrap">a\nb\n\n*c*</div>',
+        "a  \nb\n\n\\*c\\*",
+    ),
+    "emoji as a picture": ('<p>a <img class="emoji" alt="😀" src="x"></p>', "a 😀"),
+    "citation": (f"<p>Fact.{PILL} Next.</p>", "Fact. Next."),
+    "footnotes in a list": (
+        '<ul><li>a<sup><a href="#fn-1" data-footnote-ref="">1</a></sup></li></ul><section class="footnotes"><ol>'
+        "<li><p>b</p></li></ol></section>",
+        "- a[^1]\n\n[^1]: b",
+    ),
+    "details with code": (
+        f"<details><summary>More</summary>{old_code('x')}</details>",
+        "**More**\n\n```python\nx\n```",
+    ),
+    "language classes of many kinds": (
+        '<pre><code class="lang-c++ hljs">x</code></pre><pre class="language-vbnet"><code>y</code></pre>',
+        "```c++\nx\n```\n\n```vbnet\ny\n```",
+    ),
+    "twice escaped": ("<p>&amp;lt;b&amp;gt;</p>", "\\&lt;b\\&gt;"),
+}
+
+
+@pytest.mark.parametrize("converter", CONVERTERS)
+@pytest.mark.parametrize(("inner", "expected"), RELATIVES.values(), ids=RELATIVES.keys())
+def test_relatives_of_known_markup_are_understood(inner: str, expected: str, converter: str) -> None:
+    written = markdown(inner, converter=converter)
+    assert written == expected
+    assert differences(page(inner), written) == []
+
+
+def test_citations_are_links_where_the_setting_says_so() -> None:
+    kept = markdown(f"<p>Fact.{PILL} Next.</p>", citations="keep")
+    assert kept == "Fact. [e.org](https://e.org/p?utm_source=chatgpt.com) Next."
+    assert differences(page(f"<p>Fact.{PILL} Next.</p>"), kept, citations="keep") == []
+
+
 @pytest.mark.parametrize(
     ("images", "expected"),
     [("drop", "a"), ("alt", "a A cat"), ("keep", "a ![A cat](https://e.org/c.png) ![](https://e.org/d.png)")],
