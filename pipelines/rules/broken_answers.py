@@ -41,7 +41,7 @@ _ABOUT_ERRORS = re.compile(
     r"|translat|übersetz|tradu|перев|翻译|翻譯|訳|번역|dịch|ترجم",
     re.IGNORECASE,
 )
-_PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d][\w. -]{0,40}\s*\}\}")
+_PLACEHOLDER = re.compile(r"\{\{\s*(?!(?:and|or)\b)[^\W\d][\w. -]{0,40}\s*\}\}")
 _TEMPLATE_LANGUAGE = re.compile(
     r"jinja|handlebars|mustache|liquid|django|\bvue\b|angular|twig|nunjucks|helm|ansible|hugo|template|模板|plantilla"
     r"|vorlage|modèle|шаблон|テンプレート|템플릿|placeholder",
@@ -49,6 +49,8 @@ _TEMPLATE_LANGUAGE = re.compile(
 )
 _OPEN_END = re.compile(r"[,，、(\[{<—–-]\s*$")
 _MARKED_LINE = re.compile(r"\s*(?:[-*+>|#]|\d{1,3}[.)、]|[a-zA-Z][.)]\s)")
+_FREE_END = re.compile(r"(?:[#@]|://|www\.)\S*$|(?:--|[—–]|[\"”»’]\s*-)\s*[^!?]{3,60}$")
+_SENTENCE_END = re.compile(r"[.!?…]\s|[。！？।؟۔]")
 _NO_SENTENCE_MARKS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _NOT_LETTERS = re.compile(r"[\W_]+")
 
@@ -85,13 +87,19 @@ def unfinished_answer(question: str, answer: str) -> str:
         lines = text[blocks[-1][0] :].split("\n")
         closed = len(lines) > 1 and lines[-1].strip(" \t>")[:3] in ("```", "~~~")
         return "" if closed else "a code block is not closed"
-    last = prose_of(answer.rstrip().rsplit("\n", 1)[-1])
-    if _NO_SENTENCE_MARKS.search(last) or num_letters(answer) < MIN_LINE_CHARS or not last:
+    last = text.rsplit("\n", 1)[-1].strip()
+    if num_letters(answer) < _min_line_chars(last) or _NO_SENTENCE_MARKS.search(last) or not prose_of(last):
         return ""
     if _OPEN_END.search(last):
         return f"the end is open: {last[-40:]!r}"
-    breaks_off = last[-1].isalpha() and len(last) >= _min_line_chars(last) and not _MARKED_LINE.match(last)
-    return f"no end of a sentence: {last[-40:]!r}" if breaks_off else ""
+    return f"no end of a sentence: {last[-40:]!r}" if _breaks_off(last, text) else ""
+
+
+def _breaks_off(last: str, text: str) -> bool:
+    """A long last line that ends in a letter, in an answer that ends its other sentences; no item, tag, signature."""
+    if not last[-1].isalpha() or len(last) < _min_line_chars(last):
+        return False
+    return bool(_SENTENCE_END.search(text)) and not (_MARKED_LINE.match(last) or _FREE_END.search(last))
 
 
 def _min_line_chars(line: str) -> int:
