@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.containers import plan_file, read_range
+from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
 from pipelines.part_ranges import PartRange
 from pipelines.records import read_rows
 from pipelines.sources import find_files
@@ -51,12 +52,17 @@ def plan_source(
     source: SourceConfig, *, config: PipelineConfig, spool_folder: Path, base_folder: Path = Path()
 ) -> SourcePlan:
     """As plan_parts, with notes: files that were ignored and files without records."""
-    files, notes = find_files(source, base_folder=base_folder)
     parts: list[PartRange] = []
-    for label, path in files:
+    files, notes = _files(source, base_folder)
+    for label, file in files:
         spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
         found = plan_file(
-            path, source=source, file=label, spool_path=spool_path, config=config.merge, notes=notes
+            _local(file, spool_path, source),
+            source=source,
+            file=label,
+            spool_path=spool_path,
+            config=config.merge,
+            notes=notes,
         )
         if not found:
             notes.append(f"source {source.name}: {label} holds no records")
@@ -64,6 +70,23 @@ def plan_source(
     if not parts:
         raise InputError(f"source {source.name} has no records: {len(files)} empty files at {source.path}")
     return SourcePlan(parts, notes)
+
+
+def _files(
+    source: SourceConfig, base_folder: Path
+) -> tuple[Sequence[tuple[str, Path | RemoteFile]], list[str]]:
+    if not is_url(source.path):
+        return find_files(source, base_folder=base_folder)
+    files, notes = find_remote_files(source)
+    return [(file.label, file) for file in files], notes
+
+
+def _local(file: Path | RemoteFile, spool_path: Path, source: SourceConfig) -> Path:
+    if isinstance(file, Path):
+        return file
+    copy = Path(f"{spool_path}.download")
+    download(file, copy, source)
+    return copy
 
 
 # Records to rows --------------------------------------------------------------------------------------------

@@ -31,12 +31,20 @@ def find_files(
     labelled = sorted((file.relative_to(root).as_posix(), file) for file in found)
     known = [(label, file) for label, file in labelled if has_known_suffix(label, source)]
     if not known:
-        wanted = ", ".join(_suffixes(source))
-        what = f"{len(labelled)} files of other kinds" if labelled else "nothing"
-        raise InputError(f"source {source.name}: found {what} at {path}, expected files {wanted} (.gz, .zst)")
-    ignored = [label for label, _ in labelled if not has_known_suffix(label, source)]
-    notes = [f"source {source.name}: ignored {len(ignored)} files, such as {ignored[0]}"] if ignored else []
-    return known, notes
+        raise nothing_found(source, str(path), len(labelled))
+    return known, ignored_note(source, [name for name, _ in labelled if not has_known_suffix(name, source)])
+
+
+def nothing_found(source: SourceConfig, where: str, num_others: int) -> InputError:
+    """The error of a source without a file that is read."""
+    wanted = ", ".join(_suffixes(source))
+    what = f"{num_others} files of other kinds" if num_others else "nothing"
+    return InputError(f"source {source.name}: found {what} at {where}, expected files {wanted} (.gz, .zst)")
+
+
+def ignored_note(source: SourceConfig, ignored: list[str]) -> list[str]:
+    """What a person should hear of files that are not read."""
+    return [f"source {source.name}: ignored {len(ignored)} files, such as {ignored[0]}"] if ignored else []
 
 
 def is_dump(name: str) -> bool:
@@ -60,7 +68,7 @@ def _data_files(folder: Path, files: list[str]) -> list[str]:
         entries = named if isinstance(named, list) else []
         names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
         return [name for name in files if name in names]
-    return [name for name in files if name != "dataset_dict.json"]
+    return [name for name in files if name not in ("dataset_dict.json", "dataset_infos.json")]
 
 
 def _read_state(path: Path) -> dict[str, Any]:
