@@ -80,7 +80,9 @@ def _without_foreign(
     turns = detector.judge([message.content for message in _spoken(conversation.messages)]).turns
 
     def wanted(code: str, text: str) -> bool:
-        names = {code, chinese_script(text)} if code == "zh" else {code}
+        script = chinese_script(text) if code == "zh" else code
+        # A turn that doesn't show its script is taken to be in that of the chat.
+        names = {code, conversation.meta.get("chinese", code) if script == "zh" else script}
         kept = not settings.keep_languages or bool(names & set(settings.keep_languages))
         return kept and not names & set(settings.skip_languages)
 

@@ -34,10 +34,12 @@ def load_score(settings: FilterConfig) -> Score:
     if names_function(settings.quality):
         return _load_function(settings.quality)
     model = _load_model(settings.quality)
-    if settings.quality_label not in model.get_labels():
+    # fasttext-predict can't list its labels; without a threshold it gives all of them for any text.
+    known = sorted(model.predict("a", k=-1, threshold=-1.0)[0])
+    if settings.quality_label not in known:
         raise ConfigError(
             f"filter.quality_label {settings.quality_label!r} is no label of {settings.quality}; it has "
-            f"{', '.join(sorted(model.get_labels())[:10])}"
+            f"{', '.join(known[:10])}"
         )
 
     def score(conversation: Conversation) -> float:

@@ -118,7 +118,7 @@ def _answers(conversation: Conversation) -> list[tuple[int, str]]:
 
 
 def _without_rules(prose: str) -> str:
-    return "\n".join(line for line in prose.split("\n") if len(set(line)) > 2)
+    return "\n".join(line for line in prose.split("\n") if any(map(str.isalnum, line)))
 
 
 def has_broken_numbering(text: str) -> bool:
