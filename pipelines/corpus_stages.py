@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pyarrow as pa
 
+from pipelines.caps import over_cap
 from pipelines.parts import (
     REPLACED_MANIFEST_NAME,
     PartTask,
@@ -43,6 +44,9 @@ def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
     drops = {
         row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"]) for row in verdicts.to_pylist()
     }
+    # A part never spans sources, and its label begins with the name of its own.
+    sources = [part.label.partition("/")[0] for part in before.parts]
+    drops |= over_cap(zip(sources, _ids_by_part(features), strict=True), drops.keys(), run.config.dedup.caps)
     seen: set[str] = set()
     tasks = [
         _verdict_task(run, folder, part, None, _drops_by_row(ids, drops, seen))

@@ -93,7 +93,8 @@ def features(rows: Iterable[Conversation], config: PipelineConfig) -> pa.Table:
         numbers["num_turns"].append(len(keys))
         numbers["num_chars"].append(sum(len(said) for role, said in turns if role in ("user", "assistant")))
         numbers["date_us"].append(_microseconds(row.meta.get("date")))
-        texts.append(text if config.dedup.near else "")
+        is_compared = config.dedup.near and row.meta.get("near_exempt") is not True
+        texts.append(text if is_compared else "")
     ends = np.cumsum(np.array(numbers["num_turns"], np.int64))
     columns = {
         "row_id": pa.array(ids, pa.large_string()),
@@ -155,14 +156,12 @@ def _turn_keys(turns: Iterable[tuple[str, str]], tools: Any) -> list[int]:
 
 
 def _exempt_group(row: Conversation) -> int:
-    """Paths of one tree, and rows of a source that are marked as alike on purpose (identity data)."""
-    if row.meta.get("group"):
-        name = f"group {row.meta['group']}"
-    elif row.meta.get("near_exempt") is True:
-        name = f"source {row.source.partition('/')[0]}"
-    else:
+    """Paths of one tree."""
+    if not row.meta.get("group"):
         return 0
-    return int.from_bytes(hashlib.blake2b(utf8(name), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(utf8(f"group {row.meta['group']}"), digest_size=8).digest(), "little"
+    )
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

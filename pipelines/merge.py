@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pipelines.containers import plan_file, read_range
 from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
+from pipelines.identity import FILE_NAME, write_identity
 from pipelines.part_ranges import PartRange
 from pipelines.records import read_rows
 from pipelines.sources import find_files
@@ -53,7 +54,7 @@ def plan_source(
 ) -> SourcePlan:
     """As plan_parts, with notes: files that were ignored and files without records."""
     parts: list[PartRange] = []
-    files, notes = _files(source, base_folder)
+    files, notes = _files(source, base_folder, spool_folder)
     for label, file in files:
         spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
         found = plan_file(
@@ -73,8 +74,12 @@ def plan_source(
 
 
 def _files(
-    source: SourceConfig, base_folder: Path
+    source: SourceConfig, base_folder: Path, spool_folder: Path
 ) -> tuple[Sequence[tuple[str, Path | RemoteFile]], list[str]]:
+    if source.identity is not None:
+        path = spool_folder / f"{source.name}-{FILE_NAME}"
+        write_identity(source.identity, path)
+        return [(FILE_NAME, path)], []
     if not is_url(source.path):
         return find_files(source, base_folder=base_folder)
     files, notes = find_remote_files(source)

@@ -40,8 +40,10 @@ def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int
 
 def _source_meta(source: SourceConfig) -> dict[str, Any]:
     meta: dict[str, Any] = {}
-    if source.set == "train":
+    if source.set == "train" or source.identity is not None:
         meta["set"] = "train"
+    if source.identity is not None:
+        meta["near_exempt"] = True
     if source.answers != "auto":
         meta["answers"] = source.answers
     return meta

@@ -150,7 +150,8 @@ def _model_of(annotation: Any) -> type[BaseModel]:
 
 def _resolve(config: PipelineConfig, folder: Path) -> PipelineConfig:
     sources = [
-        source.model_copy(update={"path": _absolute(folder, source.path)}) for source in config.sources
+        source.model_copy(update={"path": _absolute(folder, source.path)}) if source.path else source
+        for source in config.sources
     ]
     updates: dict[str, Any] = {"run_root": Path(_absolute(folder, str(config.run_root))), "sources": sources}
     if config.model is not None:

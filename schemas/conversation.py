@@ -46,6 +46,7 @@ META_KEYS = {
     "date": "ISO date in the record, where it had one",
     "set": "'train' where a record may never be held out",
     "group": "place of the record that this chat and others are paths of; absent for a record of one chat",
+    "near_exempt": "true where the rows of a source are alike on purpose and never near-duplicates",
     "answers": "what the source says of its assistant turns: auto, html or text; text once they are cleaned",
     "language": "languages of the chat by share of letters, largest first: [['en', 0.93], ...]",
     "chinese": "zh-Hans or zh-Hant, where a chat in Chinese shows which",

@@ -88,10 +88,23 @@ class FieldPaths(Section):
         return self
 
 
+class IdentityConfig(Section):
+    name: str = Field(min_length=1)
+    """What the model is called."""
+    maker: str = Field(min_length=1)
+    """Who made it."""
+    languages: list[Literal["en", "de", "fr", "es", "it", "pt", "ru", "zh", "ja", "ko"]] = Field(
+        default=["en"], min_length=1
+    )
+    """In which languages it is asked and answers."""
+    others: list[str] | None = None
+    """Names that are not its own (are you X? no); default: well-known assistants."""
+
+
 class SourceConfig(Section):
     name: str
     """Short name of this source; part of every row id, so keep it when files move."""
-    path: SourcePath
+    path: SourcePath = ""
     """A file, a folder or a glob, relative to the config file, or a URL such as s3://... or hf://datasets/OWNER/NAME."""
     container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
     """How records lie in a file: auto looks at its bytes; text: a file is one document; text_lines: each line is."""
@@ -110,7 +123,9 @@ class SourceConfig(Section):
     answers: Literal["auto", "html", "text"] = "auto"
     """Whether assistant turns are HTML; auto looks at each answer. User turns are always plain text."""
     set: Literal["any", "train"] = "any"
-    """train: rows of this source are never held out (identity data)."""
+    """train: rows of this source are never held out."""
+    identity: IdentityConfig | None = None
+    """In place of a path: chats that teach the model its own name; never held out, never near-duplicates."""
 
     @field_validator("name")
     @classmethod
@@ -118,6 +133,12 @@ class SourceConfig(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
         return name
+
+    @model_validator(mode="after")
+    def _reads_or_makes(self) -> "SourceConfig":
+        if bool(self.path) == (self.identity is not None):
+            raise ValueError(f"source {self.name!r}: name either a path, or an identity to make chats of")
+        return self
 
     @model_validator(mode="after")
     def _custom_has_fields(self) -> "SourceConfig":
@@ -265,6 +286,8 @@ class HoldoutConfig(Section):
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """A new row this similar to a held-out row goes to its side."""
 
+    caps: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Source name: most rows of it that stay; the others are dropped as over_cap, after dedup, by their ids."""
 
 class SplitConfig(Section):
     max_tokens: int = Field(default=2048, gt=8)
@@ -341,11 +364,10 @@ class PipelineConfig(Section):
         return sources
 
     @model_validator(mode="after")
-    def _weights_name_sources(self) -> "PipelineConfig":
+    def _weights_and_caps_name_sources(self) -> "PipelineConfig":
         names = [source.name for source in self.sources]
-        for name in self.pack.weights:
-            if name not in names:
-                raise ValueError(
-                    f"pack.weights names {name!r}, no such source; sources are {', '.join(names)}"
-                )
+        for key, named in (("pack.weights", self.pack.weights), ("dedup.caps", self.dedup.caps)):
+            for name in named:
+                if name not in names:
+                    raise ValueError(f"{key} names {name!r}, no such source; sources are {', '.join(names)}")
         return self

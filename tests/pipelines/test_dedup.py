@@ -205,13 +205,21 @@ def test_rows_without_text_are_never_near() -> None:
     assert verdicts_of(rows) == {}
 
 
-@pytest.mark.parametrize("meta", [{"group": "tree-1"}, {"near_exempt": True, "set": "train"}])
-def test_rows_alike_on_purpose_stay_among_themselves_only(meta: dict[str, Any]) -> None:
+def test_paths_of_a_tree_are_near_others_but_not_each_other() -> None:
     text = text_with(range(30))
-    rows = [chat(name, "q", f"{text} {name}", **meta) for name in "abc"]
+    rows = [chat(name, "q", f"{text} {name}", group="tree-1") for name in "abc"]
     assert verdicts_of(rows) == {}
     outsider = chat("z", "q", f"{text} longer", source="other/file")
     assert verdicts_of([*rows, outsider]) == dict.fromkeys("abc", ("near_duplicate", "z"))
+
+
+def test_identity_rows_are_near_nothing_but_exact_copies_go() -> None:
+    text = text_with(range(30))
+    rows = [chat(name, "q", f"{text} {name}", near_exempt=True, set="train") for name in "abc"]
+    outsider = chat("z", "q", f"{text} longer", source="other/file")
+    assert verdicts_of([*rows, outsider]) == {}
+    copy = chat("d", "q", f"{text} a", source="other/file")
+    assert verdicts_of([*rows, copy]) == {"d": ("duplicate", "a")}
 
 
 def test_exempt_rows_of_two_groups_are_compared() -> None:
