@@ -274,6 +274,8 @@ class DedupConfig(Section):
     """A chat that is nearly another one is dropped in favour of the longer one."""
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 3-grams from which two chats count as one."""
+    caps: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Source name: most rows of it that stay; the others are dropped as over_cap, after dedup, by their ids."""
 
 
 class HoldoutConfig(Section):
@@ -286,8 +288,6 @@ class HoldoutConfig(Section):
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """A new row this similar to a held-out row goes to its side."""
 
-    caps: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
-    """Source name: most rows of it that stay; the others are dropped as over_cap, after dedup, by their ids."""
 
 class SplitConfig(Section):
     max_tokens: int = Field(default=2048, gt=8)
