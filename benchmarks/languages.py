@@ -113,9 +113,12 @@ def sentence_rows(
     """One sentence a chat: alone, and with four times as much code."""
     plain = [(code, text) for code in COMMON for text in sentences[code]]
     draw = random.Random(3)
-    coded = [(code, f"{text}\n\n```python\n{python_code(4 * len(text), draw)}```") for code, text in plain]
+    pasted = [(code, text, python_code(4 * len(text), draw)) for code, text in plain]
+    fenced = [(code, f"{text}\n\n```python\n{lines}```") for code, text, lines in pasted]
+    bare = [(code, f"{text}\n\n{lines}") for code, text, lines in pasted]
     identifiers = {"ours": lambda text: detector.of_chat([text])[0][0], **peers(options.peers)}
-    for what, data in (("sentences", plain), ("sentences, 4x code", coded)):
+    kinds = {"sentences": plain, "sentences, 4x code": fenced, "sentences, 4x code without a fence": bare}
+    for what, data in kinds.items():
         for name, identify in identifiers.items():
             started = time.process_time()
             wrong = [(code, found, text) for code, text in data if (found := identify(text)) != code]

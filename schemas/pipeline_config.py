@@ -165,8 +165,20 @@ class CleanConfig(Section):
     """Pills with the names of sources inside sentences: as links, or not at all."""
     unfinished: Literal["keep", "drop"] = "drop"
     """Answers whose markup says that they were cut off while being written."""
+    ftfy: bool = False
+    """Repair text that was decoded with the wrong encoding (â€™ for ’), outside code; needs the extra `text`."""
+    unescape: bool = False
+    """Take out back-slashes that an earlier cleaner left in names (`my\\_var`), where nobody else can have written them."""
+    chinese: Literal["keep", "simplified"] = "keep"
+    """simplified: traditional characters of Chinese text, outside code, become simplified ones; needs the extra `text`."""
+    redact: list[Literal["email", "phone", "ip", "card", "iban", "key"]] = Field(default_factory=list)
+    """Personal data and secrets to replace, outside code: [EMAIL_1] is the same address throughout a chat."""
+    redact_code: bool = False
+    """Replace them in code too; without it, API keys that stay in code are counted as api_keys_kept."""
     max_message_bytes: int = Field(default=2 * 2**20, gt=0)
     """A longer HTML answer is dropped as html_too_large."""
+    max_chat_bytes: int = Field(default=32 * 2**20, gt=0)
+    """A chat with more HTML in all its answers is dropped as html_too_large: no record takes longer than seconds."""
     max_depth: int = Field(default=256, gt=0)
     """HTML nested deeper is dropped as html_too_deep: converters lose or crash on it."""
 
@@ -257,7 +269,7 @@ class FilterConfig(Section):
     """Words and phrases whose chats are dropped: whole words, in prose, upper or lower case."""
     blocked_words_in: Literal["all", "answers"] = "all"
     """Whether questions and system messages are searched, too."""
-    quality: str = ""
+    quality: LocalPath = ""
     """A score of the chat: `package.module:function` (a chat in, a number out), or the path of a fastText model."""
     quality_label: str = "__label__hq"
     """The model's label whose probability is the score."""

@@ -31,7 +31,7 @@ CLEAR_SCORE = 0.85
 """From so many letters on, a short turn votes if the first language has at least this score."""
 MIN_LETTERS_ALONE = 8
 """A whole chat with fewer letters is of unknown language."""
-PIECE_CHARS = 60
+PIECE_CHARS = 45
 NUM_PIECES = 6
 WINDOW_CHARS = 110
 """A turn is cut at ends of sentences into pieces of at least PIECE_CHARS; of many pieces NUM_PIECES are read, evenly
@@ -138,15 +138,12 @@ class Detector:
             return [Piece(turn, letters, self._scores(text, ask))]
         total = num_letters(text)
         num_other = total - len(east_asian)
-        if _EAST_ASIAN_WEIGHT * len(east_asian) < num_other:
-            own = len(east_asian) if len(east_asian) >= _MIN_EAST_ASIAN_LETTERS else 0
-            parts = [(own, text), (total - own, _EAST_ASIAN.sub(" ", text))]
-        else:
-            runs = (
-                _QUOTED_RUN.findall(_EAST_ASIAN.sub("\n", text)) if num_other >= _MIN_QUOTED_LETTERS else []
-            )
-            quoted = [(n, run) for run in runs if (n := num_letters(run)) >= _MIN_QUOTED_LETTERS]
-            parts = [(total - sum(n for n, _ in quoted), text), *quoted]
+        if len(east_asian) < min(_MIN_EAST_ASIAN_LETTERS, num_other / _EAST_ASIAN_WEIGHT):
+            return [Piece(turn, letters, self._scores(_EAST_ASIAN.sub(" ", text), ask))]
+        # Other words one by one are technical terms; a run of them is a sentence of its own.
+        runs = _QUOTED_RUN.findall(_EAST_ASIAN.sub("\n", text)) if num_other >= _MIN_QUOTED_LETTERS else []
+        quoted = [(n, run) for run in runs if (n := num_letters(run)) >= _MIN_QUOTED_LETTERS]
+        parts = [(total - sum(n for n, _ in quoted), text), *quoted]
         return [
             Piece(
                 turn,
@@ -201,9 +198,12 @@ def _pieces(prose: str) -> list[tuple[str, int]]:
     """Stretches of whole sentences to read, each with the length that it stands for."""
     cuts = [0]
     if len(prose) >= 2 * PIECE_CHARS:
-        for match in _SENTENCE_END.finditer(prose):
-            if match.end() - cuts[-1] >= PIECE_CHARS and len(prose) - match.end() >= PIECE_CHARS // 2:
-                cuts.append(match.end())
+        ends = [match.end() for match in _SENTENCE_END.finditer(prose)]
+        for end, following in pairwise([*ends, len(prose)]):
+            is_long = end - cuts[-1] >= PIECE_CHARS and len(prose) - end >= PIECE_CHARS // 2
+            # A short sentence rather goes with what is before it.
+            if is_long and (following - end >= PIECE_CHARS or following - cuts[-1] > 1.5 * WINDOW_CHARS):
+                cuts.append(end)
     cuts.append(len(prose))
     if len(cuts) == 2:
         return [(_sample(prose), len(prose))]

@@ -1,6 +1,7 @@
 """The prose of a turn: what language and style rules may look at. Code, formulas, URLs, tags and tables are out."""
 
 import re
+from itertools import groupby
 
 from pipelines.markdown import without_code
 
@@ -18,10 +19,14 @@ _CODE_SIGN = re.compile(r"[(){}<>=\[\]]")
 _CODE = re.compile(r"[(){}<>=\[\]].*[{};]\s*$|^\s*[{}]+[;,]?\s*$|=>|[=!]==?[^=]|\w\(\)|->|</")
 _CODE_START = re.compile(
     r"\s*(?://|#include|import |from \S+ import |@\w+$|(?:return|print|console\.log)\b[ (]"
-    r"|(?:async )?(?:def|class|if|elif|else|for|while|try|except|with)\b[^,\n]*:\s*$"
+    r"|(?:async )?(?:(?:def|class) \w+[(:]|for [\w, ()]+ in .*:\s*$|(?:if|elif|while|with|except)\b.*[()=<>_\[].*:\s*$"
+    r"|(?:else|try|finally|except):\s*$)"
     r"|[A-Za-z_][\w.\[\]]*\s*[-+*/]?=\s*\S)"
-    r"|\s{2,}#"
+    r"|\s{2,}#|(?:\t| {4,})(?![-*+•\d])[^\n]*[(){}\[\]=<>_;][^\n]*(?<![.!?…。！？])$"
 )
+_INDENTED = re.compile(r"(?:\t| {4,})(?![-*+•\d])")
+MIN_CODE_LINES = 4
+
 _TABLE_LINE = re.compile(r"^[ \t>]*\|.*\|[ \t]*$")
 _DATA_LINE = re.compile(r"^\s*[^\s,]+(?:,[^\s,]+){3,}\s*$")
 
@@ -38,8 +43,7 @@ def prose_of(text: str) -> str:
         text = _TAG.sub(" ", text)
     if "\n" not in text:
         return " ".join(text.split())
-    lines = [line for line in text.split("\n") if line and not line.isspace()]
-    return "\n".join(" ".join(line.split()) for line in lines if not _is_code(line))
+    return "\n".join(" ".join(line.split()) for line in _prose_lines(text) if line)
 
 
 def num_letters(text: str) -> int:
@@ -53,6 +57,28 @@ def num_letters(text: str) -> int:
 def num_far_letters(text: str) -> int:
     """Letters behind U+0370: Greek, Cyrillic, Arabic, Han, ..."""
     return 0 if text.isascii() else sum(c >= "\u0370" and c.isalpha() for c in text)
+
+
+def _prose_lines(text: str) -> list[str]:
+    """Lines that are no code. Where there is more than an example of code, comments and docstrings go with it: indented
+    lines, and what stands between lines of code in a paragraph of which half is code."""
+    lines = text.split("\n")
+    are_code = [bool(line) and _is_code(line) for line in lines]
+    if sum(are_code) < MIN_CODE_LINES:
+        return [line for line, is_code in zip(lines, are_code, strict=True) if not is_code]
+    prose: list[str] = []
+    for is_blank, group in groupby(zip(lines, are_code, strict=True), key=lambda pair: not pair[0].strip()):
+        if not is_blank:
+            prose += [line for line in _around_code(list(group)) if not _INDENTED.match(line)]
+    return prose
+
+
+def _around_code(paragraph: list[tuple[str, bool]]) -> list[str]:
+    """The lines of a paragraph before and behind its code if half of it is code, else all that are no code."""
+    places = [place for place, (_, is_code) in enumerate(paragraph) if is_code]
+    if not places or 2 * len(places) < len(paragraph):
+        return [line for line, is_code in paragraph if not is_code]
+    return [line for line, _ in paragraph[: places[0]] + paragraph[places[-1] + 1 :]]
 
 
 def _is_code(line: str) -> bool:
