@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,9 +23,18 @@ FOLDERS = ("01_merged", "02_cleaned", "03_filtered", "04_deduplicated", "05_held
 
 def check_run_root(run_root: Path) -> dict[str, dict[str, int]]:
     """Counts by folder; raises AssertionError naming what is missing or too much."""
+    counts, left = check_rows(run_root, FOLDERS)
+    counts["06_shards"] = check_shards(run_root / "06_shards", left)
+    check_manifests(run_root, counts)
+    check_plan(run_root)
+    return counts
+
+
+def check_rows(run_root: Path, folders: Sequence[str]) -> tuple[dict[str, dict[str, int]], Counter[str]]:
+    """Counts by folder, from 01_merged on, and the row ids that are left behind the last."""
     counts = {}
     before: Counter[str] | None = None
-    for folder in FOLDERS:
+    for folder in folders:
         kept, dropped = parquet_ids(run_root / folder, "part"), parquet_ids(run_root / folder, "dropped")
         if before is not None:
             assert kept + dropped == before, f"{folder}: {difference(before, kept + dropped)}"
@@ -32,10 +42,7 @@ def check_run_root(run_root: Path) -> dict[str, dict[str, int]]:
         before = kept
     counts["01_merged"]["pieces_cut"] = further_rows(run_root / "01_merged")
     assert before is not None
-    counts["06_shards"] = check_shards(run_root / "06_shards", before)
-    check_manifests(run_root, counts)
-    check_plan(run_root)
-    return counts
+    return counts, before
 
 
 def further_rows(folder: Path) -> int:

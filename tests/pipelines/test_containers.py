@@ -190,6 +190,15 @@ def test_utf_16_cut_inside_a_character_is_one_drop(tmp_path: Path) -> None:
     assert values(plan(tmp_path / "data.jsonl"))[:-1] == RECORDS[:-1]
 
 
+def test_a_line_too_large_behind_others_is_one_drop_and_nothing_is_read_twice(tmp_path: Path) -> None:
+    """All in the first megabyte that is read, with a limit far below it."""
+    lines = [b'{"a": %d}' % n for n in range(200)]
+    (tmp_path / "data.jsonl").write_bytes(b"\n".join([*lines, b'{"b": "' + b"x" * 1_500_000 + b'"}', *lines]))
+    records = read(plan(tmp_path / "data.jsonl", max_record_bytes=20_000))
+    assert [record.reason for record in records] == [""] * 200 + ["record_too_large"] + [""] * 200
+    assert [record.raw for record in records if not record.reason] == [*lines, *lines]
+
+
 def test_invalid_utf_8_stays_inside_its_record(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes(b'[{"a": "\xff\xfe"}, {"a": 2}]')
     assert [record.raw for record in read(plan(tmp_path / "data.json"))] == [
