@@ -14,6 +14,7 @@ from selectolax.lexbor import LexborNode
 from pipelines.html_emphasis import MAX_CHECKED_CHARS, readable, tidy
 from pipelines.html_marks import NON_ASCII_BLANKS, Fragment, Fragments
 from pipelines.markdown import positions_to_escape
+from pipelines.text_repair import without_invisible
 
 _BLANKS = re.compile(r"[ \t\n\r\f]+")
 _SPACES = re.compile("  +")
@@ -82,9 +83,9 @@ def read_text(node: LexborNode, page: Page) -> None:
     text = node.text_content or ""
     if not page.run and text.isspace():
         return
-    # New lines, tabs, zero-width spaces; a regex on every node costs a tenth of the time.
+    # New lines, tabs, zero-width and control characters; a regex on every node costs a tenth of the time.
     if not text.isprintable():
-        text = _BLANKS.sub(" ", text).replace("\u200b", "")
+        text = without_invisible(_BLANKS.sub(" ", text))
     if page.has_formulas and text[:1].isdigit() and page.run and page.run[-1] == page.last_formula:
         text = f" {text}"
     page.run.append(text)

@@ -74,6 +74,30 @@ def map_prose(text: str, function: Callable[[str], str]) -> str:
     return "".join(pieces)
 
 
+def map_outside_code(text: str, function: Callable[[str], str]) -> str:
+    """`function` applied to everything outside fenced code and code spans."""
+    if "`" not in text and "~~~" not in text:
+        return function(text)
+    return map_prose(text, lambda prose: _map_outside_spans(prose, function))
+
+
+def _map_outside_spans(prose: str, function: Callable[[str], str]) -> str:
+    pieces, position = [], 0
+    for span in _CODE_SPAN.finditer(prose):
+        pieces += [function(prose[position : span.start()]), span[0]]
+        position = span.end()
+    return "".join([*pieces, function(prose[position:])])
+
+
+def code_of(text: str) -> str:
+    """All fenced code and code spans, each on lines of its own."""
+    pieces: list[str] = []
+    fences = fenced_blocks(text)
+    pieces += [text[start:end] for start, end in fences]
+    pieces += [span[0] for span in _CODE_SPAN.finditer(without_fences(text) if fences else text)]
+    return "\n".join(pieces)
+
+
 def without_fences(text: str) -> str:
     """The text without its fenced code."""
     pieces, position = [], 0
