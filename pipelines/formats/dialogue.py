@@ -37,7 +37,9 @@ def read(record: dict[str, Any], source: SourceConfig) -> list[Message] | Drop:
 
 def _turns(record: dict[str, Any]) -> list[Any] | None:
     for key in _LIST_KEYS:
-        turns = _flat(listed(record.get(key)) or [])
+        if key not in record:  # asked of every record, so the usual case comes first
+            continue
+        turns = _flat(listed(record[key]) or [])
         if turns and isinstance(turns[0], dict) and _is_spoken(turns[0]):
             return turns
     return None

@@ -30,7 +30,7 @@ def read(record: dict[str, Any]) -> list[Message] | Drop:
 
 
 def _turns(record: dict[str, Any]) -> list[Any] | None:
-    lists = (listed(record.get(key)) for key in _LIST_KEYS)
+    lists = (listed(record[key]) for key in _LIST_KEYS if key in record)
     return next((value for value in lists if value is not None), None)
 
 

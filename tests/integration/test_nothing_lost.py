@@ -138,7 +138,7 @@ CONFIG = """
 run_root: run
 sources:
   - {name: spoiled, path: files, assistant_side: second}
-merge: {max_record_bytes: 250000, part_bytes: 200000}
+merge: {max_record_bytes: 250000, part_bytes: 200000, max_decompressed_ratio: 5000}
 engine: {workers: 2, min_free_gib: 0.1}
 """
 

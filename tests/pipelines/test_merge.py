@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import merge
+from pipelines import dedup, merge
 from pipelines.merge import plan_source, read_part, resolve_ordinals
 from pipelines.parse import iso_date, parse_record
 from pipelines.part_ranges import PartRange
@@ -234,6 +234,27 @@ def test_ids_survive_a_moved_file_another_layout_and_new_neighbours(tmp_path: Pa
     grown = [alpaca("new"), *records[:10], alpaca("newer"), *records[10:]]
     assert set(before) < set(ids(read(config(write(tmp_path / "c.json", grown)), tmp_path)))
     assert set(before).isdisjoint(ids(read(config(tmp_path / "a.json", name="other"), tmp_path)))
+
+
+def test_of_versions_under_one_id_the_longer_stays_and_others_stay_beside_it(tmp_path: Path) -> None:
+    def version(*turns: str) -> dict[str, Any]:
+        said = [{"from": ("human", "gpt")[n % 2], "value": turn} for n, turn in enumerate(turns)]
+        return {"id": "one", "conversations": said}
+
+    short = version("Where is the harbour?", "Behind the old mill, on the left.")
+    longer = version(
+        "Where is the harbour?", "Behind the old mill, on the left.", "And the mill?", "By the river."
+    )
+    other = version("Where is the harbour?", "Ask somebody who has been there, I have not.")
+    (tmp_path / "new.json").write_text(json.dumps([longer, other]))
+    path = write(tmp_path / "a.json", [short])
+    rows = [row for row, _ in [*read(config(path), tmp_path), *read(config(tmp_path / "new.json"), tmp_path)]]
+    assert {row.meta["id"] for row in rows} == {"one"}
+    settings = config(path)
+    verdicts = dedup.decide(dedup.features(rows, settings), settings).to_pylist()
+    assert [(v["row_id"], v["reason"], v["survivor"]) for v in verdicts] == [
+        (rows[0].row_id, "branch_of_longer", rows[1].row_id)
+    ]
 
 
 def test_the_size_of_parts_changes_no_row(tmp_path: Path) -> None:
