@@ -14,6 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,14 @@ def main() -> None:
     folder, detector = options.folder, load_detector()
     sentences = json.loads(gzip.decompress((folder / "lingua_sentences.json.gz").read_bytes()))
     print("| data | chats | right | what is right |\n|---|---|---|---|")
-    for row in [
-        *exact_rows(folder, detector, options.wrong),
-        *reported_rows(folder, detector, options.wrong),
-        *sentence_rows(sentences, detector, options),
-        *mixed_rows(sentences, detector, options.wrong),
-        han_row(sentences, detector),
-    ]:
+    rows = chain(
+        exact_rows(folder, detector, options.wrong),
+        reported_rows(folder, detector, options.wrong),
+        sentence_rows(sentences, detector, options),
+        mixed_rows(sentences, detector, options.wrong),
+        [han_row(sentences, detector)],
+    )
+    for row in rows:
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print("\n" + speed(folder, detector))
 
@@ -296,7 +298,14 @@ def langdetect_alone() -> Callable[[str], str]:
     import langdetect
 
     langdetect.DetectorFactory.seed = 0
-    return lambda text: short_code(langdetect.detect(text))
+
+    def identify(text: str) -> str:
+        try:
+            return short_code(langdetect.detect(text))
+        except langdetect.LangDetectException:  # no letters that it knows
+            return "und"
+
+    return identify
 
 
 def py3langid_alone() -> Callable[[str], str]:
@@ -308,7 +317,13 @@ def py3langid_alone() -> Callable[[str], str]:
 def cld2_alone() -> Callable[[str], str]:
     import pycld2
 
-    return lambda text: short_code(pycld2.detect(text)[2][0][1])
+    def identify(text: str) -> str:
+        try:
+            return short_code(pycld2.detect(text)[2][0][1])
+        except pycld2.error:  # it takes control characters for broken UTF-8
+            return "und"
+
+    return identify
 
 
 def short_code(code: str) -> str:
