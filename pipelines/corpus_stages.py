@@ -1,11 +1,13 @@
 """Stages 4 and 5: every row is judged beside all others, from features, then parts are cut to the verdicts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 import pyarrow as pa
 
 from pipelines.caps import over_cap
+from pipelines.leak_parts import benchmark_items, items_digest, leaks_in_parts
 from pipelines.parts import (
     REPLACED_MANIFEST_NAME,
     PartTask,
@@ -35,13 +37,15 @@ from schemas.run import HOLDOUT_LEDGER_NAME, FileEntry, Manifest, PartEntry
 def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
     """03_filtered -> 04_deduplicated."""
     folder, before = stage_before(run)
-    key = run.key([part.kept[0].sha256 for part in before.parts])
+    items = benchmark_items(run.config)
+    key = run.key([part.kept[0].sha256 for part in before.parts], items_digest(items))
     if (result := run.skip(key)) is not None:
         return result
+    leaks = leaks_in_parts(run, items, folder, before)
     features, files = _features(run, folder, before)
-    table = _concat(features)
+    table = _without(_concat(features), leaks.drops)
     verdicts = module.decide(table, run.config)
-    drops = {
+    drops = dict(leaks.drops) | {
         row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"]) for row in verdicts.to_pylist()
     }
     # A part never spans sources, and its label begins with the name of its own.
@@ -55,7 +59,17 @@ def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
     clusters = module.largest_clusters(verdicts)
     counts = {f"cluster_{number + 1}_rows": int(rows) + 1 for number, (_, rows) in enumerate(clusters[:3])}
     entries = run.run_parts(verdict_part, tasks)
-    return run.finish(key, entries, inputs=inputs_from(before), files=files, counts=counts)
+    inputs = inputs_from(before) | ({"benchmarks": items_digest(items)} if items.num_rows else {})
+    return run.finish(
+        key, entries, inputs=inputs, files=(*files, *leaks.files), counts=counts | dict(leaks.counts)
+    )
+
+
+def _without(features: pa.Table, drops: Mapping[str, Drop]) -> pa.Table:
+    """Rows that leave before: they are nobody's survivor."""
+    if not drops:
+        return features
+    return features.filter(pa.array([row_id not in drops for row_id in features["row_id"].to_pylist()]))
 
 
 def _drops_by_row(ids: list[str], drops: dict[str, Drop], seen: set[str]) -> dict[int, Drop]:

@@ -153,7 +153,15 @@ def _resolve(config: PipelineConfig, folder: Path) -> PipelineConfig:
         source.model_copy(update={"path": _absolute(folder, source.path)}) if source.path else source
         for source in config.sources
     ]
-    updates: dict[str, Any] = {"run_root": Path(_absolute(folder, str(config.run_root))), "sources": sources}
+    benchmarks = [
+        benchmark.model_copy(update={"path": _absolute(folder, benchmark.path)})
+        for benchmark in config.benchmarks
+    ]
+    updates: dict[str, Any] = {
+        "run_root": Path(_absolute(folder, str(config.run_root))),
+        "sources": sources,
+        "benchmarks": benchmarks,
+    }
     if config.model is not None:
         model = config.model
         updates["model"] = model.model_copy(

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from schemas.conversation import Role
 from schemas.local_path import LocalPath, SourcePath, refuse_url
@@ -101,6 +101,13 @@ class IdentityConfig(Section):
     """Names that are not its own (are you X? no); default: well-known assistants."""
 
 
+def checked_name(name: str) -> str:
+    """The name of a source or benchmark, which becomes part of ids and of the names of counts."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
+    return name
+
+
 class SourceConfig(Section):
     name: str
     """Short name of this source; part of every row id, so keep it when files move."""
@@ -130,9 +137,7 @@ class SourceConfig(Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_word(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
-        return name
+        return checked_name(name)
 
     @model_validator(mode="after")
     def _reads_or_makes(self) -> "SourceConfig":
@@ -144,6 +149,34 @@ class SourceConfig(Section):
     def _custom_has_fields(self) -> "SourceConfig":
         if (self.format == "custom") != (self.fields is not None):
             raise ValueError("format: custom and fields belong together: name both or none")
+        return self
+
+
+class BenchmarkConfig(Section):
+    name: str
+    """Short name, for reasons and reports."""
+    path: SourcePath
+    """A file, a folder or a glob of the benchmark, in any container that sources may have; or a URL."""
+    container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
+    """How records lie in a file, as for sources; a document or a line of text is a record with the field text."""
+    encoding: EncodingName = "auto"
+    """How text is written, as for sources."""
+    question: list[str] = Field(default_factory=list)
+    """Paths of the question's parts, such as [question, choices.0], which are joined by blank lines."""
+    answer: list[str] = Field(default_factory=list)
+    """Paths of the answer's parts; answers with fewer than dedup.leak_words words are not looked for."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_word(cls, name: str) -> str:
+        return checked_name(name)
+
+    @model_validator(mode="after")
+    def _names_a_field(self) -> "BenchmarkConfig":
+        if not self.question and not self.answer:
+            raise ValueError(
+                f"benchmark {self.name!r}: name the paths of its question, of its answer or of both"
+            )
         return self
 
 
@@ -287,6 +320,12 @@ class DedupConfig(Section):
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 3-grams from which two chats count as one."""
     caps: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    leaks: Literal["drop", "report"] = "drop"
+    """Chats that hold a question or an answer of `benchmarks`: dropped and reported, or only reported."""
+    leak_words: int = Field(default=8, ge=3, le=50)
+    """Words in a row that a chat and a benchmark must share; a shorter question must be a whole user turn."""
+    leak_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a question's or an answer's words that must stand in such runs in one turn."""
     """Source name: most rows of it that stay; the others are dropped as over_cap, after dedup, by their ids."""
 
 
@@ -348,6 +387,8 @@ class PipelineConfig(Section):
     """Folder of everything that a run writes; relative to the config file."""
     sources: list[SourceConfig] = Field(min_length=1)
     merge: MergeConfig = MergeConfig()
+    benchmarks: list[BenchmarkConfig] = Field(default_factory=list)
+    """Questions and answers that must not be trained on; see dedup.leaks."""
     clean: CleanConfig = CleanConfig()
     filter: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
@@ -366,14 +407,16 @@ class PipelineConfig(Section):
     def _run_root_is_here(cls, run_root: object) -> object:
         return refuse_url(run_root) if isinstance(run_root, str) else run_root
 
-    @field_validator("sources")
+    @field_validator("sources", "benchmarks")
     @classmethod
-    def _names_are_unique(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
-        names = [source.name for source in sources]
+    def _names_are_unique(
+        cls, named: list[SourceConfig] | list[BenchmarkConfig], info: ValidationInfo
+    ) -> list[SourceConfig] | list[BenchmarkConfig]:
+        names = [one.name for one in named]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two sources are named {twice[0]!r}: give each its own name")
-        return sources
+            raise ValueError(f"two {info.field_name} are named {twice[0]!r}: give each its own name")
+        return named
 
     @model_validator(mode="after")
     def _weights_and_caps_name_sources(self) -> "PipelineConfig":
