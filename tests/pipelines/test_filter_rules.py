@@ -122,7 +122,7 @@ def test_each_fault_drops_with_its_reason(
         (asked("a", "Is this by Vicuna?"), {"blocked_words": ["vicuna"], "blocked_words_in": "answers"}),
         (asked("Ein Mitarbeiter"), {"blocked_words": ["arbeit"]}),
         (named("gpt-4", "GPT-4o"), {"keep_models": ["gpt-4*"], "skip_models": ["gpt-4-mini"]}),
-        (named("", model="gpt-4"), {"keep_models": ["gpt-4*"]}),
+        (named("", model="gpt-4"), {"keep_models": ["GPT-4*"]}),
         (named(""), {"keep_models": ["gpt-4*", ""]}),
         (named(""), {"skip_models": ["gpt-4*"]}),
         (asked(GERMAN, GERMAN), {"mixed_chats": "drop"}),
