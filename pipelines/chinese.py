@@ -20,9 +20,10 @@ _CHINESE_ONLY = re.compile("[你妳您們们這这嗎吗呢吧啊她很沒說说
 _CHINESE = re.compile(f"{_CHINESE_ONLY.pattern}|的.*的")
 _ADDRESS = re.compile(r"(?:https?://|www\.)[^\s<>\"'`，。）】」]+")
 _CODE_LINE = re.compile(
-    r"[(){}<>=\[\]].*[{};]\s*$|^\s*(?://|/\*|\*/|[{}]\s*$)|=>|[=!]==?[^=]|->|</|^\s*[A-Za-z_][\w.\[\]]*\s*[-+*/]?=\s*\S"
+    r"^\s*(?://|/\*|\*/|[{}]\s*$)|=>|[=!]==?[^=]|->|</|^\s*[A-Za-z_][\w.\[\]]*\s*[-+*/]?=\s*\S"
     r"|^\s*(?:def|class|if|elif|else|for|while|try|except|return|import|from|print|function|const|let|var)\b.*[(:=]"
 )
+_BRACKET = re.compile(r"[(){}<>=\[\]]")
 
 
 def simplifier() -> Callable[[Sequence[str], Counter[str]], list[str]]:
@@ -63,7 +64,7 @@ def _simplified_paragraph(paragraph: str, convert: Callable[[str], str], *, is_m
     """Code outside fences stays too, with its comments. In a chat with Japanese or Korean, so does every line that
     can be read as either."""
     lines = paragraph.splitlines(keepends=True)
-    if not _HAN.search(paragraph) or any(map(_CODE_LINE.search, lines)):
+    if not _HAN.search(paragraph) or any(map(_is_code, lines)):
         return paragraph
     return "".join(
         line
@@ -71,6 +72,11 @@ def _simplified_paragraph(paragraph: str, convert: Callable[[str], str], *, is_m
         else _outside_addresses(line, convert)
         for line in lines
     )
+
+
+def _is_code(line: str) -> bool:
+    line = line.rstrip()
+    return bool(_CODE_LINE.search(line) or (line[-1:] in ("{", "}", ";") and _BRACKET.search(line[:-1])))
 
 
 def _outside_addresses(line: str, convert: Callable[[str], str]) -> str:

@@ -18,12 +18,9 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 from pipelines.html_limits import MAX_STRAY_BYTES, MAX_STRAY_TAGS, check_limits
 from pipelines.html_marks import Fragments, Marks, Passage, choose_marks
 from pipelines.html_page import TooDeepError, TooLargeError
-from pipelines.html_tree import answer_roots, read_answer
+from pipelines.html_tree import MAX_GROWTH, answer_roots, read_answer
 from schemas.conversation import Drop
 from schemas.pipeline_config import CleanConfig
-
-MAX_GROWTH = 4
-"""Markdown may be this many times as long as the largest message: deep quotes and lists indent every line."""
 
 
 @dataclass(frozen=True, slots=True)

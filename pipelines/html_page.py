@@ -16,6 +16,9 @@ from pipelines.html_marks import NON_ASCII_BLANKS, Fragment, Fragments
 from pipelines.markdown import positions_to_escape
 from pipelines.text_repair import without_invisible
 
+MAX_PASSAGES = 10_000
+"""Parts of an answer that are converted apart: 45,000 tables, 2 MB, took markdownify 19 s."""
+
 _BLANKS = re.compile(r"[ \t\n\r\f]+")
 _SPACES = re.compile("  +")
 _LINE_BREAK = re.compile(r" *\n[ \n]*")
@@ -43,6 +46,7 @@ class Page:
     images: str
     citations: str
     max_depth: int
+    max_chars: int  # of the Markdown
     blocks: list[str] = field(default_factory=list)
     run: list[str] = field(default_factory=list)
     visible: list[str] = field(default_factory=list)
@@ -50,6 +54,8 @@ class Page:
     open_tags: list[str] = field(default_factory=list)
     in_cell: bool = False
     list_depth: int = 0
+    num_indent_chars: int = 0
+    num_passages: int = 0
     list_ends: dict[int, str] = field(default_factory=dict)  # number of blocks at the end of a list: its kind
     other_markers: bool = False  # whether that list has the other kind of markers
     has_formulas: bool = False
@@ -104,8 +110,11 @@ def inline_token(page: Page, text: str, *, is_code: bool = False) -> str:
 
 
 def block_token(page: Page, fragment: Fragment) -> None:
-    """A block of Markdown that must come out as it is."""
+    """A block of Markdown that must come out as it is. Raises TooLargeError."""
     end_run(page)
+    page.num_passages += fragment.passage is not None
+    if page.num_passages > MAX_PASSAGES:
+        raise TooLargeError(f"more than {MAX_PASSAGES} tables, quotes and neighbouring lists")
     token = page.fragments.token(fragment)
     page.blocks.append(f"<p>{token}</p>")
     page.visible.append(token)
@@ -126,6 +135,7 @@ def end_run(page: Page) -> None:
     text = _tidy(text, page)
     if not text.strip(marks.empty).strip():
         return
+    _count_indent(page, text)
     text = readable(text, page.fragments, lambda run: _marked(run, page), page.check_budget)
     page.visible.append(text)
     canonical = marks.to_html(text)
@@ -136,6 +146,13 @@ def end_run(page: Page) -> None:
     if not page.in_cell:
         page.wrap = "p"
         page.bare_block = len(page.blocks) - 1
+
+
+def _count_indent(page: Page, text: str) -> None:
+    """Deep lists indent every line. A converter builds all of it before it can be refused: so ask here."""
+    page.num_indent_chars += 2 * page.list_depth * (1 + text.count("\n"))
+    if page.num_indent_chars > page.max_chars:
+        raise TooLargeError(f"its Markdown is longer than {page.max_chars} characters")
 
 
 def _closed_run(page: Page) -> str:

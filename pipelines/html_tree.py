@@ -30,6 +30,9 @@ from pipelines.html_page import Handler, Page, block, block_token, close_link, e
 from pipelines.markdown import code_span
 from schemas.pipeline_config import CleanConfig
 
+MAX_GROWTH = 4
+"""Markdown may be this many times as long as the largest message: deep quotes and lists indent every line."""
+
 _COUNTER = re.compile(r"\s*\d{1,4}\s*/\s*\d{1,4}\s*")
 _SCREEN_READER = re.compile(r"(?:^|\s)sr-only(?:\s|$)")
 _HIDDEN = re.compile(r"(?:^|\s)(?:sr-only|katex-mathml)(?:\s|$)")
@@ -43,7 +46,8 @@ def read_answer(
     Where the page has elements of class `markdown`, only they are read: around them stands furniture.
     `has_counters`: somewhere in it may stand which of several edits it is.
     """
-    page = Page(HANDLERS, Fragments(marks), config.images, config.citations, config.max_depth)
+    max_chars = MAX_GROWTH * config.max_message_bytes
+    page = Page(HANDLERS, Fragments(marks), config.images, config.citations, config.max_depth, max_chars)
     page.has_formulas = body.css_first(".katex, .katex-display, .katex-error, math") is not None
     page.has_counters = has_counters
     for root in answer_roots(body):
@@ -57,7 +61,8 @@ def answer_roots(body: LexborNode) -> list[LexborNode]:
     children = list(body.iter())
     if children and all(map(_is_markdown, children)):
         return children
-    found = [node for node in body.css(".markdown") if not _inside_markdown(node)]
+    known: dict[int, bool] = {}
+    found = [node for node in body.css(".markdown") if not _inside_markdown(node.parent, known)]
     return found or [body]
 
 
@@ -65,13 +70,21 @@ def _is_markdown(node: LexborNode) -> bool:
     return has_class(node, "markdown")
 
 
-def _inside_markdown(node: LexborNode) -> bool:
-    parent = node.parent
-    while parent is not None and parent.is_element_node:
-        if _is_markdown(parent):
-            return True
-        parent = parent.parent
-    return False
+def _inside_markdown(node: LexborNode | None, known: dict[int, bool]) -> bool:
+    """Whether `node` or one around it is a root. `known` holds what was found before: pages are deep."""
+    passed: list[int] = []
+    inside = False
+    while node is not None and node.is_element_node:
+        if node.mem_id in known:
+            inside = known[node.mem_id]
+            break
+        passed.append(node.mem_id)
+        if _is_markdown(node):
+            inside = True
+            break
+        node = node.parent
+    known.update(dict.fromkeys(passed, inside))
+    return inside
 
 
 # ------------------------------------------------------------------------------------------------- handlers

@@ -210,8 +210,9 @@ class CleanConfig(Section):
     """Replace them in code too; without it, API keys that stay in code are counted as api_keys_kept."""
     max_message_bytes: int = Field(default=2 * 2**20, gt=0)
     """A longer HTML answer is dropped as html_too_large."""
-    max_chat_bytes: int = Field(default=32 * 2**20, gt=0)
-    """A chat with more HTML in all its answers is dropped as html_too_large: no record takes longer than seconds."""
+    max_chat_bytes: int = Field(default=8 * 2**20, gt=0)
+    """A chat with more HTML in all its answers is dropped as html_too_large. The worst page of 2 MB takes 3 s, with
+    markdownify 8 s, so this bounds the time of a record."""
     max_depth: int = Field(default=256, gt=0)
     """HTML nested deeper is dropped as html_too_deep: converters lose or crash on it."""
 

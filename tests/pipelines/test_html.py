@@ -414,6 +414,9 @@ def test_an_answer_that_holds_html_or_is_source_code_stays_text(text: str) -> No
             "html_too_large",
         ),
         (page("<table>" + '<tr><td colspan="9999">x</td></tr>' * 2_000 + "</table>"), "html_too_large"),
+        (page("<blockquote><p>x</p></blockquote>" * 50_000), "html_too_large"),
+        (page("<ul><li>x" * 120 + "<p>word</p>" * 90_000 + "</li></ul>" * 120), "html_too_large"),
+        *((page(f"<{tag}>" * 100_000), "html_too_deep") for tag in ("b", "blockquote", "ul", "span")),
         ("<!--" * 200_000, "html_unparsable"),
         (page("<p>" + "<x>" * 300_000), "html_too_deep"),
         ("<" * 500_000, "html_too_large"),
@@ -426,6 +429,24 @@ def test_hostile_markup_is_dropped_at_once(text: str, reason: str) -> None:
     assert isinstance(outcome, Drop)
     assert outcome.reason == reason
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("converter", CONVERTERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        page("<a " * 2_900),
+        "<div>" * 240 + '<p class="markdown">x</p>' * 10_000 + "</div>" * 240,
+        page('<a href="u">' + "<div>n</div>" * 8_000 + "</a>"),
+        page("<p>" + "x<b>：</b>y" * 10_000 + "</p>"),
+        page("<pre>" + "<div>" * 200 + "<code>x</code>" * 10_000 + "</div>" * 200 + "</pre>"),
+    ],
+    ids=["stray", "many roots", "blocks in a link", "hard emphasis", "codes"],
+)
+def test_what_is_odd_but_allowed_takes_seconds_at_most(text: str, converter: str) -> None:
+    start = time.process_time()
+    assert isinstance(convert_answer(text, CleanConfig(converter=converter)), Converted)
+    assert time.process_time() - start < 5
 
 
 def test_a_converter_that_loses_text_drops_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.chinese import simplifier
-from pipelines.text_repair import mojibake_fixer, without_artefacts
+from pipelines.redact import KINDS, redact
+from pipelines.text_repair import clean_unicode, mojibake_fixer, without_artefacts
 
 FIX = mojibake_fixer()
 SIMPLIFY = simplifier()
@@ -107,6 +109,19 @@ def test_repairs_done_twice_are_repairs_done_once(text: str) -> None:
     ):
         once = repair(text)
         assert repair(once) == once
+
+
+@pytest.mark.parametrize(
+    "unit", ["({[", "這(", "(11) 9", "`", "`a`` ```", "\\(", "a\\_b ", "$ a", "\x00`", "https://"]
+)
+def test_repairs_of_hostile_text_take_linear_time(unit: str) -> None:
+    text = unit * (100_000 // len(unit)) + " a\\_b 你們"
+    start = time.process_time()
+    for repair in (FIX, without_artefacts, clean_unicode):
+        repair(text, Counter())
+    SIMPLIFY([text], Counter())
+    redact([text], KINDS, in_code=True, repairs=Counter())
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(("module", "call"), [("ftfy", "mojibake_fixer"), ("opencc", "simplifier")])
