@@ -60,6 +60,11 @@ def spoken(message: Message) -> str:
     """A turn's text as it is compared: NFC, white space folded (what two saves of one page have in common)."""
     extras = {name: message.extras[name] for name in CONTENT_EXTRAS if message.extras.get(name)}
     text = f"{message.content} {json.dumps(extras, sort_keys=True)}" if extras else message.content
+    return folded(text)
+
+
+def folded(text: str) -> str:
+    """NFC, each stretch of white space one blank."""
     composed = text if text.isascii() else unicodedata.normalize("NFC", text)
     return " ".join(composed.split())
 

@@ -161,6 +161,7 @@ def _resolve(config: PipelineConfig, folder: Path) -> PipelineConfig:
         "run_root": Path(_absolute(folder, str(config.run_root))),
         "sources": sources,
         "benchmarks": benchmarks,
+        "earlier_runs": [_absolute(folder, root) for root in config.earlier_runs],
     }
     if config.model is not None:
         model = config.model

@@ -320,13 +320,16 @@ class DedupConfig(Section):
     """A chat that is nearly another one is dropped in favour of the longer one."""
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 3-grams from which two chats count as one."""
-    caps: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    source_rank: list[str] = Field(default_factory=list)
+    """Names of sources, the best first; the others come last. Of two chats the longer one survives, else the one with
+    the later date, else the one of the better source, else the one with the lower id."""
     leaks: Literal["drop", "report"] = "drop"
     """Chats that hold a question or an answer of `benchmarks`: dropped and reported, or only reported."""
     leak_words: int = Field(default=8, ge=3, le=50)
     """Words in a row that a chat and a benchmark must share; a shorter question must be a whole user turn."""
     leak_share: float = Field(default=0.5, gt=0, le=1)
     """Share of a question's or an answer's words that must stand in such runs in one turn."""
+    caps: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     """Source name: most rows of it that stay; the others are dropped as over_cap, after dedup, by their ids."""
 
 
@@ -387,9 +390,11 @@ class PipelineConfig(Section):
     run_root: Path
     """Folder of everything that a run writes; relative to the config file."""
     sources: list[SourceConfig] = Field(min_length=1)
-    merge: MergeConfig = MergeConfig()
     benchmarks: list[BenchmarkConfig] = Field(default_factory=list)
     """Questions and answers that must not be trained on; see dedup.leaks."""
+    earlier_runs: list[LocalPath] = Field(default_factory=list)
+    """Run roots whose rows must not be taken again: their duplicates, beginnings and near-duplicates are dropped."""
+    merge: MergeConfig = MergeConfig()
     clean: CleanConfig = CleanConfig()
     filter: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
@@ -422,7 +427,11 @@ class PipelineConfig(Section):
     @model_validator(mode="after")
     def _weights_and_caps_name_sources(self) -> "PipelineConfig":
         names = [source.name for source in self.sources]
-        for key, named in (("pack.weights", self.pack.weights), ("dedup.caps", self.dedup.caps)):
+        for key, named in (
+            ("pack.weights", self.pack.weights),
+            ("dedup.caps", self.dedup.caps),
+            ("dedup.source_rank", self.dedup.source_rank),
+        ):
             for name in named:
                 if name not in names:
                     raise ValueError(f"{key} names {name!r}, no such source; sources are {', '.join(names)}")

@@ -251,7 +251,7 @@ def test_of_versions_under_one_id_the_longer_stays_and_others_stay_beside_it(tmp
     rows = [row for row, _ in [*read(config(path), tmp_path), *read(config(tmp_path / "new.json"), tmp_path)]]
     assert {row.meta["id"] for row in rows} == {"one"}
     settings = config(path)
-    verdicts = dedup.decide(dedup.features(rows, settings), settings).to_pylist()
+    verdicts = dedup.decide(dedup.features(rows, settings), settings).verdicts.to_pylist()
     assert [(v["row_id"], v["reason"], v["survivor"]) for v in verdicts] == [
         (rows[0].row_id, "branch_of_longer", rows[1].row_id)
     ]
