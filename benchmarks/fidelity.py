@@ -301,7 +301,7 @@ def read_page(page: str, *, images: str = "drop", citations: str = "drop") -> Re
 
 
 def _answers(element: Element) -> list[Element]:
-    if "markdown" in element.classes:
+    if "markdown" in element.classes or "data-markdown-text-style" in element.attributes:
         return [element]
     return [found for child in element.children if isinstance(child, Element) for found in _answers(child)]
 
@@ -508,14 +508,23 @@ def _table_of(row: Element) -> Element | None:
 
 
 def is_formula(element: Element) -> bool:
-    if element.tag == "math":
-        return bool(element.all("annotation"))
+    if "data-math-source" in element.attributes or element.tag == "math":
+        return "data-math-source" in element.attributes or bool(element.all("annotation"))
+    if element.attributes.get("data-testid") == "math-block-layout":
+        return any(map(is_formula, element.walk()))
     marked = {"katex", "katex-display", "katex-error"} & set(element.classes)
     return bool(marked) and ("katex-error" in marked or bool(element.all("annotation")))
 
 
 def formula_of(element: Element) -> tuple[str, str]:
+    if element.attributes.get("data-testid") == "math-block-layout":
+        return "display", formula_of(next(filter(is_formula, element.walk())))[1]
     is_display = "katex-display" in element.classes or element.attributes.get("display") == "block"
+    if (tex := element.attributes.get("data-math-source")) is not None:
+        is_display |= element.tag == "div" or any(
+            "katex-display" in inner.classes for inner in element.walk()
+        )
+        return ("display" if is_display else "inline"), tex
     source = element if "katex-error" in element.classes else element.all("annotation")[0]
     return ("display" if is_display else "inline"), source.text()
 

@@ -70,6 +70,7 @@ _BLOCK_TAG = re.compile(
 )
 _ANSWER_CLASS = re.compile(
     r"""class=["'][^"']*(?<![\w-])(?:markdown(?![\w-])|result-(?:streaming|thinking)(?![\w-])|request-:)"""
+    r"""|\sdata-(?:message-author-role=["']assistant["']|markdown-text-style=)"""
 )
 _SOURCE_CODE = re.compile(
     r"<(?:!doctype|html|head|body|script|style|link|meta|form|nav|header|footer|template)\b|\n[ \t]+<|```|"
@@ -82,8 +83,9 @@ def looks_like_page(text: str) -> bool:
     """Whether an answer as a whole is a piece of a ChatGPT page.
 
     It must begin with the opening tag of a block element and end with ">". Then one of two must hold:
-    1. the first tag, or one in the next 2,000 characters after a leading <div>, has the class of an answer
-       (the word `markdown`, `result-streaming` or `result-thinking`, or `request-:...`, which error boxes have too);
+    1. the first tag, or one in the next 2,500 characters after a leading <div>, <article> or <section>, has the
+       class of an answer (the word `markdown`, `result-streaming` or `result-thinking`, or `request-:...`, which
+       error boxes have too) or its attribute (`data-message-author-role="assistant"`, `data-markdown-text-style`);
     2. all of it is bare rendered text: no attributes such as class, id, style (but for code and formulas), no page
        elements (html, head, script, form, nav, ...), no indented tags, no code fences, no text between its blocks.
     An answer in Markdown that merely holds HTML, in fences or out of them, and an answer that is the source of a
@@ -95,7 +97,7 @@ def looks_like_page(text: str) -> bool:
     first = _BLOCK_TAG.match(stripped)
     if first is None:
         return False
-    reach = 2_000 if first[1].lower() == "div" else first.end()
+    reach = 2_500 if first[1].lower() in ("div", "article", "section") else first.end()
     if _ANSWER_CLASS.search(stripped[:reach]):
         return True
     return not _SOURCE_CODE.search(stripped) and _has_only_blocks(stripped)

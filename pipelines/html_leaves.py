@@ -183,7 +183,11 @@ def inline_code_text(node: LexborNode) -> str:
 def formula(node: LexborNode, class_names: str) -> tuple[str, bool] | None:
     """TeX of a KaTeX or MathML element, and whether it is displayed. None where there is no TeX to be had."""
     is_display = "katex-display" in class_names
-    if "katex-error" in class_names:
+    source = node.attrs.get("data-math-source")
+    if source is not None:
+        tex = source
+        is_display = is_display or node.tag == "div" or node.css_first(".katex-display") is not None
+    elif "katex-error" in class_names:
         tex = node.text(deep=True)
     else:
         annotation = node.css_first("annotation")

@@ -33,6 +33,7 @@ from schemas.pipeline_config import CleanConfig
 MAX_GROWTH = 4
 """Markdown may be this many times as long as the largest message: deep quotes and lists indent every line."""
 
+_FORMULAS = ".katex, .katex-display, .katex-error, math, [data-math-source]"
 _COUNTER = re.compile(r"\s*\d{1,4}\s*/\s*\d{1,4}\s*")
 _SCREEN_READER = re.compile(r"(?:^|\s)sr-only(?:\s|$)")
 _HIDDEN = re.compile(r"(?:^|\s)(?:sr-only|katex-mathml)(?:\s|$)")
@@ -48,11 +49,14 @@ def read_answer(
     """
     max_chars = MAX_GROWTH * config.max_message_bytes
     page = Page(HANDLERS, Fragments(marks), config.images, config.citations, config.max_depth, max_chars)
-    page.has_formulas = body.css_first(".katex, .katex-display, .katex-error, math") is not None
+    page.has_formulas = body.css_first(_FORMULAS) is not None
     page.has_counters = has_counters
     for root in answer_roots(body):
-        walk(root, page, 1)
-        end_run(page)
+        if root.tag != "body" and _is_plain_text(root):  # shown line by line: the boxes around say so
+            _preformatted_prose(root, page)
+        else:
+            walk(root, page, 1)
+            end_run(page)
     return Passage("".join(page.blocks), "".join(page.visible)), page.fragments
 
 
@@ -62,12 +66,16 @@ def answer_roots(body: LexborNode) -> list[LexborNode]:
     if children and all(map(_is_markdown, children)):
         return children
     known: dict[int, bool] = {}
-    found = [node for node in body.css(".markdown") if not _inside_markdown(node.parent, known)]
+    found = [
+        node
+        for node in body.css(".markdown, [data-markdown-text-style]")
+        if not _inside_markdown(node.parent, known)
+    ]
     return found or [body]
 
 
 def _is_markdown(node: LexborNode) -> bool:
-    return has_class(node, "markdown")
+    return has_class(node, "markdown") or "data-markdown-text-style" in node.attrs
 
 
 def _inside_markdown(node: LexborNode | None, known: dict[int, bool]) -> bool:
@@ -96,6 +104,9 @@ def _skip(node: LexborNode, page: Page, depth: int) -> None:
 
 def _division(node: LexborNode, page: Page, depth: int) -> None:
     class_names = node.attrs.get("class") or ""
+    if page.has_formulas and (found := _widget_formula(node, class_names)) is not None:
+        _formula(*found, page)
+        return
     if _SCREEN_READER.search(class_names) or (page.has_counters and _is_edit_counter(node)):
         return
     if "whitespace-pre-wrap" in class_names and all(
@@ -106,11 +117,25 @@ def _division(node: LexborNode, page: Page, depth: int) -> None:
         block(node, page, depth)
 
 
+def _widget_formula(node: LexborNode, class_names: str) -> tuple[str, bool] | None:
+    """A formula with its own source, or the one that a box of controls is about."""
+    if "data-math-source" in node.attrs or "katex-display" in class_names:
+        return formula(node, class_names)
+    if node.attrs.get("data-testid") == "math-block-layout":
+        source = node.css_first("[data-math-source], .katex")
+        return formula(source, "katex-display") if source is not None else None
+    return None
+
+
 def _is_edit_counter(node: LexborNode) -> bool:
     """Whether an element is "2 / 3" between the buttons that lead to the other edits of a message."""
     return bool(_COUNTER.fullmatch(node.text(deep=True))) and any(
         neighbour is not None and neighbour.tag == "button" for neighbour in (node.prev, node.next)
     )
+
+
+def _is_plain_text(node: LexborNode) -> bool:
+    return all(child.is_text_node for child in node.iter(include_text=True))
 
 
 def _preformatted_prose(node: LexborNode, page: Page) -> None:
@@ -122,7 +147,8 @@ def _preformatted_prose(node: LexborNode, page: Page) -> None:
 
 def _span(node: LexborNode, page: Page, depth: int) -> None:
     class_names = node.attrs.get("class") or ""
-    if "katex" in class_names and (found := formula(node, class_names)) is not None:
+    is_formula = "katex" in class_names or (page.has_formulas and "data-math-source" in node.attrs)
+    if is_formula and (found := formula(node, class_names)) is not None:
         _formula(*found, page)
     elif node.attrs.get("data-testid") == "webpage-citation-pill":
         _citation(node, page)

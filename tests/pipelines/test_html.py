@@ -285,8 +285,17 @@ RELATIVES = {
         '<div class="whitespace-pre-wrap">a\nb\n\n*c*</div>',
         "a  \nb\n\n\\*c\\*",
     ),
+    "a root that holds nothing but lines": ("a\n- b\n\nc", "a  \n\\- b\n\nc"),
     "emoji as a picture": ('<p>a <img class="emoji" alt="😀" src="x"></p>', "a 😀"),
     "citation": (f"<p>Fact.{PILL} Next.</p>", "Fact. Next."),
+    "formulas with their source beside": (
+        '<p>a <span data-math-source="x^2"><span class="katex">x2</span></span></p><div data-math-source="y&lt;1">y1</div>',
+        "a $x^2$\n\n$$\ny<1\n$$",
+    ),
+    "a formula with controls": (
+        f'<div data-testid="math-block-layout"><span>Drag</span><div>{katex("z", display=True)}</div><label>0.5</label></div>',
+        "$$\nz\n$$",
+    ),
     "footnotes in a list": (
         '<ul><li>a<sup><a href="#fn-1" data-footnote-ref="">1</a></sup></li></ul><section class="footnotes"><ol>'
         "<li><p>b</p></li></ol></section>",
@@ -366,6 +375,9 @@ def test_markup_says_that_an_answer_is_unfinished(attributes: str, is_unfinished
         f"\n {page('<p>a</p>')} \n",
         '<div\n class="request-:r0:-3 markdown prose"><p>a</p></div>',
         '<div class="flex"><div class="markdown prose"><p>a</p></div></div>',
+        f'<article data-turn="assistant"><div class="{"x " * 500}"><div class="markdown"><p>a</p></div></div></article>',
+        '<div dir="auto" data-message-author-role="assistant"><p>a</p></div>',
+        '<div data-markdown-text-style="assistant-message"><p>a</p></div>',
         "<p>Hello</p><ul><li>a</li></ul>",
         "<ol>\n<li>a</li>\n</ol>\n<p>b</p>",
         '<pre><code class="language-js">x</code></pre>',
