@@ -4,11 +4,12 @@ import csv
 import json
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 import pyarrow as pa
 
+from pipelines.arrow_batches import stream_of, whole_messages
 from pipelines.encodings import BrokenText
 from pipelines.parquet_rows import row_json
 
@@ -62,37 +63,40 @@ def csv_lines(file: BinaryIO, *, max_record_bytes: int) -> Iterator[Line]:
 
 
 def arrow_lines(file: BinaryIO) -> Iterator[Line]:
-    """Rows of an IPC file or stream, as Parquet rows are read."""
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
+    """Rows of an IPC file or stream, as Parquet rows are read. Raises InputError for a batch that is a bomb."""
+    whole = whole_messages(file)
     try:
-        if is_file:
-            with pa.ipc.open_file(file) as reader:
-                for number in range(reader.num_record_batches):
-                    yield from _batch_lines(reader.get_batch(number))
-        else:
-            with pa.ipc.open_stream(file) as stream:
-                for batch in stream:
-                    yield from _batch_lines(batch)
-    except (OSError, pa.ArrowException) as error:
-        raise BrokenText(f"the Arrow data is broken before its byte {file.tell()} ({error})") from None
+        with pa.ipc.open_stream(stream_of(file, whole)) as stream:
+            for batch in stream:
+                yield from _batch_lines(batch)
+    except (OSError, MemoryError, OverflowError, pa.ArrowException) as error:
+        raise BrokenText(f"the Arrow data can't be read further: {error}") from None
+    if whole.damage:
+        raise BrokenText(whole.damage)
 
 
 def _batch_lines(batch: pa.RecordBatch) -> Iterator[Line]:
     for start in range(0, batch.num_rows, _BATCH_ROWS):
         rows = batch.slice(start, _BATCH_ROWS)
         try:
-            lines: list[Line] = [row_json(record) for record in rows.to_pylist()]
-        except ValueError:  # some text is no UTF-8: row by row
+            lines: list[Line] = [row_json(record) for record in _checked(rows)]
+        except ValueError:
             lines = [_arrow_line(rows.slice(number, 1)) for number in range(rows.num_rows)]
         yield from lines
 
 
 def _arrow_line(row: pa.RecordBatch) -> Line:
     try:
-        return row_json(row.to_pylist()[0])
+        return row_json(_checked(row)[0])
     except ValueError as error:
-        return BrokenRow("", "invalid_utf8", f"a text of the row: {error}"[:300])
+        reason = "invalid_utf8" if "UTF8" in str(error) else "invalid_arrow"
+        return BrokenRow("", reason, f"the row can't be read: {error}"[:300])
+
+
+def _checked(rows: pa.RecordBatch) -> list[Any]:
+    """As Python values. Arrow does not look at offsets when it reads a file: wrong ones lead anywhere in memory."""
+    rows.validate(full=True)
+    return list(rows.to_pylist())
 
 
 class _TooLong(Exception):

@@ -35,6 +35,7 @@ def num_records(path: Path) -> int:
     return len(found) if isinstance(found, list) or path.name in OBJECTS_OF_RECORDS else 1
 
 
+@pytest.mark.timeout(1800)
 def test_all_real_data_is_kept_or_dropped_with_a_reason(
     tmp_path: Path, real_data: Path, smollm: Path
 ) -> None:

@@ -19,7 +19,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines import archives
+from pipelines import archives, arrow_batches
 from pipelines.containers import plan_file, read_range
 from pipelines.merge import plan_source, read_part
 from pipelines.part_ranges import PartRange
@@ -240,6 +240,44 @@ def test_a_csv_whose_names_repeat_into_gigabytes_is_refused(tmp_path: Path) -> N
     (tmp_path / "a.csv").write_text("x" * 100_000 + ",y\n" + "1,2\n" * 2000)
     with pytest.raises(InputError, match="bomb"):
         plan(tmp_path / "a.csv", max_decompressed_ratio=2)
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_an_arrow_batch_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_stream: bool, compression: str, as_dictionary: bool
+) -> None:
+    text = pa.array(["x" * 3_000_000])
+    column = text.dictionary_encode() if as_dictionary else text
+    data = pa.table({"text": column})
+    new: Any = pa.ipc.new_stream if as_stream else pa.ipc.new_file
+    path = tmp_path / "a.arrow"
+    with new(path, data.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(data)
+    assert path.stat().st_size < 100_000
+    assert len(values(plan(path))) == 1
+    monkeypatch.setattr(arrow_batches, "MAX_BATCH_BYTES", 2_900_000)
+    with pytest.raises(InputError, match="at most 2900000 are read at once"):
+        plan(path)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
+def test_arrow_with_any_byte_changed_is_read_or_dropped(
+    tmp_path: Path, changes: list[tuple[float, int]], as_stream: bool
+) -> None:
+    path = tmp_path / "a.arrow"
+    write_arrow(path, as_stream=as_stream, compression="zstd")
+    data = bytearray(path.read_bytes())
+    for place, value in changes:
+        data[8 + int(place * (len(data) - 9))] = value
+    path.write_bytes(bytes(data))
+    try:
+        parts = plan(path)
+    except InputError:
+        return
+    assert sum(part.num_records for part in parts) == len(read(parts))
 
 
 def test_an_encrypted_a_nested_and_an_overfull_zip_are_refused(
