@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.fidelity import differences, read_page
+from benchmarks.fidelity import differences
+from benchmarks.fidelity_page import read_page
 
 CODE = (
     '<pre><div class="flex"><span>python</span><button>Copier le code</button></div><div class="p-4">'
