@@ -33,7 +33,7 @@ MIN_LETTERS_ALONE = 8
 """A whole chat with fewer letters is of unknown language."""
 PIECE_CHARS = 45
 NUM_PIECES = 6
-WINDOW_CHARS = 110
+WINDOW_CHARS = 100
 """A turn is cut at ends of sentences into pieces of at least PIECE_CHARS; of many pieces NUM_PIECES are read, evenly
 spaced, so that a fifth of a turn in another language is seen; of each piece its first WINDOW_CHARS."""
 SAMPLE_CHARS = 480
