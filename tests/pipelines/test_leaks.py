@@ -1,6 +1,7 @@
 """Benchmark leaks: every planted one is found and told with both texts, near misses stay."""
 
 import csv
+import gzip
 import itertools
 import json
 import random
@@ -299,6 +300,36 @@ def test_a_benchmark_that_is_not_read_whole_is_refused(tmp_path: Path, text: str
     benchmark = BenchmarkConfig(name="b", path=str(tmp_path / "b.jsonl"), question=["question"])
     with pytest.raises(InputError, match=said):
         read_benchmarks(config_with(tmp_path, benchmark))
+
+
+# --- real data ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_lima_holds_six_questions_of_gsm8k(real_data: Path, tmp_path: Path) -> None:
+    """Those that stand in it letter by letter, each with its answer; none besides of GSM8K's 7,473."""
+    gsm = BenchmarkConfig(
+        name="gsm", path=str(real_data / "gsm8k_train.jsonl.gz"), question=["question"], answer=["answer"]
+    )
+    config = config_with(tmp_path, gsm)
+    records = json.loads(gzip.decompress((real_data / "lima.json.gz").read_bytes()))
+    rows = []
+    for number, record in enumerate(records):
+        asked = Message("user", f"{record['instruction']}\n\n{record['input']}")
+        rows.append(
+            Conversation(
+                f"{number}", "lima/lima.json", number, [asked, Message("assistant", record["output"])]
+            )
+        )
+    items = read_benchmarks(config)
+    leaks = find_leaks(rows, build_index(items, config)).to_pylist()
+    texts = [" ".join(record["instruction"].split()) for record in records]
+    questions = [" ".join(question.split()) for question in items["question"].to_pylist()]
+    verbatim = {str(n) for n, text in enumerate(texts) if any(question in text for question in questions)}
+    assert len(verbatim) == 6
+    for kind in ("question", "answer"):
+        assert {hit["row_id"] for hit in leaks if hit["kind"] == kind} == verbatim
 
 
 # --- the stage ----------------------------------------------------------------------------------------------
