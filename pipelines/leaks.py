@@ -9,6 +9,7 @@ runs are not counted, and a text with fewer than `dedup.leak_words` others is lo
 Case, white space and punctuation around words don't matter.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -116,12 +117,13 @@ def find_leaks(rows: Iterable[Conversation], index: LeakIndex) -> pa.Table:
     turns = [
         _Turn(number, row, place) for number, row in enumerate(rows) for place in range(len(row.messages))
     ]
-    hits: dict[int, list[dict[str, Any]]] = {}
+    hits: dict[int, list[tuple[Kind, Hit]]] = {}
     for kind, hit in _hits([(turn.message.role, turn.message.content) for turn in turns], index):
-        turn = turns[hit.turn]
-        hits.setdefault(turn.row_number, []).append(_line(turn, kind, hit, index))
+        hits.setdefault(turns[hit.turn].row_number, []).append((kind, hit))
+    # Cut before texts are looked up: a chat may hold a whole benchmark.
     best = (sorted(hits[number], key=_best_first)[:MAX_HITS_OF_ROW] for number in sorted(hits))
-    return pa.Table.from_pylist([line for lines in best for line in lines], schema=LEAKS)
+    lines = [_line(turns[hit.turn], kind, hit, index) for found in best for kind, hit in found]
+    return pa.Table.from_pylist(lines, schema=LEAKS)
 
 
 def leak_drops(leaks: pa.Table) -> dict[str, Drop]:
@@ -318,27 +320,30 @@ def _line(turn: _Turn, kind: Kind, hit: Hit, index: LeakIndex) -> dict[str, Any]
     }
 
 
-def _best_first(line: dict[str, Any]) -> tuple[Any, ...]:
-    place = (line["benchmark"], line["benchmark_file"], line["benchmark_record"], line["turn"])
-    return line["kind"] != "question", -line["share"], *place
+def _best_first(found: tuple[Kind, Hit]) -> tuple[bool, float, int, int]:
+    kind, hit = found
+    return kind != "question", -hit.share, hit.item, hit.turn
 
 
 def _from_first_shared(text: str, wanted: str, words_in_gram: int) -> str:
     """The turn from the first run of words on that it shares with `wanted`; from its start where there is none."""
     sought = plain_words(wanted)
     grams = {tuple(sought[n : n + words_in_gram]) for n in range(len(sought) - words_in_gram + 1)}
-    found = [(plain, start) for plain, start in _words_with_places(text) if plain]
-    for number in range(len(found) - words_in_gram + 1):
-        if tuple(plain for plain, _ in found[number : number + words_in_gram]) in grams:
-            start = found[number][1]
-            return text[start : start + MAX_SHOWN_CHARS]
+    first_words = {gram[0] for gram in grams}
+    said, starts = _words_with_places(text)
+    for number, word in enumerate(said):
+        if word in first_words and tuple(said[number : number + words_in_gram]) in grams:
+            return text[starts[number] : starts[number] + MAX_SHOWN_CHARS]
     return text[:MAX_SHOWN_CHARS]
 
 
-def _words_with_places(text: str) -> Iterator[tuple[str, int]]:
+@functools.lru_cache(maxsize=1)  # a turn may have many hits
+def _words_with_places(text: str) -> tuple[list[str], list[int]]:
+    """plain_words of a text, and where in it each begins."""
     pattern = WORD if HAS_UNSPACED.search(text) else _SPACED_WORD
-    for word in pattern.finditer(text):
-        yield word.group().lower().strip(_AROUND_WORDS), word.start()
+    found = ((word.group().lower().strip(_AROUND_WORDS), word.start()) for word in pattern.finditer(text))
+    kept = [(plain, start) for plain, start in found if plain]
+    return [plain for plain, _ in kept], [start for _, start in kept]
 
 
 _SPACED_WORD = re.compile(r"\S+")
