@@ -66,6 +66,7 @@ class Marks:
     any_tag: re.Pattern[str]
     tag_groups: re.Pattern[str]
     structure: re.Pattern[str]
+    break_before_opener: re.Pattern[str]
     blanks_behind_opener: re.Pattern[str]
     blanks_before_closer: re.Pattern[str]
 
@@ -116,6 +117,7 @@ def _marks(first: int) -> Marks:
         any_opener=re.compile(f"[{openers}]"),
         any_tag=re.compile(f"[{openers}{closers}]"),
         tag_groups=re.compile(f"[{openers}{closers}]{{2,}}"),
+        break_before_opener=re.compile(f"\n([{openers}])"),
         blanks_behind_opener=re.compile(f"([{openers}])([ \n]+)"),
         blanks_before_closer=re.compile(f"([ \n]+)([{closers}])"),
     )

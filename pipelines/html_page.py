@@ -137,6 +137,8 @@ def end_run(page: Page) -> None:
         return
     _count_indent(page, text)
     text = readable(text, page.fragments, lambda run: _marked(run, page), page.check_budget)
+    if page.list_depth and "\n" in text:
+        text = _with_breaks_indented(text, page)
     page.visible.append(text)
     canonical = marks.to_html(text)
     if page.wrap and not page.in_cell:
@@ -146,6 +148,14 @@ def end_run(page: Page) -> None:
     if not page.in_cell:
         page.wrap = "p"
         page.bare_block = len(page.blocks) - 1
+
+
+def _with_breaks_indented(text: str, page: Page) -> str:
+    """html-to-markdown forgets to indent a line that begins with emphasis: something has to stand before it."""
+    nothing = Fragment()
+    return page.fragments.marks.break_before_opener.sub(
+        lambda match: f"\n{page.fragments.token(nothing)}{match[1]}", text
+    )
 
 
 def _count_indent(page: Page, text: str) -> None:

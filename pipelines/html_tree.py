@@ -185,16 +185,20 @@ def _formula(tex: str, is_display: bool, page: Page) -> None:
 
 def _code(node: LexborNode, page: Page, depth: int) -> None:
     if text := inline_code_text(node):
-        if page.run and page.run[-1].endswith(page.fragments.marks.code_close):
-            page.run.append(" ")  # "`a``b`" would be one span
-        page.run.append(inline_token(page, code_span(text), is_code=True))
+        _append_code_span(text, page)
+
+
+def _append_code_span(text: str, page: Page) -> None:
+    if page.run and page.run[-1].endswith(page.fragments.marks.code_close):
+        page.run.append(" ")  # "`a``b`" would be one span
+    page.run.append(inline_token(page, code_span(text), is_code=True))
 
 
 def _pre(node: LexborNode, page: Page, depth: int) -> None:
     block = code_block(node)
     if page.in_cell:
         if block.code.strip():
-            page.run.append(inline_token(page, code_span(" ".join(block.code.split())), is_code=True))
+            _append_code_span(" ".join(block.code.split()), page)
     else:
         block_token(page, Fragment(block.markdown(), is_block=True))
 

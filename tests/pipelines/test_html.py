@@ -285,6 +285,14 @@ RELATIVES = {
         '<div class="whitespace-pre-wrap">a\nb\n\n*c*</div>',
         "a  \nb\n\n\\*c\\*",
     ),
+    "lines that begin with emphasis in an item": (
+        "<ul><li><p>a<br><strong>b</strong></p><p>c</p></li></ul>",
+        "- a  \n  **b**\n\n  c",
+    ),
+    "code blocks in a cell": (
+        "<table><tr><th>h</th></tr><tr><td><pre>a\nb</pre><pre>c</pre></td></tr></table>",
+        "| h |\n| --- |\n| `a b` `c` |",
+    ),
     "a root that holds nothing but lines": ("a\n- b\n\nc", "a  \n\\- b\n\nc"),
     "emoji as a picture": ('<p>a <img class="emoji" alt="😀" src="x"></p>', "a 😀"),
     "citation": (f"<p>Fact.{PILL} Next.</p>", "Fact. Next."),
@@ -507,7 +515,7 @@ _inline = st.one_of(
     st.text("ab `|\\*<", min_size=1, max_size=8)
     .filter(str.strip)
     .map(lambda c: f"<code>{html.escape(c)}</code>"),
-    st.just("ah<br>oh"),
+    st.sampled_from(["ah<br>oh", "ah<br><em>oh</em>", "<strong>a<br></strong>b"]),
     st.sampled_from(
         ['<a href="https://e.org/a_(b)">link text</a>', "<a href='x y'>[z]!</a>", '<a href="m:a">m:a</a>']
     ),
