@@ -12,7 +12,7 @@ from pipelines.containers import RawRecord, read_range
 from pipelines.formats.custom import value_at
 from pipelines.merge import plan_parts
 from schemas.errors import InputError
-from schemas.pipeline_config import BenchmarkConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import BenchmarkConfig, PipelineConfig
 
 ITEMS = pa.schema(
     [
@@ -59,9 +59,8 @@ def _items(benchmark: BenchmarkConfig, config: PipelineConfig) -> list[dict[str,
 
 def _records(benchmark: BenchmarkConfig, config: PipelineConfig) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(file, number in it, record). Read as a source is."""
-    fields = benchmark.model_dump(include={"name", "path", "container", "encoding"})
     with tempfile.TemporaryDirectory() as spool:
-        for part in plan_parts(SourceConfig(**fields), config=config, spool_folder=Path(spool)):
+        for part in plan_parts(benchmark.as_source(), config=config, spool_folder=Path(spool)):
             for number, raw in enumerate(read_range(part), part.first_record):
                 yield (
                     part.file,

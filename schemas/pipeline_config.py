@@ -179,6 +179,10 @@ class BenchmarkConfig(Section):
             )
         return self
 
+    def as_source(self) -> SourceConfig:
+        """Its files are found and read as a source's are."""
+        return SourceConfig(name=self.name, path=self.path, container=self.container, encoding=self.encoding)
+
 
 class MergeConfig(Section):
     max_record_bytes: int = Field(default=64 * 2**20, gt=0)
