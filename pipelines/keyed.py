@@ -19,10 +19,10 @@ _WORDS = {
 _LONGEST_MEMBER_BYTES = 32 << 10  # more than a match of _MEMBER can have
 
 
-def is_keyed(head: bytes) -> bool:
+def is_keyed(head: bytes, *, is_cut: bool) -> bool:
     """Whether all members of the one object that `head` begins with are objects, under keys that are no words of ours.
 
-    Where it is wrong, `container: json` of the source says that such an object is one record.
+    `is_cut`: the object may go on behind the head. Where it is wrong, `container: json` of the source says that such an object is one record.
     """
     if not head.startswith(b"{"):
         return False
@@ -32,7 +32,8 @@ def is_keyed(head: bytes) -> bool:
             return False
         num_members += 1
         closed, at = walk(head, member.end(), [OBJECT])
-    return num_members >= 2 and (not closed or at == len(head) or _END.match(head, at) is not None)
+    ends_well = _END.match(head, at) is not None or (is_cut and len(head) - at < _LONGEST_MEMBER_BYTES)
+    return num_members >= 2 and (not closed or ends_well)
 
 
 def keyed_lines(file: BinaryIO, start: int, *, max_record_bytes: int) -> Iterator[Line]:

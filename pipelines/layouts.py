@@ -44,7 +44,7 @@ def find_layout(handle: BinaryIO, file: str, source: SourceConfig) -> Layout:
         return "arrow"
     if source.container != "auto":
         return _json_layout(head) if source.container == "json" else source.container
-    return _by_name(head, file, source) or ("keyed" if is_keyed(head.lstrip()) else _json_layout(head))
+    return _by_name(head, file, source) or _json_layout(head, may_be_keyed=True)
 
 
 def spool_lines(
@@ -82,9 +82,12 @@ def _by_name(head: bytes, file: str, source: SourceConfig) -> Layout | None:
     return "text" if is_prose and not _JSON.match(head) else None
 
 
-def _json_layout(head: bytes) -> Layout:
+def _json_layout(head: bytes, *, may_be_keyed: bool = False) -> Layout:
     """By the first byte that is no space; objects are lines where the first line is one, or a line follows."""
+    is_cut = len(head) == _HEAD_BYTES
     head = head.lstrip(b" \t\r\n")
+    if may_be_keyed and is_keyed(head, is_cut=is_cut):
+        return "keyed"
     if head.startswith(b"["):
         return "values"
     first, newline, rest = head.partition(b"\n")

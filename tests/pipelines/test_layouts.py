@@ -99,6 +99,9 @@ def test_an_object_of_records_gives_its_records_with_their_keys_as_ids(
     expected = [{"id": f"key {n}"} | record for n, record in enumerate(RECORDS)]
     for part_bytes in (1, 1 << 20):
         assert values(plan(tmp_path / "a.json", part_bytes=part_bytes)) == expected
+    large = {f"a long key {n}": {"n": n} for n in range(60_000)}  # the first megabyte ends inside a key
+    (tmp_path / "large.json").write_text(json.dumps(large))
+    assert values(plan(tmp_path / "large.json")) == [{"id": key} | value for key, value in large.items()]
     (tmp_path / "b.json").write_text('{"a": {"id": 7, "x": 1}, "b": {}}')
     assert values(plan(tmp_path / "b.json")) == [{"id": 7, "x": 1}, {"id": "b"}]
 
