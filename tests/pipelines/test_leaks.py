@@ -17,13 +17,13 @@ from pipelines.benchmark_files import read_benchmarks
 from pipelines.leaks import (
     LEAKS,
     MAX_HITS_OF_ROW,
-    MAX_ITEMS_OF_GRAM,
     MAX_SHOWN_CHARS,
     build_index,
     counts,
     find_leaks,
     leak_drops,
 )
+from pipelines.shared_runs import MAX_ITEMS_OF_GRAM
 from pipelines.stage import run_stage
 from pipelines.storage import read_manifest
 from schemas.config_file import load_config
