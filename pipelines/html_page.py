@@ -91,7 +91,9 @@ def read_text(node: LexborNode, page: Page) -> None:
         return
     # New lines, tabs, zero-width and control characters; a regex on every node costs a tenth of the time.
     if not text.isprintable():
-        text = without_invisible(_BLANKS.sub(" ", text))
+        text = _BLANKS.sub(" ", text)
+        if not text.isprintable():
+            text = without_invisible(text)
     if page.has_formulas and text[:1].isdigit() and page.run and page.run[-1] == page.last_formula:
         text = f" {text}"
     page.run.append(text)
