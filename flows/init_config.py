@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from flows.look import FileLook, look_at
@@ -64,6 +65,9 @@ def config_lines(looks: Sequence[FileLook], *, model: Path | None, beside: Path)
             yield ""
             yield f"# {name}:"
             yield from (f"#   {line}" for line in _setting_lines(section))
+        elif name not in ("model", "run_root", "sources"):
+            yield ""
+            yield f"# {_setting_line(name, field)}"
 
 
 def _source_lines(looks: Sequence[FileLook], beside: Path) -> Iterator[str]:
@@ -96,11 +100,15 @@ def _setting_lines(section: type[BaseModel], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _setting_lines(type(field.default), indent + "  ")
             continue
-        default = field.get_default(call_default_factory=True)
-        value = "..." if default is PydanticUndefined else _yaml_value(default)
-        about = " ".join((field.description or "").split())
-        line = f"{indent}{name}: {value}"
-        yield f"{line:<{COMMENT_COLUMN}}  # {about}" if about else line
+        yield f"{indent}{_setting_line(name, field)}"
+
+
+def _setting_line(name: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    value = "..." if default is PydanticUndefined else _yaml_value(default)
+    about = " ".join((field.description or "").split())
+    line = f"{name}: {value}"
+    return f"{line:<{COMMENT_COLUMN}}  # {about}" if about else line
 
 
 def _yaml_value(value: object) -> str:
