@@ -57,9 +57,12 @@ def total(needs: Iterable[Need]) -> Need:
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files of a source. Raises InputError where there are none."""
+    """The files of a source on this machine; none for a URL or an identity. Raises InputError for an empty source."""
+    from pipelines.downloads import is_url
     from pipelines.sources import find_files
 
+    if is_url(source.path) or not source.path:
+        return []
     return [path for _, path in find_files(source)[0]]
 
 

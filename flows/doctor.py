@@ -122,19 +122,19 @@ def read_config(question: Question) -> tuple["PipelineConfig | None", list[Findi
 
 
 def check_sources(config: "PipelineConfig", stages: Sequence[str]) -> Iterator[Finding]:
-    """The sources are there and can be read, and the disk is large enough for what will come of them."""
+    """Sources and benchmarks are there and can be read, and the disk is large enough for what will come of them."""
     import os
 
     from flows.disk_need import source_files
     from schemas.errors import InputError
 
     num_missing = 0
-    for source in config.sources:
+    for source in (*config.sources, *(benchmark.as_source() for benchmark in config.benchmarks)):
         try:
             unreadable = [path for path in source_files(source) if not os.access(path, os.R_OK)]
         except InputError as error:
             num_missing += 1
-            yield Finding("fails", "source", str(error), "files with records", "mend sources[].path")
+            yield Finding("fails", "source", str(error), "files with records", "mend its path in the config")
             continue
         if unreadable:
             remedy = f"chmod u+r {unreadable[0]}"

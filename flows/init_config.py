@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from flows.look import FileLook, look_at
+from pipelines.sources import SUFFIXES, files_below, is_dump
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-PACKED_SUFFIXES = ("", ".gz", ".zst")
 MAX_SINGLE_SOURCES = 20
 COMMENT_COLUMN = 44
 
@@ -31,7 +31,9 @@ def write_config(folder: Path, *, model: Path | None, out: Path, force: bool) ->
         raise InputError(f"{folder} is not a folder: give the one that the dumps lie in")
     files = dump_files(folder)
     if not files:
-        raise InputError(f"{folder} holds no {', '.join(SUFFIXES)} file (also .gz and .zst)")
+        raise InputError(
+            f"{folder} holds no {', '.join(SUFFIXES)} file (also .gz and .zst); texts need format: text"
+        )
     looks = [look_at(path) for path in files]
     usable = [look for look in looks if look.num_rows]
     if not usable:
@@ -44,14 +46,7 @@ def write_config(folder: Path, *, model: Path | None, out: Path, force: bool) ->
 
 def dump_files(folder: Path) -> list[Path]:
     """Files that look like dumps by their names, in sub-folders too, hidden ones left out; sorted."""
-    endings = tuple(f"{suffix}{packed}" for suffix in SUFFIXES for packed in PACKED_SUFFIXES)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.name.lower().endswith(endings)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return sorted(path for path in files_below(folder) if is_dump(path.name))
 
 
 def config_lines(looks: Sequence[FileLook], *, model: Path | None, beside: Path) -> Iterator[str]:
@@ -70,6 +65,9 @@ def config_lines(looks: Sequence[FileLook], *, model: Path | None, beside: Path)
             yield ""
             yield f"# {name}:"
             yield from (f"#   {line}" for line in _setting_lines(section))
+        elif name not in ("model", "run_root", "sources"):
+            yield ""
+            yield f"# {_setting_line(name, field)}"
 
 
 def _source_lines(looks: Sequence[FileLook], beside: Path) -> Iterator[str]:
@@ -77,6 +75,8 @@ def _source_lines(looks: Sequence[FileLook], beside: Path) -> Iterator[str]:
     for look in looks:
         yield f"  # {look.summary()}"
         if not look.num_rows:
+            if "no_assistant_side" in look.drops:
+                yield "  # people talk here: name the assistant with assistant_side to read it"
             yield f"  # left out: {_quoted(_relative(look.path, beside))}"
             continue
         yield f"  - name: {_unique_name(look.path, names)}"
@@ -100,11 +100,15 @@ def _setting_lines(section: type[BaseModel], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _setting_lines(type(field.default), indent + "  ")
             continue
-        default = field.get_default(call_default_factory=True)
-        value = "..." if default is PydanticUndefined else _yaml_value(default)
-        about = " ".join((field.description or "").split())
-        line = f"{indent}{name}: {value}"
-        yield f"{line:<{COMMENT_COLUMN}}  # {about}" if about else line
+        yield f"{indent}{_setting_line(name, field)}"
+
+
+def _setting_line(name: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    value = "..." if default is PydanticUndefined else _yaml_value(default)
+    about = " ".join((field.description or "").split())
+    line = f"{name}: {value}"
+    return f"{line:<{COMMENT_COLUMN}}  # {about}" if about else line
 
 
 def _yaml_value(value: object) -> str:

@@ -20,6 +20,7 @@ from schemas.pipeline_config import PipelineConfig, SourceConfig
 HEAD_BYTES = 4 << 20
 MAX_RECORDS = 500
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_ZIP, _ARROW_FILE = (b"PK\x03\x04", b"PK\x05\x06"), b"ARROW1\0\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,9 @@ def _first_records(path: Path) -> Iterator[Conversation | Drop]:
 
     config = PipelineConfig(run_root=Path(), sources=[SourceConfig(name="look", path=str(path))])
     with tempfile.TemporaryDirectory() as folder:
-        head, is_cut = _head(path, Path(folder) / "head")
-        parts = plan_file(
-            head, source_name="look", file=path.name, spool_path=Path(folder) / "spool", config=config.merge
-        )
+        head, name, is_cut = _head(path, Path(folder) / "head")
+        spool, source = Path(folder) / "spool", config.sources[0]
+        parts = plan_file(head, source=source, file=name, spool_path=spool, config=config.merge, notes=[])
         results = (
             row if result is None else result
             for part in parts
@@ -98,18 +98,42 @@ def _without_our_cut(results: list[Conversation | Drop]) -> list[Conversation | 
     return results
 
 
-def _head(path: Path, copy: Path) -> tuple[Path, bool]:
-    """The file itself, or the first megabytes of what it holds, and whether something was left out."""
+def _head(path: Path, copy: Path) -> tuple[Path, str, bool]:
+    """The file itself, or the first megabytes of what it holds; its name; whether something was left out."""
+    name = path.name
     with path.open("rb") as file:
-        magic = file.read(4)
-        if magic == _PARQUET:  # its index is at the end; parts are planned from that alone
-            return path, False
-        if path.stat().st_size <= HEAD_BYTES and not magic.startswith((_GZIP, _ZSTD)):
-            return path, False
-        file.seek(0)
-        head = _read(_unpacked(file, magic), HEAD_BYTES)
+        magic = file.read(8)
+        if magic.startswith(_PARQUET):  # its index is at the end; parts are planned from that alone
+            return path, name, False
+        is_packed = magic.startswith((_GZIP, _ZSTD, *_ZIP))
+        if path.stat().st_size <= HEAD_BYTES and not is_packed:
+            return path, name, False
+        # Behind its magic an Arrow file is a stream, which can be read without its index at the end.
+        file.seek(len(_ARROW_FILE) if magic == _ARROW_FILE else 0)
+        if magic.startswith(_ZIP):
+            name, head = _first_member(path)
+        else:
+            head = _read(_unpacked(file, magic), HEAD_BYTES)
     copy.write_bytes(head)
-    return copy, len(head) == HEAD_BYTES
+    return copy, name, len(head) == HEAD_BYTES
+
+
+def _first_member(path: Path) -> tuple[str, bytes]:
+    """The largest file of an archive that is read by its name."""
+    import zipfile
+
+    from pipelines.sources import SUFFIXES
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            known = [info for info in archive.infolist() if info.filename.lower().endswith(SUFFIXES)]
+            if not known:
+                raise InputError(f"holds {len(archive.infolist())} files, none of {', '.join(SUFFIXES)}")
+            largest = max(known, key=lambda info: info.file_size)
+            with archive.open(largest) as file:
+                return largest.filename, _read(file, HEAD_BYTES)  # type: ignore[arg-type]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"not a zip archive that can be read: {error}") from None
 
 
 def _unpacked(file: BinaryIO, magic: bytes) -> BinaryIO:

@@ -134,7 +134,7 @@ def _empty(node: Node) -> Any:
 
 
 def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return (value or '""') if isinstance(value, str) else json.dumps(value)
 
 
 def _cell(text: str) -> str:

@@ -1,64 +1,86 @@
 """Stage 2, clean: HTML answers become Markdown, all text becomes clean Unicode.
 
-Plain-text turns change in nothing but Unicode: no HTML parser ever sees them. Order and number of messages stay,
-but for answers that their page says were never finished (`clean.unfinished`). Cleaning twice equals cleaning once.
+Plain-text turns change in nothing but Unicode, unless the settings ask for repairs: no HTML parser ever sees them, and
+code stays as it is. Order and number of messages stay, but for answers that their page says were never finished
+(`clean.unfinished`). Cleaning twice equals cleaning once.
 """
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from pipelines.html import Converted, convert_answer, looks_like_page
-from pipelines.markdown import map_prose
+from pipelines.chinese import simplifier
+from pipelines.html import convert_answer, looks_like_page
+from pipelines.redact import num_keys_in_code, redact
+from pipelines.text_repair import MAX_PASSES, clean_unicode, mojibake_fixer, without_artefacts
 from schemas.conversation import Conversation, Drop, Message
 from schemas.pipeline_config import CleanConfig, PipelineConfig
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
-# C0 but for new line and tab (a lone carriage return has become a new line before), DEL, C1, byte order mark.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _TAG_OR_REFERENCE = re.compile(r"<[a-zA-Z/!]|&(?:#\w{1,8}|[a-zA-Z]\w{1,31});")
+_INVISIBLE_START = "\ufeff\u200b\u2060\x00"
 
 
 def prepare(config: PipelineConfig) -> Callable[[Conversation], Conversation | Drop]:
-    """The row step. Drops: html_too_large, html_too_deep, html_unparsable, unfinished."""
-    settings = config.clean
+    """The row step. Drops: html_too_large, html_too_deep, html_unparsable, unfinished. Raises ConfigError."""
+    settings, repairers = config.clean, repairers_of(config.clean)
 
     def step(conversation: Conversation) -> Conversation | Drop:
-        return clean(conversation, settings)
+        return clean(conversation, settings, repairers)
 
     return step
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
-    """What else shapes the bytes: parser, converter, Unicode tables."""
-    converter = config.clean.converter
-    return {
-        "selectolax": version("selectolax"),
-        converter: version(converter),
-        "unicode": unicodedata.unidata_version,
-    }
+    """What else shapes the bytes: parser, converter, Unicode tables, repairs. Raises ConfigError."""
+    repairers_of(config.clean)
+    used = ["selectolax", config.clean.converter, "markdown-it-py"]
+    used += ["ftfy"] if config.clean.ftfy else []
+    used += ["opencc"] if config.clean.chinese == "simplified" else []
+    return {name: version(name) for name in used} | {"unicode": unicodedata.unidata_version}
 
 
-def clean(conversation: Conversation, settings: CleanConfig) -> Conversation | Drop:
+@dataclass(frozen=True, slots=True)
+class Repairers:
+    """Optional repairs that need libraries, loaded once for a process."""
+
+    fix_mojibake: Callable[[str, Counter[str]], str] | None
+    simplify: Callable[[Sequence[str], Counter[str]], list[str]] | None
+
+
+def repairers_of(settings: CleanConfig) -> Repairers:
+    """Raises ConfigError where a library is missing."""
+    return Repairers(
+        mojibake_fixer() if settings.ftfy else None,
+        simplifier() if settings.chinese == "simplified" else None,
+    )
+
+
+def clean(
+    conversation: Conversation, settings: CleanConfig, repairers: Repairers | None = None
+) -> Conversation | Drop:
     """A cleaned copy, or why the chat is dropped. `meta["answers"]` becomes "text": what was HTML is no longer."""
+    repairers = repairers or repairers_of(settings)
     answers = conversation.meta.get("answers", "auto")
     repairs: Counter[str] = Counter()
     messages: list[Message] = []
     unfinished: list[bool] = []
+    html_bytes_left = settings.max_chat_bytes
     for position, message in enumerate(conversation.messages):
-        text = clean_text(message.content, repairs)
         is_unfinished = False
-        if message.role == "assistant" and _is_html(text, answers):
-            converted = convert_answer(text, settings)
+        if message.role == "assistant" and _is_html(message.content, answers):
+            html_bytes_left -= len(message.content.encode("utf-8", "surrogatepass"))
+            converted = _converted(message.content, settings, repairers, html_bytes_left, repairs)
             if isinstance(converted, Drop):
                 return replace(converted, detail=f"message {position}: {converted.detail}")
-            repairs["html"] += 1
-            text, is_unfinished = _cleaned_markdown(converted), converted.is_unfinished
+            text, is_unfinished = converted
+        else:
+            text = _repaired(message.content, settings, repairers, repairs)
         messages.append(replace(message, content=text))
         unfinished.append(is_unfinished)
     if any(unfinished) and settings.unfinished == "drop":
@@ -67,45 +89,66 @@ def clean(conversation: Conversation, settings: CleanConfig) -> Conversation | D
         if repairs["unfinished_answers"] and not any(m.role == "assistant" for m in messages[:end]):
             return Drop("unfinished", "the only answer was cut off while being written")
         messages, unfinished = messages[:end], unfinished[:end]
+    messages = _chat_repaired(messages, settings, repairers, repairs)
     meta = _meta(conversation.meta, repairs, is_unfinished=any(unfinished))
-    return replace(conversation, messages=messages, meta=meta)
+    return replace(conversation, messages=messages, meta=_with_kept_keys(meta, messages))
 
 
-def clean_text(text: str, repairs: Counter[str]) -> str:
-    """Line ends as "\\n", no control characters, NFC outside fenced code. Counts what it changed in `repairs`.
-
-    U+FFFD stays: it says that something was lost. So do blanks and characters that steer direction or joining.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+def _converted(
+    html: str, settings: CleanConfig, repairers: Repairers, html_bytes_left: int, repairs: Counter[str]
+) -> tuple[str, bool] | Drop:
+    """Markdown of an HTML answer, and whether its page says that it was cut off."""
+    if html_bytes_left < 0:
+        return Drop("html_too_large", f"more than {settings.max_chat_bytes} bytes in the answers of one chat")
+    html = html.lstrip(_INVISIBLE_START)
+    if "\r" in html:
+        html = html.replace("\r\n", "\n").replace("\r", "\n")
         repairs["line_ends"] += 1
-    text, num_removed = _CONTROLS.subn("", text)
-    if num_removed:
-        repairs["control_characters"] += num_removed
-    if unicodedata.is_normalized("NFC", text):
-        return text
-    # U+1FEF normalises to a back-tick: put first, else what is a code fence would differ the second time.
-    composed = map_prose(text.replace("\u1fef", "`"), _nfc)
-    if composed != text:
-        repairs["nfc"] += 1
-    return composed
+    converted = convert_answer(html, settings)
+    if isinstance(converted, Drop):
+        return converted
+    repairs["html"] += 1
+    return _repaired(converted.markdown, settings, repairers, repairs).strip(), converted.is_unfinished
 
 
-def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+def _repaired(text: str, settings: CleanConfig, repairers: Repairers, repairs: Counter[str]) -> str:
+    """Until nothing changes any more: what one repair takes out can show another what was hidden in code."""
+    for _ in range(MAX_PASSES):
+        before = text
+        if repairers.fix_mojibake is not None:  # first: it reads C1 controls, which go next
+            text = repairers.fix_mojibake(text, repairs)
+        text = clean_unicode(text, repairs)
+        text = without_artefacts(text, repairs) if settings.unescape else text
+        if text == before:
+            break
+    return text
+
+
+def _chat_repaired(
+    messages: list[Message], settings: CleanConfig, repairers: Repairers, repairs: Counter[str]
+) -> list[Message]:
+    """Repairs that look at all messages of a chat."""
+    if repairers.simplify is None and not settings.redact:
+        return messages
+    texts = [message.content for message in messages]
+    if repairers.simplify is not None:
+        texts = repairers.simplify(texts, repairs)
+    if settings.redact:
+        texts = redact(texts, settings.redact, in_code=settings.redact_code, repairs=repairs)
+    return [replace(message, content=text) for message, text in zip(messages, texts, strict=True)]
+
+
+def _with_kept_keys(meta: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
+    """Keys in code are told of whatever the settings are: not added up, they are there after a second cleaning too."""
+    if not (num_keys := num_keys_in_code([message.content for message in messages])):
+        return meta
+    return {**meta, "repairs": dict(sorted({**meta.get("repairs", {}), "api_keys_kept": num_keys}.items()))}
 
 
 def _is_html(text: str, answers: str) -> bool:
     if answers == "html":
         return bool(_TAG_OR_REFERENCE.search(text))
-    return answers == "auto" and looks_like_page(text)
-
-
-def _cleaned_markdown(converted: Converted) -> str:
-    """Character references may have brought in what was cleaned away before the conversion."""
-    return clean_text(converted.markdown, Counter()).strip()
+    return answers == "auto" and looks_like_page(text.lstrip(_INVISIBLE_START))
 
 
 def _finished_end(messages: list[Message], unfinished: list[bool]) -> int:

@@ -1,7 +1,8 @@
 """Files of records cut into parts: planned without parsing, read back as the raw bytes of each record.
 
-JSON arrays, JSON Lines, objects one after another (pretty-printed too) and Parquet, told by content, never by
-name. Parquet has no raw records: a part is a run of rows, each read as sorted JSON.
+JSON arrays, JSON Lines, objects one after another (pretty-printed too) and Parquet, told by content; everything
+else (see layouts) is written as JSON Lines first. Parquet has no raw records: a part is a run of rows, each read as
+sorted JSON.
 """
 
 import hashlib
@@ -11,18 +12,17 @@ from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from pipelines import parquet_rows
-from pipelines.json_grammar import object_end
+from pipelines import archives, parquet_rows
 from pipelines.json_lines import LineScanner, Segment
 from pipelines.json_scan import ValueScanner
+from pipelines.layouts import Lines, find_layout, read_at, spool_lines, text_start
 from pipelines.part_ranges import Break, Container, Draft, PartRange, segment_hash, segment_identity
-from pipelines.unpack import unpack
+from pipelines.sources import has_known_suffix
+from pipelines.unpack import MIN_BUDGET_BYTES, Plain, Spool, unpack
 from schemas.conversation import blake2b_128
 from schemas.errors import InputError
-from schemas.pipeline_config import MergeConfig
+from schemas.pipeline_config import MergeConfig, SourceConfig
 
-_BOM = b"\xef\xbb\xbf"
-_HEAD_BYTES = 1 << 20
 _UNLIMITED = 1 << 62
 
 
@@ -39,32 +39,81 @@ RAW_HEAD_BYTES = 64 << 10
 
 
 def plan_file(
-    path: Path, *, source_name: str, file: str, spool_path: Path, config: MergeConfig
+    path: Path, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig, notes: list[str]
 ) -> list[PartRange]:
     """The parts of one file, which is unpacked into `spool_path` where it is not plain. Empty: no records.
 
+    Of an archive, the parts of all its files, each under its own name; what is ignored goes to `notes`.
     Raises InputError for a file that can't be read, is of a foreign kind or unpacks to too much.
     """
-    plain = unpack(path, spool_path, max_ratio=config.max_decompressed_ratio)
+    ratio = config.max_decompressed_ratio
+    plain = unpack(path, spool_path, max_ratio=ratio, encoding=source.encoding)
+    spool = Spool(path, max(MIN_BUDGET_BYTES, ratio * path.stat().st_size))
     with plain.path.open("rb") as handle:
-        container = _container(handle)
-        draft = Draft(source_name, file, str(plain.path), container, config.part_bytes)
+        if not archives.is_zip(handle):
+            return _plan_plain(plain, spool, source=source, file=file, spool_path=spool_path, config=config)
+        draft = Draft(source.name, file, str(plain.path), "values", config.part_bytes)
+        try:
+            found, ignored = archives.members(
+                plain.path, spool_path, max_ratio=ratio, is_wanted=lambda name: has_known_suffix(name, source)
+            )
+        except archives.BadArchive as error:
+            return _one_break(draft, handle, "invalid_zip", f"not a whole zip archive: {error}")
+    if ignored:
+        notes.append(f"source {source.name}: ignored {len(ignored)} files in {file}, such as {ignored[0]}")
+    parts: list[PartRange] = []
+    for number, member in enumerate(found):
+        name, member_spool = f"{file}/{member.name}", Path(f"{spool_path}.{number}.")
+        parts += _plan_member(member, source=source, file=name, spool_path=member_spool, config=config)
+    return parts
+
+
+def _plan_member(
+    member: archives.Member, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig
+) -> list[PartRange]:
+    ratio, path = config.max_decompressed_ratio, member.plain.path
+    plain = unpack(path, spool_path, max_ratio=ratio, encoding=source.encoding)
+    plain = Plain(plain.path, member.plain.damage or plain.damage)
+    with plain.path.open("rb") as handle:
+        if archives.is_zip(handle):
+            raise InputError(f"{file} is an archive inside an archive: unpack it yourself")
+    spool = Spool(path, max(MIN_BUDGET_BYTES, ratio * path.stat().st_size))
+    return _plan_plain(plain, spool, source=source, file=file, spool_path=spool_path, config=config)
+
+
+def _plan_plain(
+    plain: Plain, spool: Spool, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig
+) -> list[PartRange]:
+    with plain.path.open("rb") as handle:
+        layout = find_layout(handle, file, source)
+    lines = Lines(plain.path, plain.damage, {})
+    container: Container = "lines"
+    if layout in ("values", "lines", "parquet"):
+        container = layout
+    else:
+        target = Path(f"{spool_path}.jsonl")
+        found = spool_lines(layout, plain.path, spool, target, source, config.max_record_bytes)
+        lines = found._replace(damage=plain.damage or found.damage)
+    with lines.path.open("rb") as handle:
+        draft = Draft(source.name, file, str(lines.path), container, config.part_bytes)
         if container == "parquet":
             return _plan_parquet(draft, handle, config)
-        _plan_json(draft, handle, plain.damage, config)
+        _plan_json(draft, handle, lines, config)
     return draft.finish()
 
 
-def _plan_json(draft: Draft, handle: BinaryIO, damage: str, config: MergeConfig) -> None:
-    start, size = _text_start(handle), handle.seek(0, 2)
+def _plan_json(draft: Draft, handle: BinaryIO, lines: Lines, config: MergeConfig) -> None:
+    start, size = text_start(handle), handle.seek(0, 2)
     scanner = _scanner(handle, start, size, draft.container, 0, config.max_record_bytes)
     says_so = False
     for segment in scanner:
+        if (why := lines.broken.get(segment.start)) is not None:
+            segment = Segment(segment.start, segment.end, None, *why)
         draft.add(segment, scanner.depth, handle)
         says_so = segment.reason == "truncated_file" or (segment.raw is None and segment.end == size)
     # One drop says that the file is cut off: the last record's break, or one of no bytes.
-    if (damage or scanner.depth) and not says_so:
-        detail = damage or f"the file ends at byte {size} inside an array"
+    if (lines.damage or scanner.depth) and not says_so:
+        detail = lines.damage or f"the file ends at byte {size} inside an array"
         draft.add(Segment(size, size, None, "truncated_file", detail), scanner.depth, handle)
 
 
@@ -76,15 +125,20 @@ def _plan_parquet(draft: Draft, handle: BinaryIO, config: MergeConfig) -> list[P
         )
     except (OSError, pa.ArrowException) as error:
         detail = f"not a whole Parquet file of {size} bytes: {error}"
-        draft.container = "values"  # of which the break is all
-        draft.add(Segment(0, size, None, "invalid_parquet", detail), 0, handle)
-        return draft.finish()
+        return _one_break(draft, handle, "invalid_parquet", detail)
     return [
         PartRange(
             draft.source_name, draft.file, draft.path, "parquet", start, end, start, end - start, digest
         )
         for start, end, digest in ranges
     ]
+
+
+def _one_break(draft: Draft, handle: BinaryIO, reason: str, detail: str) -> list[PartRange]:
+    """A file that is one record, which can't be read."""
+    draft.container = "values"  # of which the break is all
+    draft.add(Segment(0, handle.seek(0, 2), None, reason, detail), 0, handle)
+    return draft.finish()
 
 
 def read_range(part: PartRange) -> Iterator[RawRecord]:
@@ -100,26 +154,6 @@ def read_range(part: PartRange) -> Iterator[RawRecord]:
             yield record
     if digest.hexdigest() != part.digest:
         raise _changed(part)
-
-
-def _container(handle: BinaryIO) -> Container:
-    """By the first byte that is no space; objects are lines where the first line is one, or a line follows."""
-    if _read(handle, 0, len(parquet_rows.MAGIC)) == parquet_rows.MAGIC:
-        return "parquet"
-    head = _read(handle, _text_start(handle), _HEAD_BYTES).lstrip(b" \t\r\n")
-    if head.startswith(b"["):
-        return "values"
-    first, newline, rest = head.partition(b"\n")
-    if not first.startswith(b"{"):
-        return "lines"
-    end = object_end(first)
-    if end is not None:
-        return "values" if first[end:].strip() else "lines"
-    return "values" if newline and not rest.startswith(b'{"') else "lines"
-
-
-def _text_start(handle: BinaryIO) -> int:
-    return len(_BOM) if _read(handle, 0, len(_BOM)) == _BOM else 0
 
 
 def _scanner(
@@ -155,7 +189,7 @@ def _open(part: PartRange) -> BinaryIO:
 def _raw_record(segment: Segment, handle: BinaryIO) -> RawRecord:
     if segment.raw is not None:
         return RawRecord(segment.raw, blake2b_128(segment.raw))
-    head = _read(handle, segment.start, min(RAW_HEAD_BYTES, segment.end - segment.start))
+    head = read_at(handle, segment.start, min(RAW_HEAD_BYTES, segment.end - segment.start))
     return RawRecord(head, segment_hash(segment, handle), segment.reason, segment.detail)
 
 
@@ -172,14 +206,8 @@ def _read_parquet(part: PartRange) -> Iterator[RawRecord]:
             yield RawRecord(raw, blake2b_128(raw))
         else:
             # Rows of one page are lost together: the number in the part tells them apart.
-            yield RawRecord(
-                b"", blake2b_128(b"row %d" % row), "invalid_parquet", f"the row can't be read: {raw}"
-            )
-
-
-def _read(handle: BinaryIO, start: int, num_bytes: int) -> bytes:
-    handle.seek(start)
-    return handle.read(num_bytes)
+            reason = "invalid_utf8" if isinstance(raw, UnicodeDecodeError) else "invalid_parquet"
+            yield RawRecord(b"", blake2b_128(b"row %d" % row), reason, f"the row can't be read: {raw}")
 
 
 def _changed(part: PartRange) -> InputError:

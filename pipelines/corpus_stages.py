@@ -1,10 +1,16 @@
 """Stages 4 and 5: every row is judged beside all others, from features, then parts are cut to the verdicts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 
+from pipelines.caps import over_cap
+from pipelines.cluster_report import write_clusters
+from pipelines.earlier_runs import earlier_features, earlier_manifests
+from pipelines.leak_parts import benchmark_items, items_digest, leaks_in_parts
 from pipelines.parts import (
     REPLACED_MANIFEST_NAME,
     PartTask,
@@ -34,24 +40,57 @@ from schemas.run import HOLDOUT_LEDGER_NAME, FileEntry, Manifest, PartEntry
 def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
     """03_filtered -> 04_deduplicated."""
     folder, before = stage_before(run)
-    key = run.key([part.kept[0].sha256 for part in before.parts])
+    items = benchmark_items(run.config)
+    earlier = earlier_manifests(run)
+    inputs = inputs_from(before) | ({"benchmarks": items_digest(items)} if items.num_rows else {})
+    inputs |= {f"earlier_runs.{number}": manifest.key for number, (_, manifest) in enumerate(earlier)}
+    key = run.key([part.kept[0].sha256 for part in before.parts], inputs)
     if (result := run.skip(key)) is not None:
         return result
+    leaks = leaks_in_parts(run, items, folder, before)
     features, files = _features(run, folder, before)
-    table = _concat(features)
-    verdicts = module.decide(table, run.config)
-    drops = {
-        row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"]) for row in verdicts.to_pylist()
-    }
+    ids_by_part = _ids_by_part(features)
+    decision = module.decide(
+        _without(_concat(features), leaks.drops), run.config, earlier_features(earlier, module)
+    )
+    clusters_file, clusters = write_clusters(run, key, decision.verdicts, folder, before, ids_by_part)
+    drops = dict(leaks.drops) | _drops_of(decision.verdicts)
+    # A part never spans sources, and its label begins with the name of its own.
+    sources = [part.label.partition("/")[0] for part in before.parts]
+    drops |= over_cap(zip(sources, ids_by_part, strict=True), drops.keys(), run.config.dedup.caps)
     seen: set[str] = set()
     tasks = [
         _verdict_task(run, folder, part, None, _drops_by_row(ids, drops, seen))
-        for part, ids in zip(before.parts, _ids_by_part(features), strict=True)
+        for part, ids in zip(before.parts, ids_by_part, strict=True)
     ]
-    clusters = module.largest_clusters(verdicts)
-    counts = {f"cluster_{number + 1}_rows": int(rows) + 1 for number, (_, rows) in enumerate(clusters[:3])}
     entries = run.run_parts(verdict_part, tasks)
-    return run.finish(key, entries, inputs=inputs_from(before), files=files, counts=counts)
+    return run.finish(
+        key,
+        entries,
+        inputs=inputs,
+        files=(*files, *leaks.files, clusters_file),
+        counts=decision.counts | _cluster_counts(clusters) | dict(leaks.counts),
+    )
+
+
+def _drops_of(verdicts: pa.Table) -> dict[str, Drop]:
+    return {
+        row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"]) for row in verdicts.to_pylist()
+    }
+
+
+def _cluster_counts(clusters: list[dict[str, Any]]) -> dict[str, int]:
+    return {
+        f"cluster_{number:02}_rows": cluster["num_rows_dropped"] + 1
+        for number, cluster in enumerate(clusters, start=1)
+    }
+
+
+def _without(features: pa.Table, drops: Mapping[str, Drop]) -> pa.Table:
+    """Rows that leave before: they are nobody's survivor."""
+    if not drops:
+        return features
+    return features.filter(pa.array([row_id not in drops for row_id in features["row_id"].to_pylist()]))
 
 
 def _drops_by_row(ids: list[str], drops: dict[str, Drop], seen: set[str]) -> dict[int, Drop]:
@@ -81,10 +120,7 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     ledger = _read_ledger(ledger_path) if ledger_path.exists() else module.LEDGER.empty_table()
     decision = module.decide(_concat(features), ledger, run.config)
     sides = dict(zip(*(decision.sides[name].to_pylist() for name in ("row_id", "side")), strict=True))
-    drops = {
-        row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"])
-        for row in decision.drops.to_pylist()
-    }
+    drops = _drops_of(decision.drops)
     tasks = [
         _verdict_task(run, folder, part, [sides.get(i) for i in ids], _drops_by_row(ids, drops, set()))
         for part, ids in zip(before.parts, _ids_by_part(features), strict=True)

@@ -49,8 +49,8 @@ _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3001-\u312f\u31a0-\u31bf\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 )
-_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 CONTENT_EXTRAS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_calls")
 """Extras that are part of what was said: two calls with empty text and different arguments differ."""
@@ -60,6 +60,11 @@ def spoken(message: Message) -> str:
     """A turn's text as it is compared: NFC, white space folded (what two saves of one page have in common)."""
     extras = {name: message.extras[name] for name in CONTENT_EXTRAS if message.extras.get(name)}
     text = f"{message.content} {json.dumps(extras, sort_keys=True)}" if extras else message.content
+    return folded(text)
+
+
+def folded(text: str) -> str:
+    """NFC, each stretch of white space one blank."""
     composed = text if text.isascii() else unicodedata.normalize("NFC", text)
     return " ".join(composed.split())
 
@@ -72,9 +77,9 @@ def compared_text(turns: Iterable[tuple[str, str]]) -> str:
 def words(text: str) -> list[str]:
     """Lower-case words; single characters in scripts that have no spaces."""
     lower = text.lower()
-    if lower.isascii() or not _HAS_UNSPACED.search(lower):
+    if lower.isascii() or not HAS_UNSPACED.search(lower):
         return lower.split()
-    return _WORD.findall(lower)
+    return WORD.findall(lower)
 
 
 class _WordHashes(dict[str, int]):
@@ -90,27 +95,32 @@ class _WordHashes(dict[str, int]):
 
 def gram_sets(texts: Iterable[str]) -> GramSets:
     """Sets of hashed word 3-grams. A text of fewer than 3 words is one gram, one without words the empty set."""
+    hashes, num_words = hashed_words(map(words, texts))
+    num_grams = np.where(num_words > 0, np.maximum(num_words - (WORDS_IN_GRAM - 1), 1), 0)
+    return _distinct(grams_in_order(hashes, num_words, num_grams, WORDS_IN_GRAM), num_grams)
+
+
+def hashed_words(texts: Iterable[list[str]]) -> tuple[Hashes, Ints]:
+    """Hashes of all words one after another, and how many each text has."""
     word_hash = _WordHashes().__getitem__
     hashes, num_words = array("Q"), array("q")
     for text in texts:
-        before = len(hashes)
-        hashes.extend(map(word_hash, words(text)))
-        num_words.append(len(hashes) - before)
-    return _sets_of_words(np.array(hashes, np.uint64), np.array(num_words, np.int64))
+        hashes.extend(map(word_hash, text))
+        num_words.append(len(text))
+    return np.array(hashes, np.uint64), np.array(num_words, np.int64)
 
 
-def _sets_of_words(hashes: Hashes, num_words: Ints) -> GramSets:
-    """Grams of consecutive words inside each text; absent words of a short text count as 0."""
-    num_grams = np.where(num_words > 0, np.maximum(num_words - (WORDS_IN_GRAM - 1), 1), 0)
+def grams_in_order(hashes: Hashes, num_words: Ints, num_grams: Ints, words_in_gram: int) -> Hashes:
+    """The first `num_grams` grams of each text, in their order; words behind the end of a text count as 0."""
     text_ends = np.cumsum(num_words)
     first = ragged(text_ends - num_words, num_grams)
     end = np.repeat(text_ends, num_grams)
     grams = np.zeros(len(first), np.uint64)
     padded = np.append(hashes, np.uint64(0))
-    for step in range(WORDS_IN_GRAM):
+    for step in range(words_in_gram):
         word = np.where(first + step < end, padded[np.minimum(first + step, len(hashes))], np.uint64(0))
         grams = mixed(grams + word)
-    return _distinct(grams, num_grams)
+    return grams
 
 
 def _distinct(grams: Hashes, num_grams: Ints) -> GramSets:

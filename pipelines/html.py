@@ -18,18 +18,18 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 from pipelines.html_limits import MAX_STRAY_BYTES, MAX_STRAY_TAGS, check_limits
 from pipelines.html_marks import Fragments, Marks, Passage, choose_marks
 from pipelines.html_page import TooDeepError, TooLargeError
-from pipelines.html_tree import answer_roots, read_answer
+from pipelines.html_tree import MAX_GROWTH, answer_roots, read_answer
 from schemas.conversation import Drop
 from schemas.pipeline_config import CleanConfig
-
-MAX_GROWTH = 4
-"""Markdown may be this many times as long as the largest message: deep quotes and lists indent every line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
     markdown: str
     is_unfinished: bool
+
+
+_COUNTER = re.compile(r">\s*\d{1,4}\s*/\s*\d{1,4}\s*<")
 
 
 class _UnfaithfulError(Exception):
@@ -49,7 +49,8 @@ def convert_answer(html: str, config: CleanConfig) -> Converted | Drop:
         if body is None:
             return Converted("", is_unfinished=False)
         marks = choose_marks(html)
-        passage, fragments = read_answer(body, marks, images=config.images, max_depth=config.max_depth)
+        counters = "<button" in html and _COUNTER.search(html) is not None
+        passage, fragments = read_answer(body, marks, config, has_counters=counters)
         markdown = _markdown(passage, fragments, config)
     except TooLargeError as error:
         return Drop("html_too_large", str(error))
@@ -69,6 +70,7 @@ _BLOCK_TAG = re.compile(
 )
 _ANSWER_CLASS = re.compile(
     r"""class=["'][^"']*(?<![\w-])(?:markdown(?![\w-])|result-(?:streaming|thinking)(?![\w-])|request-:)"""
+    r"""|\sdata-(?:message-author-role=["']assistant["']|markdown-text-style=)"""
 )
 _SOURCE_CODE = re.compile(
     r"<(?:!doctype|html|head|body|script|style|link|meta|form|nav|header|footer|template)\b|\n[ \t]+<|```|"
@@ -81,8 +83,9 @@ def looks_like_page(text: str) -> bool:
     """Whether an answer as a whole is a piece of a ChatGPT page.
 
     It must begin with the opening tag of a block element and end with ">". Then one of two must hold:
-    1. the first tag, or one in the next 2,000 characters after a leading <div>, has the class of an answer
-       (the word `markdown`, `result-streaming` or `result-thinking`, or `request-:...`, which error boxes have too);
+    1. the first tag, or one in the next 2,500 characters after a leading <div>, <article> or <section>, has the
+       class of an answer (the word `markdown`, `result-streaming` or `result-thinking`, or `request-:...`, which
+       error boxes have too) or its attribute (`data-message-author-role="assistant"`, `data-markdown-text-style`);
     2. all of it is bare rendered text: no attributes such as class, id, style (but for code and formulas), no page
        elements (html, head, script, form, nav, ...), no indented tags, no code fences, no text between its blocks.
     An answer in Markdown that merely holds HTML, in fences or out of them, and an answer that is the source of a
@@ -94,7 +97,7 @@ def looks_like_page(text: str) -> bool:
     first = _BLOCK_TAG.match(stripped)
     if first is None:
         return False
-    reach = 2_000 if first[1].lower() == "div" else first.end()
+    reach = 2_500 if first[1].lower() in ("div", "article", "section") else first.end()
     if _ANSWER_CLASS.search(stripped[:reach]):
         return True
     return not _SOURCE_CODE.search(stripped) and _has_only_blocks(stripped)

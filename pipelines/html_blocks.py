@@ -7,6 +7,7 @@ from selectolax.lexbor import LexborNode
 from pipelines.html_leaves import has_class
 from pipelines.html_marks import Fragment, Passage
 from pipelines.html_page import (
+    Handler,
     Page,
     TooLargeError,
     block,
@@ -17,8 +18,8 @@ from pipelines.html_page import (
     walk,
 )
 
-MAX_COLSPAN = 50
-"""A page chooses its colspan; a wider cell is not padded further."""
+MAX_SPAN = 50
+"""A page chooses its colspan and rowspan; a larger cell is not padded further."""
 MAX_CELLS = 50_000
 """Cells of a table, with those that pad its rows."""
 
@@ -53,15 +54,16 @@ def read_quote(node: LexborNode, page: Page, depth: int) -> None:
         block_token(page, Fragment(is_block=True, passage=passage, line_prefix="> "))
 
 
-def _passage(node: LexborNode, page: Page, depth: int) -> Passage:
-    """The children of a quote, to be converted apart: converters put what follows a list into the list."""
+def _passage(node: LexborNode, page: Page, depth: int, *, read: Handler = walk) -> Passage:
+    """What `read` finds in a quote or list, to be converted apart: converters put what follows a list into it."""
     outer = page.blocks, page.visible, page.open_tags, page.wrap
     page.blocks, page.visible, page.open_tags, page.wrap, page.bare_block = [], [], [], "p", -1
-    walk(node, page, depth)
+    page.list_ends = {}
+    read(node, page, depth)
     end_run(page)
     passage = Passage("".join(page.blocks), "".join(page.visible))
     page.blocks, page.visible, page.open_tags, page.wrap = outer
-    page.bare_block = -1
+    page.bare_block, page.list_ends = -1, {}
     return passage
 
 
@@ -70,16 +72,33 @@ def _passage(node: LexborNode, page: Page, depth: int) -> Passage:
 
 def read_list(node: LexborNode, page: Page, depth: int) -> None:
     end_run(page)
-    is_ordered = node.tag == "ol"
-    first = _list_start(node) if is_ordered else 1
     if page.in_cell:
-        _list_in_cell(node, page, depth, is_ordered, first)
-        return
-    if has_class(node.parent, "footnotes"):
+        _list_in_cell(node, page, depth)
+    elif has_class(node.parent, "footnotes"):
         _footnotes(node, page, depth)
-        return
+    elif _follows_its_kind(node, page):
+        _read_apart(node, page, depth)
+    else:
+        _items(node, page, depth)
+
+
+def _follows_its_kind(node: LexborNode, page: Page) -> bool:
+    """Whether Markdown would take the list for more items of the list before it."""
+    return bool(page.blocks) and page.list_ends.get(len(page.blocks)) == node.tag
+
+
+def _read_apart(node: LexborNode, page: Page, depth: int) -> None:
+    others = not page.other_markers
+    passage = _passage(node, page, depth, read=_items)
+    if passage.html:
+        block_token(page, Fragment(is_block=True, passage=passage, other_markers=others))
+        _note_list_end(node, page, others=others)
+
+
+def _items(node: LexborNode, page: Page, depth: int) -> None:
+    first = _list_start(node)
     wrap = "" if _is_tight(node) else "p"
-    opening = f'<ol start="{first}">' if is_ordered and first != 1 else f"<{node.tag}>"
+    opening = f"<{node.tag}>" if first == 1 else f'<ol start="{first}">'
     outer_wrap, num_blocks = page.wrap or "p", len(page.blocks)
     if first != 1 and page.bare_block == num_blocks - 1 and num_blocks:
         # Only a list that starts with 1 may interrupt a paragraph: <p> asks for a blank line between.
@@ -93,7 +112,13 @@ def read_list(node: LexborNode, page: Page, depth: int) -> None:
     if len(page.blocks) > num_blocks:
         page.blocks[num_blocks] = opening + page.blocks[num_blocks]
         page.blocks.append(f"</{node.tag}>")
+        _note_list_end(node, page, others=False)
     page.wrap = outer_wrap
+
+
+def _note_list_end(node: LexborNode, page: Page, *, others: bool) -> None:
+    page.list_ends = {len(page.blocks): node.tag or ""}
+    page.other_markers = others
 
 
 def _list_item(child: LexborNode, page: Page, depth: int, *, is_first: bool) -> None:
@@ -102,16 +127,21 @@ def _list_item(child: LexborNode, page: Page, depth: int, *, is_first: bool) -> 
         page.blocks.append("<li>")
     else:
         page.blocks.pop()
+    num_blocks = len(page.blocks)
     if child.is_text_node:
         read_text(child, page)
     else:
         (walk if child.tag == "li" else page.handlers.get(child.tag, walk))(child, page, depth + 1)
     end_run(page)
+    if len(page.blocks) == num_blocks and page.blocks[-1] == "<li>":
+        token = page.fragments.token(Fragment(is_block=True))  # markdownify leaves empty items out
+        page.blocks.append(token)
+        page.visible.append(token)
     page.blocks.append("</li>")
 
 
 def _list_start(node: LexborNode) -> int:
-    start = node.attrs.get("start") or "1"
+    start = (node.attrs.get("start") if node.tag == "ol" else None) or "1"
     return int(start) if re.fullmatch(r"\d{1,8}", start) else 1
 
 
@@ -135,9 +165,10 @@ def _difference(start: str | None, end: str) -> int:
     return int(start) - int(end) if start and start.isdecimal() and end.isdecimal() else 2
 
 
-def _list_in_cell(node: LexborNode, page: Page, depth: int, is_ordered: bool, first: int) -> None:
-    for number, item in enumerate((child for child in node.iter() if child.tag == "li"), start=first):
-        page.run.append(inline_token(page, f"{number}. " if is_ordered else "- "))
+def _list_in_cell(node: LexborNode, page: Page, depth: int) -> None:
+    items = (child for child in node.iter() if child.tag == "li")
+    for number, item in enumerate(items, start=_list_start(node)):
+        page.run.append(inline_token(page, f"{number}. " if node.tag == "ol" else "- "))
         walk(item, page, depth + 1)
         end_run(page)
 
@@ -160,7 +191,8 @@ def read_table(node: LexborNode, page: Page, depth: int) -> None:
         return
     end_run(page)
     outer_visible, page.visible = page.visible, []
-    rows = [_cells(row, page, depth) for row in node.css("tr") if _is_row_of(row, node)]
+    filled: dict[int, int] = {}
+    rows = [_cells(row, page, depth, filled) for row in node.css("tr") if _is_row_of(row, node)]
     rows = [row for row in rows if row]
     visible, page.visible = "".join(page.visible), outer_visible
     for caption in (child for child in node.iter() if child.tag == "caption"):
@@ -177,19 +209,34 @@ def _is_row_of(row: LexborNode, table: LexborNode) -> bool:
     return parent is not None and parent.mem_id == table.mem_id
 
 
-def _cells(row: LexborNode, page: Page, depth: int) -> list[str]:
+def _cells(row: LexborNode, page: Page, depth: int, filled: dict[int, int]) -> list[str]:
+    """Cells of a row. `filled` says of each column how many rows a cell from above still covers: those stay empty."""
     cells: list[str] = []
     for cell in (child for child in row.iter() if child.tag in ("td", "th")):
+        _skip_filled(cells, filled)
         outer, page.blocks = page.blocks, []
         page.in_cell = True
         walk(cell, page, depth + 3)
         end_run(page)
         page.in_cell = False
-        cells.append(page.fragments.marks.cell_break.join(page.blocks))
+        text = page.fragments.marks.cell_break.join(page.blocks)
         page.blocks = outer
-        span = cell.attrs.get("colspan") or "1"
-        cells += [""] * (min(int(span), MAX_COLSPAN) - 1 if re.fullmatch(r"\d{1,4}", span) else 0)
+        for column in range(_span(cell, "colspan")):
+            filled[len(cells)] = _span(cell, "rowspan") - 1
+            cells.append("" if column else text)
+    _skip_filled(cells, filled)
     return cells
+
+
+def _skip_filled(cells: list[str], filled: dict[int, int]) -> None:
+    while filled.get(len(cells), 0) > 0:
+        filled[len(cells)] -= 1
+        cells.append("")
+
+
+def _span(cell: LexborNode, name: str) -> int:
+    span = cell.attrs.get(name) or "1"
+    return max(1, min(int(span), MAX_SPAN)) if re.fullmatch(r"\d{1,4}", span) else 1
 
 
 def _table_html(rows: list[list[str]]) -> str:

@@ -9,6 +9,7 @@ from selectolax.lexbor import LexborNode
 from pipelines.markdown import fenced_code
 
 _LANGUAGE_CLASS = re.compile(r"(?:^|\s)lang(?:uage)?-([^\s`]+)")
+MAX_BAR_CHARS = 40
 _LANGUAGE_TEXT = re.compile(r"[\w+#./ -]{1,40}")
 _LANGUAGE_NAMES = {
     "c++": "cpp",
@@ -20,7 +21,6 @@ _LANGUAGE_NAMES = {
 _NOT_CODE = frozenset(("button", "svg", "style", "script"))
 _UNSAFE_SCHEMES = ("javascript:", "data:", "vbscript:")
 _URL = re.compile(r"(?:https?:)?//\S+$", re.IGNORECASE)
-_TRACKING = re.compile(r"([?&])utm_source=chatgpt\.com(&|$|(?=#))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ def code_block(pre: LexborNode) -> CodeBlock:
     <pre> means that it has no bar: all of it is code.
     """
     code = None if _has_own_text(pre) else _code_node(pre)
-    if code is None:
-        return CodeBlock(_code_text(pre), _class_language(pre))
-    language = _class_language(code) or _class_language(pre) or _bar_language(pre, code)
-    return CodeBlock(_code_text(code), language)
+    if code is not None:
+        language = _class_language(code) or _class_language(pre) or _bar_language(pre, code)
+        return CodeBlock(_code_text(code), language)
+    return _below_its_button(pre) or CodeBlock(_code_text(pre), _class_language(pre))
 
 
 def _has_own_text(pre: LexborNode) -> bool:
@@ -64,9 +64,29 @@ def _code_node(pre: LexborNode) -> LexborNode | None:
     if editor is not None:
         return editor
     codes = pre.css("code")
-    if len(codes) == 1:
-        return codes[0]
-    return None if codes else _innermost_pre(pre)
+    if not codes:
+        return _innermost_pre(pre)
+    outermost = [code for code in codes if not _is_inside(code, "code", pre)]
+    return outermost[0] if len(outermost) == 1 else _shared_parent(outermost, pre)
+
+
+def _is_inside(node: LexborNode, tag: str, top: LexborNode) -> bool:
+    parent = node.parent
+    while parent is not None and parent.mem_id != top.mem_id:
+        if parent.tag == tag:
+            return True
+        parent = parent.parent
+    return False
+
+
+def _shared_parent(codes: list[LexborNode], pre: LexborNode) -> LexborNode | None:
+    """The element that holds the <code> of every line; None where that is the whole <pre>."""
+    parent = codes[0].parent
+    while parent is not None and parent.mem_id != pre.mem_id:
+        if len(parent.css("code")) >= len(pre.css("code")):
+            return parent
+        parent = parent.parent
+    return None
 
 
 def _innermost_pre(pre: LexborNode) -> LexborNode | None:
@@ -74,17 +94,36 @@ def _innermost_pre(pre: LexborNode) -> LexborNode | None:
     return nested[-1] if nested else None
 
 
+def _below_its_button(pre: LexborNode) -> CodeBlock | None:
+    """A block without <code>: its bar is the largest element of one short line around its first button."""
+    node, bar = None if _has_own_text(pre) else pre.css_first("button"), None
+    while node is not None and node.mem_id != pre.mem_id and _is_short("".join(_code_pieces(node))):
+        bar, node = node, node.parent
+    if bar is None:
+        return None
+    before = "".join(_text_before(pre, bar.mem_id)[0])
+    code = "".join(_code_pieces(pre, skip=bar.mem_id)).removeprefix(before)
+    if not code.strip() or not _is_short(before):
+        return None
+    return CodeBlock(code, _class_language(pre) or _language_name(before + "".join(_code_pieces(bar))))
+
+
+def _is_short(text: str) -> bool:
+    return len(text.strip()) <= MAX_BAR_CHARS and "\n" not in text.strip()
+
+
 def _code_text(node: LexborNode) -> str:
     """The text to the byte; <br> is a new line, and so is the end of a CodeMirror line."""
     only = node.child
     if only is not None and only.is_text_node and only.next is None:
         return only.text_content or ""
-    if node.css_first("br, button, svg, style, script, .cm-line") is None:
+    if node.css_first("br, button, svg, style, script, .cm-line, [role=button]") is None:
         return node.text(deep=True)
     return "".join(_code_pieces(node))
 
 
-def _code_pieces(node: LexborNode) -> Iterator[str]:
+def _code_pieces(node: LexborNode, skip: int = 0) -> Iterator[str]:
+    """The text piece by piece, but for the subtree with id `skip`."""
     previous_line = False
     for child in node.iter(include_text=True):
         if child.is_text_node:
@@ -92,11 +131,11 @@ def _code_pieces(node: LexborNode) -> Iterator[str]:
         elif child.tag == "br":
             # An empty CodeMirror line is <div class="cm-line"><br></div>: the line's end counts already.
             yield "" if has_class(node, "cm-line") and child.next is None else "\n"
-        elif child.tag not in _NOT_CODE:
+        elif child.tag not in _NOT_CODE and child.mem_id != skip and child.attrs.get("role") != "button":
             is_line = has_class(child, "cm-line")
             yield "\n" if is_line and previous_line else ""
             previous_line = is_line
-            yield from _code_pieces(child)
+            yield from _code_pieces(child, skip)
 
 
 def _class_language(node: LexborNode) -> str:
@@ -105,8 +144,12 @@ def _class_language(node: LexborNode) -> str:
 
 
 def _bar_language(pre: LexborNode, code: LexborNode) -> str:
-    words = " ".join("".join(_text_before(pre, code.mem_id)[0]).split())
-    if not _LANGUAGE_TEXT.fullmatch(words):
+    return _language_name("".join(_text_before(pre, code.mem_id)[0]))
+
+
+def _language_name(bar: str) -> str:
+    words = " ".join(bar.split())
+    if not _LANGUAGE_TEXT.fullmatch(words) or not re.search("[A-Za-z]", words):
         return ""
     name = words.lower().replace(" ", "-")
     return _LANGUAGE_NAMES.get(name, name)
@@ -120,7 +163,7 @@ def _text_before(node: LexborNode, stop: int) -> tuple[list[str], bool]:
             pieces.append(child.text_content or "")
         elif child.mem_id == stop:
             return pieces, True
-        elif child.tag not in _NOT_CODE:
+        elif child.tag not in _NOT_CODE and child.attrs.get("role") != "button":
             inner, met = _text_before(child, stop)
             pieces += inner
             if met:
@@ -140,7 +183,11 @@ def inline_code_text(node: LexborNode) -> str:
 def formula(node: LexborNode, class_names: str) -> tuple[str, bool] | None:
     """TeX of a KaTeX or MathML element, and whether it is displayed. None where there is no TeX to be had."""
     is_display = "katex-display" in class_names
-    if "katex-error" in class_names:
+    source = node.attrs.get("data-math-source")
+    if source is not None:
+        tex = source
+        is_display = is_display or node.tag == "div" or node.css_first(".katex-display") is not None
+    elif "katex-error" in class_names:
         tex = node.text(deep=True)
     else:
         annotation = node.css_first("annotation")
@@ -155,23 +202,15 @@ def formula(node: LexborNode, class_names: str) -> tuple[str, bool] | None:
 # ------------------------------------------------------------------------------------------------- links, pictures
 
 
-def link_target(href: str, text: str) -> str:
-    """The address to write behind a link's text; "" where the text is to stand alone.
-
-    That is so for schemes that run or embed something, and for a bare URL, which Markdown links by itself.
-    """
-    href = _TRACKING.sub(lambda m: m[1] if m[2] == "&" else "", href.strip())
+def link_target(href: str) -> str:
+    """The address to write behind a link's text, as it stands in the page; "" where it runs or embeds something."""
+    href = re.sub(r"[\t\n\r]", "", href.strip())
     scheme = re.sub(r"[\x00-\x20\x7f-\x9f\u200b]", "", href).lower()
-    if not href or scheme.startswith(_UNSAFE_SCHEMES) or _same_address(href, text):
+    if not href or scheme.startswith(_UNSAFE_SCHEMES):
         return ""
-    href = href.replace("\n", "%0A").replace("<", "%3C").replace(">", "%3E").replace("\\", "%5C")
-    is_plain = not re.search(r"[\s()]", href) or (" " not in href and _is_balanced(href))
+    href = href.replace("<", "%3C").replace(">", "%3E").replace("\\", "%5C")
+    is_plain = not re.search(r"[\s()]", href) or (not re.search(r"\s", href) and _is_balanced(href))
     return href if is_plain else f"<{href}>"
-
-
-def _same_address(href: str, text: str) -> bool:
-    bare = text.strip()
-    return bool(bare) and href in (bare, bare + "/", f"http://{bare}", f"http://{bare}/", f"mailto:{bare}")
 
 
 def _is_balanced(text: str) -> bool:
@@ -186,6 +225,23 @@ def _is_balanced(text: str) -> bool:
 def is_citation_pill(node: LexborNode) -> bool:
     """A link whose text is the truncated names of its sources, and how many more there are."""
     return node.css_first("span.truncate") is not None
+
+
+def citation_links(pill: LexborNode) -> list[tuple[str, str]]:
+    """Name and address of each source that a pill names with an address."""
+    links = [pill] if pill.tag == "a" else pill.css("a")
+    found = []
+    for link in links:
+        truncated = link.css_first(".truncate")
+        name = " ".join((truncated or link).text(deep=True).split()).replace("[", "(").replace("]", ")")
+        if name and link.attrs.get("href"):
+            found.append((name, link.attrs["href"] or ""))
+    return found
+
+
+def is_emoji(alt: str) -> bool:
+    """Whether a picture's text is one symbol: some pages draw them as pictures."""
+    return 0 < len(alt) <= 8 and all(ord(character) > 0xFF and not character.isalnum() for character in alt)
 
 
 def footnote_label(node: LexborNode) -> str | None:
@@ -212,4 +268,4 @@ def image_markdown(node: LexborNode, images: str) -> str:
     if not target:
         return "" if alt_is_url else alt
     description = "" if alt_is_url else alt.replace("[", "\\[").replace("]", "\\]")
-    return f"![{description}]({link_target(target, '')})"
+    return f"![{description}]({link_target(target)})"

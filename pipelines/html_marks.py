@@ -37,9 +37,10 @@ class Fragment:
     is_block: bool = False
     passage: Passage | None = None
     line_prefix: str = ""
+    other_markers: bool = False  # a list right behind a list of its kind: "+" and "1)" keep the two apart
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Marks:
     """Private-use characters with a meaning for one answer: a window of code points that it doesn't hold.
 
@@ -59,9 +60,13 @@ class Marks:
     characters: re.Pattern[str]
     openers: str
     closers: str
+    strikes: str
     empty: str
     any_opener: re.Pattern[str]
+    any_tag: re.Pattern[str]
+    tag_groups: re.Pattern[str]
     structure: re.Pattern[str]
+    break_before_opener: re.Pattern[str]
     blanks_behind_opener: re.Pattern[str]
     blanks_before_closer: re.Pattern[str]
 
@@ -106,9 +111,13 @@ def _marks(first: int) -> Marks:
         characters=re.compile(f"[{''.join(restored)}]"),
         openers=openers,
         closers=closers,
+        strikes="".join(tags["del"]),
         empty=f" \n{openers}{closers}",
         structure=re.compile(f"[{openers}{closers}{cell_break}]"),
         any_opener=re.compile(f"[{openers}]"),
+        any_tag=re.compile(f"[{openers}{closers}]"),
+        tag_groups=re.compile(f"[{openers}{closers}]{{2,}}"),
+        break_before_opener=re.compile(f"\n([{openers}])"),
         blanks_behind_opener=re.compile(f"([{openers}])([ \n]+)"),
         blanks_before_closer=re.compile(f"([ \n]+)([{closers}])"),
     )
@@ -156,10 +165,21 @@ class Fragments:
             if not fragment.is_block:
                 return before + fragment.text
             text = convert(fragment.passage) if fragment.passage else fragment.text
+            if fragment.other_markers:
+                text = _with_other_markers(text)
+            if not text:
+                return before.rstrip(" ")
             return before + _indented(text, " " * len(before), line_prefix=fragment.line_prefix)
 
         restored = self.marks.tokens.sub(replace, markdown)
         return self.marks.to_markdown(restored)
+
+
+def _with_other_markers(one_list: str) -> str:
+    """Only the markers of its own items stand at the beginning of a line: all else in a list is indented."""
+    return re.sub(
+        r"^(?:-|(\d{1,9})\.)(?= |$)", lambda m: f"{m[1]})" if m[1] else "+", one_list, flags=re.MULTILINE
+    )
 
 
 def _indented(text: str, indent: str, *, line_prefix: str) -> str:

@@ -11,12 +11,20 @@ from typing import TypeAlias
 
 from selectolax.lexbor import LexborNode
 
+from pipelines.html_emphasis import MAX_CHECKED_CHARS, readable, tidy
 from pipelines.html_marks import NON_ASCII_BLANKS, Fragment, Fragments
 from pipelines.markdown import positions_to_escape
+from pipelines.text_repair import without_invisible
+
+MAX_PASSAGES = 10_000
+"""Parts of an answer that are converted apart: 45,000 tables, 2 MB, took markdownify 19 s."""
 
 _BLANKS = re.compile(r"[ \t\n\r\f]+")
 _SPACES = re.compile("  +")
 _LINE_BREAK = re.compile(r" *\n[ \n]*")
+_AUTOLINK = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]{1,31}:[!-;=?-Z\]^_a-~]+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+", re.ASCII
+)
 _SPECIAL = re.compile(rf"[*_`\[\\|&~<{NON_ASCII_BLANKS}]")
 _LINE_START = re.compile(r"^(?:[#>+=-]|\d{1,9}[.)])", re.MULTILINE)
 
@@ -36,7 +44,9 @@ class Page:
     handlers: Mapping[str | None, "Handler"]
     fragments: Fragments
     images: str
+    citations: str
     max_depth: int
+    max_chars: int  # of the Markdown
     blocks: list[str] = field(default_factory=list)
     run: list[str] = field(default_factory=list)
     visible: list[str] = field(default_factory=list)
@@ -44,6 +54,17 @@ class Page:
     open_tags: list[str] = field(default_factory=list)
     in_cell: bool = False
     list_depth: int = 0
+    num_indent_chars: int = 0
+    num_passages: int = 0
+    list_ends: dict[int, str] = field(default_factory=dict)  # number of blocks at the end of a list: its kind
+    other_markers: bool = False  # whether that list has the other kind of markers
+    has_formulas: bool = False
+    has_counters: bool = False
+    last_formula: str = ""
+    link: str = ""  # where the open link leads
+    link_start: int = 0  # index in `run` of the first piece of its text
+    tags_outside_link: int = 0
+    check_budget: list[int] = field(default_factory=lambda: [MAX_CHECKED_CHARS])
     bare_block: int = -1  # index of the block that is bare text of a list item, if it is the last one
 
 
@@ -68,9 +89,13 @@ def read_text(node: LexborNode, page: Page) -> None:
     text = node.text_content or ""
     if not page.run and text.isspace():
         return
-    # New lines, tabs, zero-width spaces; a regex on every node costs a tenth of the time.
+    # New lines, tabs, zero-width and control characters; a regex on every node costs a tenth of the time.
     if not text.isprintable():
-        text = _BLANKS.sub(" ", text).replace("\u200b", "")
+        text = _BLANKS.sub(" ", text)
+        if not text.isprintable():
+            text = without_invisible(text)
+    if page.has_formulas and text[:1].isdigit() and page.run and page.run[-1] == page.last_formula:
+        text = f" {text}"
     page.run.append(text)
 
 
@@ -87,8 +112,11 @@ def inline_token(page: Page, text: str, *, is_code: bool = False) -> str:
 
 
 def block_token(page: Page, fragment: Fragment) -> None:
-    """A block of Markdown that must come out as it is."""
+    """A block of Markdown that must come out as it is. Raises TooLargeError."""
     end_run(page)
+    page.num_passages += fragment.passage is not None
+    if page.num_passages > MAX_PASSAGES:
+        raise TooLargeError(f"more than {MAX_PASSAGES} tables, quotes and neighbouring lists")
     token = page.fragments.token(fragment)
     page.blocks.append(f"<p>{token}</p>")
     page.visible.append(token)
@@ -100,20 +128,19 @@ def end_run(page: Page) -> None:
     """Close the run of inline text as a block of its own."""
     if not page.run:
         return
-    text = "".join(page.run)
     marks = page.fragments.marks
-    if page.open_tags:
-        inside = [marks.tags[tag] for tag in page.open_tags]
-        text += "".join(closer for _, closer in reversed(inside))
-        page.run = [opener for opener, _ in inside]
-    else:
+    text = _closed_run(page) if page.open_tags or page.link else "".join(page.run)
+    if not page.open_tags:
         page.run = []
         if text.isspace():
             return
     text = _tidy(text, page)
     if not text.strip(marks.empty).strip():
         return
-    text = _marked(text, page)
+    _count_indent(page, text)
+    text = readable(text, page.fragments, lambda run: _marked(run, page), page.check_budget)
+    if page.list_depth and "\n" in text:
+        text = _with_breaks_indented(text, page)
     page.visible.append(text)
     canonical = marks.to_html(text)
     if page.wrap and not page.in_cell:
@@ -125,17 +152,66 @@ def end_run(page: Page) -> None:
         page.bare_block = len(page.blocks) - 1
 
 
+def _with_breaks_indented(text: str, page: Page) -> str:
+    """html-to-markdown forgets to indent a line that begins with emphasis: something has to stand before it."""
+    nothing = Fragment()
+    return page.fragments.marks.break_before_opener.sub(
+        lambda match: f"\n{page.fragments.token(nothing)}{match[1]}", text
+    )
+
+
+def _count_indent(page: Page, text: str) -> None:
+    """Deep lists indent every line. A converter builds all of it before it can be refused: so ask here."""
+    page.num_indent_chars += 2 * page.list_depth * (1 + text.count("\n"))
+    if page.num_indent_chars > page.max_chars:
+        raise TooLargeError(f"its Markdown is longer than {page.max_chars} characters")
+
+
+def _closed_run(page: Page) -> str:
+    """The run with an end to the link and the emphasis that go on in the next; that one begins with them."""
+    pairs = [page.fragments.marks.tags[tag] for tag in page.open_tags]
+    outside, inside = pairs[: page.tags_outside_link], pairs[page.tags_outside_link :]
+    if not page.link:
+        outside, inside = pairs, []
+    page.run += [closer for _, closer in reversed(inside)]
+    close_link(page)
+    text = "".join([*page.run, *(closer for _, closer in reversed(outside))])
+    page.run = [opener for opener, _ in outside]
+    page.link_start = len(page.run)
+    page.run += [opener for opener, _ in inside]
+    return text
+
+
+def close_link(page: Page) -> None:
+    """Put the brackets around what the run holds of the open link's text."""
+    if not page.link:
+        return
+    marks = page.fragments.marks
+    text = "".join(page.run[page.link_start :])
+    bare = text.strip(" \n")
+    if not bare.strip(marks.empty):
+        return
+    before, after = text[: text.index(bare)], text[text.index(bare) + len(bare) :]
+    if _is_its_own_address(page.link, bare):
+        page.run[page.link_start :] = [before, inline_token(page, f"<{bare}>"), after]
+        return
+    for bracket in "[]":
+        bare = bare.replace(bracket, marks.escaped[bracket])
+    if page.link_start and page.run[page.link_start - 1].endswith("!"):
+        page.run[page.link_start - 1] = page.run[page.link_start - 1][:-1] + marks.escaped["!"]
+    link = [inline_token(page, "["), bare, inline_token(page, f"]({page.link})")]
+    page.run[page.link_start :] = [before, *link, after]
+
+
+def _is_its_own_address(target: str, text: str) -> bool:
+    return bool(_AUTOLINK.fullmatch(text)) and target in (text, f"mailto:{text}")
+
+
 def _tidy(text: str, page: Page) -> str:
-    """Blanks folded, kept out of emphasis; emphasis around nothing and between two equal ones taken out."""
+    """Blanks folded, emphasis tidied."""
     marks = page.fragments.marks
     if marks.any_opener.search(text):
-        before = ""
-        while before != text:
-            before = text
-            for opener, closer in marks.tags.values():
-                text = text.replace(closer + opener, "").replace(opener + closer, "")
-            text = marks.blanks_behind_opener.sub(r"\2\1", text)
-            text = marks.blanks_before_closer.sub(r"\2\1", text)
+        text = tidy(text, marks)
     if "  " in text:
         text = _SPACES.sub(" ", text)
     if "\n" not in text:
@@ -147,11 +223,14 @@ def _tidy(text: str, page: Page) -> str:
 def _marked(text: str, page: Page) -> str:
     """Characters that are Markdown where they stand get their escaped mark, others that converters touch theirs."""
     marks = page.fragments.marks
-    if not page.in_cell and not _needs_marks(text):
+    dollars = page.has_formulas and "$" in text
+    if not page.in_cell and not dollars and not _needs_marks(text):
         return text
     line_starts = page.wrap[:1] != "h" and not page.in_cell
     emphasis, code = marks.openers + marks.closers, marks.code_close
-    places = positions_to_escape(text, emphasis=emphasis, code=code, line_starts=line_starts)
+    places = positions_to_escape(
+        text, emphasis=emphasis, strikes=marks.strikes, code=code, line_starts=line_starts, dollars=dollars
+    )
     characters = [
         marks.escaped[character] if place in places else marks.literal.get(character, character)
         for place, character in enumerate(text)

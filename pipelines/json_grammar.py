@@ -73,6 +73,21 @@ def walk(data: bytes, at: int, stack: list[Pattern]) -> tuple[bool, int]:
             stack.append(OPENED[group])
 
 
+def count_brackets(data: bytes, at: int, depth: int) -> tuple[int, int]:
+    """(brackets that are open, index behind the last that was found): 0 open where the element has ended.
+
+    Of `depth` open brackets at index `at`, whatever they enclose. It stops before a string that the data cuts.
+    """
+    while True:
+        match = NEXT_BRACKET.match(data, at)
+        if match is None or match.lastindex is None:
+            return depth, at if match is None else match.end()
+        at = match.end()
+        depth += 1 if match.lastindex == 1 else -1
+        if depth == 0:
+            return 0, at
+
+
 def may_go_on(data: bytes, at: int, stack: list[Pattern]) -> bool:
     """Where `walk` stopped: whether the data only ends there, so that more of it could make sense."""
     return (_CUT_OBJECT if stack and stack[-1] is OBJECT else _CUT_ARRAY).match(data, at) is not None

@@ -87,8 +87,9 @@ class LineScanner:
     def _too_large(self, at: int) -> Segment:
         """Go to the next line without holding this one; the window then begins there."""
         window, start = self.window, self.window.base + at
-        while (end := window.data.find(b"\n")) < 0 and not window.complete:
+        while (end := window.data.find(b"\n", at)) < 0 and not window.complete:
             window.slide(len(window.data))
+            at = 0
         window.slide(len(window.data) if end < 0 else end + 1)
         return too_large(start, window.base, self.max_record_bytes)
 

@@ -9,6 +9,7 @@ What can't be followed becomes a break: a span of bytes with a reason, which sta
   did (same key; same line start and indentation where records begin lines). Otherwise what follows decides: it
   is taken if the elements from there on lead to the end of the array, to a known beginning, through 1 MiB of
   intact elements, or to another break; one whose row of elements ends inside an outer value was nested.
+- An element nested too deep is a break up to its end, if it has one within `max_record_bytes`.
 - An element still open at the end of the file or at `max_record_bytes` swallowed its neighbours if a known
   beginning lies inside it: then the break ends there. Otherwise it is cut off, or too large.
 - What is no value: a break up to the next record.
@@ -25,6 +26,7 @@ from pipelines.json_grammar import (
     BEGINNING,
     LOOK_AHEAD_BYTES,
     LOOK_BEHIND_BYTES,
+    MAX_DEPTH,
     NEXT_BRACKET,
     OBJECT,
     OPENED,
@@ -34,6 +36,7 @@ from pipelines.json_grammar import (
     STRING_REST,
     Pattern,
     beginning,
+    count_brackets,
     end_of,
     may_go_on,
     refute,
@@ -43,6 +46,7 @@ from pipelines.json_lines import Segment, Window, too_large
 
 _MAX_BEGINNINGS = 32
 _MAX_SWALLOWING = 64  # each costs one more walk over max_record_bytes
+_MAX_DEEP_BYTES = 4 << 20  # gone over in vain behind elements that are nested too deep and have no end
 
 
 class ValueScanner:
@@ -67,6 +71,7 @@ class ValueScanner:
         self._known: set[bytes] = set()  # how records began so far
         self._num_whole = 0
         self._num_swallowing = 0
+        self._num_deep_bytes_left = _MAX_DEEP_BYTES
 
     def __iter__(self) -> Iterator[Segment]:
         window = self.window
@@ -120,6 +125,8 @@ class ValueScanner:
             closed, at = walk(window.data, at, stack)
             if closed:
                 return self._whole(start, at)
+            if len(stack) >= MAX_DEPTH:
+                return self._too_deep(start, at, len(stack))
             if not may_go_on(window.data, at, stack):
                 return self._broken(start, at)
             if window.complete:
@@ -128,6 +135,25 @@ class ValueScanner:
                 return self._too_large(start, at, len(stack))
             shift = window.slide(max(0, start - LOOK_BEHIND_BYTES))
             start, at = start - shift, at - shift
+
+    def _too_deep(self, start: int, deep: int, depth: int) -> Segment:
+        """Go to the element's end by counting brackets; where it has none within the limit, it is broken."""
+        window, at, counted = self.window, deep, 0
+        while self._num_deep_bytes_left > 0:
+            counted -= at
+            depth, at = count_brackets(window.data, at, depth)
+            counted += at
+            if not depth:
+                self._at = at
+                detail = f"nested deeper than {MAX_DEPTH} brackets"
+                return Segment(window.base + start, window.base + at, None, "invalid_json", detail)
+            is_long = len(window.data) - start > self.max_record_bytes
+            if window.complete or is_long or counted > self._num_deep_bytes_left:
+                break
+            shift = window.slide(max(0, start - LOOK_BEHIND_BYTES))
+            start, deep, at = start - shift, deep - shift, at - shift
+        self._num_deep_bytes_left -= counted
+        return self._broken(start, deep)
 
     def _scalar(self, start: int) -> Segment:
         window = self.window

@@ -12,7 +12,20 @@ _BACKTICKS = re.compile(r"`+")
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.{1,2000}?)(?<!`)\1(?!`)", re.DOTALL)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_HTML = re.compile(
+    r"<(?:[A-Za-z][A-Za-z0-9-]*"
+    r"(?:\s+[A-Za-z_:][\w:.-]*(?:\s*=\s*(?:[^\s\"'=<>`]+|'[^']*'|\"[^\"]*\"))?)*\s*/?>"
+    r"|/[A-Za-z][A-Za-z0-9-]*\s*>|!--|\?|![A-Za-z]|!\[CDATA\[)"
+)
+_HTML_BLOCK = re.compile(
+    r"^</?(?:address|article|aside|base|basefont|blockquote|body|caption|center|col|colgroup|dd|details|dialog|dir|div"
+    r"|dl|dt|fieldset|figcaption|figure|footer|form|frame|frameset|h[1-6]|head|header|hr|html|iframe|legend|li|link"
+    r"|main|menu|menuitem|nav|noframes|ol|optgroup|option|p|param|search|section|summary|table|tbody|td|tfoot|th|thead"
+    r"|title|tr|track|ul|script|pre|style|textarea)(?=\s|/?>|$)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _AUTOLINK = re.compile(r"<(?:[A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*|[^\s<>@]+@[^\s<>@]+)>")
+_BACKSLASH = re.compile(r"\\(?=[!-/:-@\[-`{-~]|\n|[\ue000-\uf8ff\U000f0000-\U000ffffd])")  # or before a mark
 _LINK_LIKE = re.compile(r"!?\[[^\[\]\n]*\](?=[(\[])|^\[[^\[\]\n]*\](?=:)", re.MULTILINE)
 _BLOCK_START = re.compile(
     r"^(?:(?P<heading>\#{1,6})(?=\s|$)"
@@ -20,7 +33,8 @@ _BLOCK_START = re.compile(
     r"|\d{1,9}(?P<number>[.)])(?=\s|$)"
     r"|(?P<quote>>)"
     r"|(?P<rule>[-=_*])(?=[-=_* ]*$)"
-    r"|(?P<fence>```|~~~))",
+    r"|(?P<fence>```|~~~)"
+    r"|(?P<columns>\|(?=[-:| ]*-[-:| ]*$)|[:-](?=[-:| ]*\|[-:| ]*$)))",
     re.MULTILINE,
 )
 
@@ -60,6 +74,30 @@ def map_prose(text: str, function: Callable[[str], str]) -> str:
     return "".join(pieces)
 
 
+def map_outside_code(text: str, function: Callable[[str], str]) -> str:
+    """`function` applied to everything outside fenced code and code spans."""
+    if "`" not in text and "~~~" not in text:
+        return function(text)
+    return map_prose(text, lambda prose: _map_outside_spans(prose, function))
+
+
+def _map_outside_spans(prose: str, function: Callable[[str], str]) -> str:
+    pieces, position = [], 0
+    for span in _CODE_SPAN.finditer(prose):
+        pieces += [function(prose[position : span.start()]), span[0]]
+        position = span.end()
+    return "".join([*pieces, function(prose[position:])])
+
+
+def code_of(text: str) -> str:
+    """All fenced code and code spans, each on lines of its own."""
+    pieces: list[str] = []
+    fences = fenced_blocks(text)
+    pieces += [text[start:end] for start, end in fences]
+    pieces += [span[0] for span in _CODE_SPAN.finditer(without_fences(text) if fences else text)]
+    return "\n".join(pieces)
+
+
 def without_fences(text: str) -> str:
     """The text without its fenced code."""
     pieces, position = [], 0
@@ -94,13 +132,14 @@ def code_span(code: str) -> str:
     return f"{'`' * length}{pad}{code}{pad}{'`' * length}"
 
 
-def positions_to_escape(run: str, *, emphasis: str, code: str, line_starts: bool) -> set[int]:
+def positions_to_escape(
+    run: str, *, emphasis: str, strikes: str, code: str, line_starts: bool, dollars: bool
+) -> set[int]:
     """Places in the text of one paragraph where CommonMark would read a character as markup.
 
-    `emphasis` and `code` are characters that stand in `run` for real emphasis and for real code spans. Lines are
-    separated by "\\n". With `line_starts` false (headings, table cells) no block can begin here.
-    A "<" is among them only where it opens an address: chat renderers show raw HTML in prose as text, so models write
-    it unescaped.
+    `emphasis`, `strikes` and `code` are characters that stand in `run` for real emphasis, its struck out kind, and
+    real code spans. Lines are separated by "\\n". With `line_starts` false (headings, table cells) no block can begin here. `dollars`: a
+    dollar sign may open a formula.
     """
     places: set[int] = set()
     has_emphasis = any(mark in run for mark in emphasis)
@@ -108,16 +147,21 @@ def positions_to_escape(run: str, *, emphasis: str, code: str, line_starts: bool
         places |= _active_delimiters(run, "*", has_emphasis)
     if "_" in run:
         places |= _active_delimiters(run, "_", False)
-    if "~~" in run:
+    if dollars:
+        places |= {place for place, character in enumerate(run) if character == "$"}
+    if "~" in run and any(mark in run for mark in strikes):
+        places |= {place for place, character in enumerate(run) if character == "~"}
+    elif "~~" in run:
         places |= {place for m in re.finditer("~~+", run) for place in range(*m.span())}
     if "`" in run and (run.count("`") > 1 or any(mark in run for mark in code)):
         places |= {place for place, character in enumerate(run) if character == "`"}
     if "<" in run:
-        places |= {m.start() for m in _AUTOLINK.finditer(run)}
+        places |= {m.start() for pattern in (_AUTOLINK, _HTML) for m in pattern.finditer(run)}
+        places |= {m.start() for m in _HTML_BLOCK.finditer(run)} if line_starts else set()
     if "[" in run:
         places |= {run.index("[", m.start()) for m in _LINK_LIKE.finditer(run)}
     if "\\" in run:
-        places |= {m.start() for m in re.finditer(r"\\(?=[!-/:-@\[-`{-~]|\n)", run)}
+        places |= {m.start() for m in _BACKSLASH.finditer(run)}
     if "&" in run:
         places |= {m.start() for m in _ENTITY.finditer(run) if html.unescape(m[0]) != m[0]}
     if line_starts:

@@ -1,49 +1,27 @@
 """Stage 1: raw records of many formats -> Conversations, each with its file, number, hash and ids.
 
 A record that can't be read becomes a Conversation without messages, with its first 64 KiB in meta["raw"], and a
-Drop that says why: rows in = rows out + drops.
+Drop that says why; a record of several chats becomes several rows: records + further chats = rows out + drops.
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pipelines.containers import RAW_HEAD_BYTES, RawRecord, plan_file, read_range
-from pipelines.formats import alpaca, messages, sharegpt
-from pipelines.parse import parse_record, record_meta
+from pipelines.containers import plan_file, read_range
+from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
+from pipelines.identity import FILE_NAME, write_identity
 from pipelines.part_ranges import PartRange
+from pipelines.records import read_rows
 from pipelines.sources import find_files
-from schemas.conversation import (
-    Conversation,
-    Drop,
-    Message,
-    blake2b_128,
-    content_id,
-    holdout_key,
-    row_id,
-)
+from schemas.conversation import Conversation, Drop, blake2b_128, row_id
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig, SourceConfig
 
-STAGE_VERSION = 1
-
-
-class Format(NamedTuple):
-    """A family of records: whether one belongs to it, and its chat or why it has none."""
-
-    matches: Callable[[dict[str, Any]], bool]
-    read: Callable[[dict[str, Any]], list[Message] | Drop]
-
-
-FORMATS: dict[str, Format] = {
-    "sharegpt": Format(sharegpt.matches, sharegpt.read),
-    "messages": Format(messages.matches, messages.read),
-    "alpaca": Format(alpaca.matches, alpaca.read),
-}
-"""In the order in which `auto` asks them."""
+STAGE_VERSION = 2
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
@@ -75,12 +53,17 @@ def plan_source(
     source: SourceConfig, *, config: PipelineConfig, spool_folder: Path, base_folder: Path = Path()
 ) -> SourcePlan:
     """As plan_parts, with notes: files that were ignored and files without records."""
-    files, notes = find_files(source, base_folder=base_folder)
     parts: list[PartRange] = []
-    for label, path in files:
+    files, notes = _files(source, base_folder, spool_folder)
+    for label, file in files:
         spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
         found = plan_file(
-            path, source_name=source.name, file=label, spool_path=spool_path, config=config.merge
+            _local(file, spool_path, source),
+            source=source,
+            file=label,
+            spool_path=spool_path,
+            config=config.merge,
+            notes=notes,
         )
         if not found:
             notes.append(f"source {source.name}: {label} holds no records")
@@ -88,6 +71,27 @@ def plan_source(
     if not parts:
         raise InputError(f"source {source.name} has no records: {len(files)} empty files at {source.path}")
     return SourcePlan(parts, notes)
+
+
+def _files(
+    source: SourceConfig, base_folder: Path, spool_folder: Path
+) -> tuple[Sequence[tuple[str, Path | RemoteFile]], list[str]]:
+    if source.identity is not None:
+        path = spool_folder / f"{source.name}-{FILE_NAME}"
+        write_identity(source.identity, path)
+        return [(FILE_NAME, path)], []
+    if not is_url(source.path):
+        return find_files(source, base_folder=base_folder)
+    files, notes = find_remote_files(source)
+    return [(file.label, file) for file in files], notes
+
+
+def _local(file: Path | RemoteFile, spool_path: Path, source: SourceConfig) -> Path:
+    if isinstance(file, Path):
+        return file
+    copy = Path(f"{spool_path}.download")
+    download(file, copy, source)
+    return copy
 
 
 # Records to rows --------------------------------------------------------------------------------------------
@@ -103,13 +107,16 @@ def read_part(
     """
     source = next(source for source in config.sources if source.name == part.source_name)
     num_seen = Counter(ordinal_offsets or {})
+    file = f"{source.name}/{part.file}"
     for number, raw_record in enumerate(read_range(part), part.first_record):
-        row, drop = _read_record(raw_record, source, config.merge.max_record_bytes)
-        base_id = row_id(row.meta["content_id"], source.name, row.meta.get("id", ""), 0)
-        row.row_id = nth_row_id(base_id, num_seen[base_id])
-        num_seen[base_id] += 1
-        row.source, row.record = f"{source.name}/{part.file}", number
-        yield row, drop
+        for row, drop in read_rows(
+            raw_record, source, config.merge.max_record_bytes, group=f"{file}#{number}"
+        ):
+            base_id = row_id(row.meta["content_id"], source.name, row.meta.get("id", ""), 0)
+            row.row_id = nth_row_id(base_id, num_seen[base_id])
+            num_seen[base_id] += 1
+            row.source, row.record = file, number
+            yield row, drop
 
 
 def nth_row_id(base_id: str, ordinal: int) -> str:
@@ -144,46 +151,3 @@ def _num_equals(base_id: str, present: set[str]) -> int:
     while nth_row_id(base_id, count) in present:
         count += 1
     return count
-
-
-def _read_record(
-    raw_record: RawRecord, source: SourceConfig, max_record_bytes: int
-) -> tuple[Conversation, Drop | None]:
-    raw, record_hash = raw_record.raw, raw_record.hash
-    meta: dict[str, Any] = {"record_hash": record_hash, "content_id": record_hash}
-    if source.set == "train":
-        meta["set"] = "train"
-    if raw_record.reason:
-        return _unreadable(raw, meta, Drop(raw_record.reason, raw_record.detail))
-    if len(raw) > max_record_bytes:
-        detail = f"{len(raw)} bytes, merge.max_record_bytes is {max_record_bytes}"
-        return _unreadable(raw, meta, Drop("record_too_large", detail))
-    parsed = parse_record(raw)
-    if isinstance(parsed, Drop):
-        return _unreadable(raw, meta, parsed)
-    record, num_surrogates = parsed
-    meta |= record_meta(record)
-    name, chat = _read_chat(record, source.format)
-    if isinstance(chat, Drop):
-        return _unreadable(raw, meta, chat)
-    meta |= {"format": name, "content_id": content_id(chat), "holdout_key": holdout_key(chat)}
-    if source.answers != "auto":
-        meta["answers"] = source.answers
-    if num_surrogates:
-        meta["repairs"] = {"lone_surrogates": num_surrogates}
-    return Conversation("", "", 0, chat, meta), None
-
-
-def _unreadable(raw: bytes, meta: dict[str, Any], drop: Drop) -> tuple[Conversation, Drop]:
-    text = raw[:RAW_HEAD_BYTES].decode("utf-8", "replace")
-    return Conversation("", "", 0, [], meta | {"raw": text}), drop
-
-
-def _read_chat(record: dict[str, Any], wanted: str) -> tuple[str, list[Message] | Drop]:
-    names = list(FORMATS) if wanted == "auto" else [wanted]
-    name = next((name for name in names if FORMATS[name].matches(record)), None)
-    if name is None:
-        keys = ", ".join(repr(key)[:100] for key in list(record)[:10])
-        return "", Drop("unknown_format", f"not {' or '.join(names)}; keys: {keys}")
-    chat = FORMATS[name].read(record)
-    return name, chat if isinstance(chat, Drop) or chat else Drop("no_messages", f"{name} without a turn")

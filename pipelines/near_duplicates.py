@@ -122,8 +122,9 @@ class PrefixIndex:
     gram are a slice with room for all its entries, `filled` says how many are in.
     """
 
-    def __init__(self, sets: GramSets, *, threshold: float) -> None:
-        self.sets, self.threshold, self.sizes = sets, threshold, sets.sizes
+    def __init__(self, sets: GramSets, *, threshold: float, also: GramSets | None = None) -> None:
+        """`also`: further sets of the same rows that must be as near, where any of the two is not empty."""
+        self.sets, self.threshold, self.sizes, self.also = sets, threshold, sets.sizes, also
         rows, grams, positions = _prefixes(sets, threshold)
         _, ids, counts = np.unique(grams, return_inverse=True, return_counts=True)
         shared = counts[ids] > 1  # a gram of one prefix alone never makes a pair: most entries go here
@@ -133,6 +134,8 @@ class PrefixIndex:
         self.gram_starts = np.cumsum(counts) - counts
         self.filled = np.zeros(len(counts), np.int64)
         self.postings = np.empty(len(self.entry_row), np.int64)
+        self.largest_bucket_rows = int(counts.max(initial=0))
+        """Most rows that share one gram of their prefixes. No cap: all that can be near are compared."""
 
     def clear(self) -> None:
         self.filled[:] = 0
@@ -186,9 +189,10 @@ class PrefixIndex:
         return left[possible], right[possible]
 
     def _verified(self, left: Ints, right: Ints) -> Pairs:
-        common = _num_common(self.sets, left, right)
-        jaccard = common / (self.sizes[left] + self.sizes[right] - common)
+        jaccard = _jaccard(self.sets, left, right)
         near = jaccard >= self.threshold
+        if self.also is not None:
+            near[near] = _jaccard(self.also, left[near], right[near]) >= self.threshold
         return Pairs(left=left[near], right=right[near], jaccard=jaccard[near])
 
 
@@ -220,8 +224,18 @@ def _prefixes(sets: GramSets, threshold: float) -> tuple[Ints, Hashes, Ints]:
     return rows, np.concatenate(chosen), ragged(np.zeros(len(sets), np.int64), length)
 
 
+def _jaccard(sets: GramSets, left: Ints, right: Ints) -> Floats:
+    """Of each pair; 1 for two empty sets."""
+    total = sets.sizes[left] + sets.sizes[right]
+    common = np.zeros(len(left), np.int64)
+    filled = np.flatnonzero((sets.sizes[left] > 0) & (sets.sizes[right] > 0))
+    if len(filled):
+        common[filled] = _num_common(sets, left[filled], right[filled])
+    return np.where(total > 0, common / np.maximum(total - common, 1), 1.0)
+
+
 def _num_common(sets: GramSets, left: Ints, right: Ints) -> Ints:
-    """|left[i] ∩ right[i]| of each pair; few different rows on the left, no empty ones on the right."""
+    """|left[i] ∩ right[i]| of each pair; few different rows on the left, no empty ones."""
     rows, row_number = np.unique(left, return_inverse=True)
     different, gram_number = np.unique(
         sets.hashes[ragged(sets.starts[rows], sets.sizes[rows])], return_inverse=True

@@ -50,7 +50,7 @@ def range_digest(path: Path, start: int, end: int) -> str:
 
 
 def read_row_range(path: Path, start: int, end: int) -> Iterator[bytes | Exception]:
-    """Rows [start, end) as JSON with sorted keys; the error in place of each row that it keeps from being read."""
+    """Rows [start, end) as JSON with sorted keys; the error in place of each row that can't be."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         groups, first = _groups_of_rows(file.metadata, start, end)
         for group in groups:
@@ -64,11 +64,28 @@ def _read_group(file: pq.ParquetFile, group: int, start: int, end: int) -> Itera
     try:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group]):
             skipped = max(0, start - row)
-            for record in batch.slice(skipped, max(0, end - row - skipped)).to_pylist():
-                yield orjson.dumps(record, default=_plain, option=orjson.OPT_SORT_KEYS)
+            yield from _json_rows(batch.slice(skipped, max(0, end - row - skipped)))
             row += batch.num_rows
     except (OSError, pa.ArrowException) as error:
         yield from (error for _ in range(max(row, start), end))
+
+
+def _json_rows(batch: pa.RecordBatch) -> Iterator[bytes | Exception]:
+    try:
+        rows = batch.to_pylist()
+    except ValueError:  # a text that is no UTF-8: row by row
+        for number in range(batch.num_rows):
+            try:
+                yield row_json(batch.slice(number, 1).to_pylist()[0])
+            except ValueError as error:
+                yield error
+        return
+    yield from map(row_json, rows)
+
+
+def row_json(record: dict[str, Any]) -> bytes:
+    """A row as JSON with sorted keys."""
+    return orjson.dumps(record, default=plain_value, option=orjson.OPT_SORT_KEYS)
 
 
 def _groups(metadata: Any) -> list[Any]:
@@ -131,6 +148,6 @@ def _groups_of_rows(metadata: Any, start: int, end: int) -> tuple[list[int], int
     return numbers, first
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """What JSON has no word for: bytes as text, anything else (decimals, durations) as Python writes it."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

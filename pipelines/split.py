@@ -17,7 +17,7 @@ from schemas.errors import LimitError
 from schemas.pipeline_config import PipelineConfig, SplitConfig
 from schemas.run import STAGE_FOLDERS
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 MIN_STRADDLED_SPANS = 10
 """Fewer are an accident of single texts, whatever their share in a small data set."""
@@ -68,7 +68,10 @@ def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> 
     answers = [number for number, message in enumerate(row.messages) if message.role == "assistant"]
     if not answers:
         return Drop("nothing_to_train", "no assistant message")
-    trained = frozenset(answers if config.train_on == "assistant" else answers[-1:])
+    wanted = answers if config.train_on == "assistant" else answers[-1:]
+    trained = frozenset(number for number in wanted if not _has_no_weight(row.messages[number]))
+    if not trained:
+        return Drop("nothing_to_train", f"{len(answers)} answers, all of weight 0")
     chat = Chat(encoder, config, row, trained)
     whole = render_piece(chat, 0, len(row.messages), encode_with=partial(encode, encoder))
     if isinstance(whole, Drop):
@@ -112,6 +115,12 @@ CONTENT_EXTRAS = ("function_call", "reasoning_content", "reasoning", "thinking",
 def _with_content_beside_text(messages: list[Message]) -> int | None:
     """The first message with content that a template may write and that `content` does not hold."""
     return next((n for n, m in enumerate(messages) if any(m.extras.get(key) for key in CONTENT_EXTRAS)), None)
+
+
+def _has_no_weight(message: Message) -> bool:
+    """As OpenAI's and other formats mark answers that are context only; answers that paths of a tree share, too."""
+    weights = (message.extras.get("weight"), message.extras.get("loss_weight"), message.extras.get("train"))
+    return any(isinstance(weight, (int, float)) and not weight for weight in weights)
 
 
 # Before and after the work ----------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""Decompresses gzip and Zstandard and decodes UTF-16 and UTF-32 into a spool file, within a budget of bytes.
+"""Decompresses gzip and Zstandard, decodes other encodings than UTF-8, into a spool file, within a budget of bytes.
 
-What a file is, is told by its first bytes, never by its name. Nothing is extracted as an archive.
+What a file is, is told by its first bytes, never by its name.
 """
 
-import codecs
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,31 +10,24 @@ from typing import BinaryIO, NamedTuple
 
 import zstandard
 
+from pipelines.encodings import READ_BYTES, BrokenText, decoder, find_encoding
 from schemas.errors import InputError
 
 MIN_BUDGET_BYTES = 64 << 20  # small files may grow to this whatever their ratio
 
-_READ_BYTES = 1 << 16
 # A Zstandard block of 4 bytes can hold 128 KiB: 1 KiB of input is at most 32 MiB of output at once.
 _ZSTD_READ_BYTES = 1 << 10
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _FOREIGN = {
-    b"PK\x03\x04": "a zip archive",
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"7z\xbc\xaf": "a 7z archive",
-    b"ARROW1": "an Arrow file",
     b"\x89PNG": "a picture",
     b"%PDF": "a PDF",
     b"SQLite format 3": "an SQLite database",
 }
-# UTF-32-LE begins as UTF-16-LE does: longer marks first.
-_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
+# Rows and archives, never text: no encoding is looked for in them.
+_BINARY = (b"PAR1", b"ARROW1", b"PK\x03\x04", b"PK\x05\x06", b"\xff\xff\xff\xff")
 
 
 class Plain(NamedTuple):
@@ -45,14 +37,11 @@ class Plain(NamedTuple):
     damage: str = ""
 
 
-class _Damage(Exception):
-    """Compressed data that ends or breaks too early; what came before it has been used."""
-
-
-def unpack(path: Path, spool_path: Path, *, max_ratio: int) -> Plain:
+def unpack(path: Path, spool_path: Path, *, max_ratio: int, encoding: str = "auto") -> Plain:
     """The file itself where it is plain, else a spool of its decompressed, decoded bytes.
 
     Spools are `spool_path`, and beside it `<spool_path>.utf8` where decompressed text had to be decoded too.
+    `encoding` is what the source declares.
     Raises InputError for a file that can't be read, of a foreign kind, or that grows beyond
     max(64 MiB, max_ratio x its size).
     """
@@ -60,7 +49,7 @@ def unpack(path: Path, spool_path: Path, *, max_ratio: int) -> Plain:
         num_bytes, head = path.stat().st_size, _head(path)
     except PermissionError as error:
         raise InputError(f"{path} can't be opened ({error.strerror}): make it readable") from None
-    spool = _Spool(path, max(MIN_BUDGET_BYTES, max_ratio * num_bytes))
+    spool = Spool(path, max(MIN_BUDGET_BYTES, max_ratio * num_bytes))
     plain = Plain(path)
     if head.startswith((_GZIP, _ZSTD)):
         plain = spool.write(_gunzip if head.startswith(_GZIP) else _unzstd, path, spool_path)
@@ -69,20 +58,25 @@ def unpack(path: Path, spool_path: Path, *, max_ratio: int) -> Plain:
             raise InputError(f"{path} is compressed twice: decompress it once")
     for magic, kind in _FOREIGN.items():
         if head.startswith(magic):
-            raise InputError(f"{path} holds {kind}; expected JSON, JSON Lines or Parquet, plain, .gz or .zst")
-    encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
-    if encoding is None:
+            raise InputError(
+                f"{path} holds {kind}; expected JSON, CSV, Parquet, Arrow or text, plain, .gz or .zst, or a zip of these"
+            )
+    found = None if head.startswith(_BINARY) else find_encoding(head, encoding)
+    if found is None:
         return plain
     target = spool_path if plain.path == path else Path(f"{spool_path}.utf8")
-    decoded = spool.write(lambda file: _decode(file, encoding), plain.path, target)
+    decoded = spool.write(decoder(found), plain.path, target)
     return Plain(decoded.path, plain.damage or decoded.damage)
 
 
-class _Spool(NamedTuple):
+class Spool(NamedTuple):
+    """Writes what a file unpacks to, and refuses to write more than a budget. Shared by all members of an archive."""
+
     origin: Path
     budget_bytes: int
 
     def write(self, convert: Callable[[BinaryIO], Iterator[bytes]], source: Path, target: Path) -> Plain:
+        """The chunks that `convert` makes of a file, in `target`. Raises InputError for a bomb."""
         # No fsync: a spool is never trusted by a later run.
         target.parent.mkdir(parents=True, exist_ok=True)
         damage, num_bytes = "", 0
@@ -90,13 +84,14 @@ class _Spool(NamedTuple):
             try:
                 for chunk in convert(file):
                     num_bytes += len(chunk)
-                    self._check(num_bytes)
+                    self.check(num_bytes)
                     spool.write(chunk)
-            except _Damage as error:
+            except BrokenText as error:
                 damage = str(error)
         return Plain(target, damage)
 
-    def _check(self, num_bytes: int) -> None:
+    def check(self, num_bytes: int) -> None:
+        """Raises InputError for more than the budget."""
         if num_bytes > self.budget_bytes:
             raise InputError(
                 f"{self.origin} ({self.origin.stat().st_size} bytes) unpacks to more than {self.budget_bytes} "
@@ -111,22 +106,22 @@ def _head(path: Path) -> bytes:
 
 def _gunzip(file: BinaryIO) -> Iterator[bytes]:
     """Members one after another; zeros behind the first are padding."""
-    data = file.read(_READ_BYTES)
+    data = file.read(READ_BYTES)
     while data:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
-            data = data or file.read(_READ_BYTES)
+            data = data or file.read(READ_BYTES)
             try:
                 # At the end of the file too: output may still be waiting inside.
                 chunk = member.decompress(data, 1 << 20)
             except zlib.error as error:
-                raise _Damage(f"the gzip data is broken before its byte {file.tell()} ({error})") from None
+                raise BrokenText(f"the gzip data is broken before its byte {file.tell()} ({error})") from None
             if not data and not chunk:
-                raise _Damage(f"the gzip data ends early, at its byte {file.tell()}")
+                raise BrokenText(f"the gzip data ends early, at its byte {file.tell()}")
             yield chunk
             data = member.unconsumed_tail
         data = member.unused_data.lstrip(b"\x00")
-        while not data and (more := file.read(_READ_BYTES)):
+        while not data and (more := file.read(READ_BYTES)):
             data = more.lstrip(b"\x00")
 
 
@@ -137,27 +132,12 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
         frame = zstandard.ZstdDecompressor().decompressobj()
         while not frame.eof:
             if not data and not (data := file.read(_ZSTD_READ_BYTES)):
-                raise _Damage(f"the Zstandard data ends early, at its byte {file.tell()}")
+                raise BrokenText(f"the Zstandard data ends early, at its byte {file.tell()}")
             try:
                 yield frame.decompress(data)
             except zstandard.ZstdError as error:
-                raise _Damage(
+                raise BrokenText(
                     f"the Zstandard data is broken before its byte {file.tell()} ({error})"
                 ) from None
             data = b""
         data = frame.unused_data
-
-
-def _decode(file: BinaryIO, encoding: str) -> Iterator[bytes]:
-    """As UTF-8. Lone surrogates pass through: they are the business of the one record that holds them."""
-    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-    file.seek(len("\ufeff".encode(encoding)))
-    while chunk := file.read(_READ_BYTES):
-        try:
-            yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
-        except UnicodeDecodeError as error:
-            raise _Damage(
-                f"the {encoding} text is broken before its byte {file.tell()} ({error.reason})"
-            ) from None
-    if decoder.getstate()[0]:
-        raise _Damage(f"the {encoding} text ends inside a character")

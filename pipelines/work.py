@@ -36,7 +36,7 @@ def merge_part(task: PartTask) -> PartEntry:
     part, offsets = task.payload
     dropped: Dropped = []
     rows = _sift(merge.read_part(part, task.config, ordinal_offsets=offsets), dropped)
-    return _write_part(task, rows, dropped)
+    return _write_part(task, rows, dropped, num_rows_in=part.num_records)
 
 
 def step_part(task: PartTask) -> PartEntry:
@@ -140,14 +140,25 @@ def _sift(
             yield row if result is None else result
 
 
-def _write_part(task: PartTask, rows: Iterable[Conversation], dropped: Dropped) -> PartEntry:
+def _write_part(
+    task: PartTask, rows: Iterable[Conversation], dropped: Dropped, *, num_rows_in: int | None = None
+) -> PartEntry:
+    """`num_rows_in` where it is not what comes out: a record of a tree is a row for each of its chats."""
     repairs: Counter[str] = Counter()
     path = task.folder / f"part-{task.key[:32]}.parquet"
     num_rows = write_rows(path, _counted(rows, repairs))
     kept = file_entry(path, folder=task.folder, num_rows=num_rows)
     drops = Counter(drop.reason for _, drop in dropped)
+    num_rows_found = num_rows + len(dropped)
+    num_rows_in = num_rows_found if num_rows_in is None else num_rows_in
     return _entry(
-        task, (kept,), _dropped_file(task, dropped), num_rows + len(dropped), drops, counts=dict(repairs)
+        task,
+        (kept,),
+        _dropped_file(task, dropped),
+        num_rows_in,
+        drops,
+        num_pieces_cut=num_rows_found - num_rows_in,
+        counts=dict(repairs),
     )
 
 

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from schemas.errors import ConfigError
-from schemas.pipeline_config import PipelineConfig
+from schemas.pipeline_config import PipelineConfig, names_function
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -150,9 +150,19 @@ def _model_of(annotation: Any) -> type[BaseModel]:
 
 def _resolve(config: PipelineConfig, folder: Path) -> PipelineConfig:
     sources = [
-        source.model_copy(update={"path": _absolute(folder, source.path)}) for source in config.sources
+        source.model_copy(update={"path": _absolute(folder, source.path)}) if source.path else source
+        for source in config.sources
     ]
-    updates: dict[str, Any] = {"run_root": Path(_absolute(folder, str(config.run_root))), "sources": sources}
+    benchmarks = [
+        benchmark.model_copy(update={"path": _absolute(folder, benchmark.path)})
+        for benchmark in config.benchmarks
+    ]
+    updates: dict[str, Any] = {
+        "run_root": Path(_absolute(folder, str(config.run_root))),
+        "sources": sources,
+        "benchmarks": benchmarks,
+        "earlier_runs": [_absolute(folder, root) for root in config.earlier_runs],
+    }
     if config.model is not None:
         model = config.model
         updates["model"] = model.model_copy(
@@ -164,6 +174,9 @@ def _resolve(config: PipelineConfig, folder: Path) -> PipelineConfig:
     if config.split.chat_template is not None:
         template = _absolute(folder, config.split.chat_template)
         updates["split"] = config.split.model_copy(update={"chat_template": template})
+    if config.filter.quality and not names_function(config.filter.quality):
+        quality = _absolute(folder, config.filter.quality)
+        updates["filter"] = config.filter.model_copy(update={"quality": quality})
     return config.model_copy(update=updates)
 
 

@@ -1,4 +1,4 @@
-"""Paths in a config: on this machine, never a URL."""
+"""Paths in a config: on this machine; only sources may be URLs, and these without credentials."""
 
 from typing import Annotated
 
@@ -12,4 +12,19 @@ def refuse_url(path: str) -> str:
     return path
 
 
+def refuse_credentials(path: str) -> str:
+    """`path`, unless it is a URL that could hold a password or a key, or one that chains file systems."""
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return path
+    if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
+        raise ValueError(
+            "this URL has a user, a password or a query: set keys in the environment, never in the URL"
+        )
+    if "::" in path or not scheme.isalnum():
+        raise ValueError("one scheme is expected, such as s3://, gs://, https:// or hf://datasets/OWNER/NAME")
+    return path
+
+
 LocalPath = Annotated[str, AfterValidator(refuse_url)]
+SourcePath = Annotated[str, AfterValidator(refuse_credentials)]

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from schemas.local_path import LocalPath, refuse_url
+from schemas.conversation import Role
+from schemas.local_path import LocalPath, SourcePath, refuse_url
 from schemas.training_config import EvaluateConfig, ModelConfig, PromoteConfig, TrainConfig
 
 
@@ -20,24 +21,167 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 BlockName = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
 
 
+FormatName = Literal[
+    "auto",
+    "sharegpt",
+    "alpaca",
+    "messages",
+    "prompt",
+    "preference",
+    "kto",
+    "oasst",
+    "chatgpt",
+    "moss",
+    "dialogue",
+    "text",
+    "custom",
+]
+
+
+EncodingName = Literal[
+    "auto",
+    "utf-8",
+    "utf-16-le",
+    "utf-16-be",
+    "cp1252",
+    "iso8859-1",
+    "iso8859-15",
+    "cp1250",
+    "cp1251",
+    "koi8-r",
+    "gb18030",
+    "big5",
+    "shift_jis",
+    "euc-jp",
+    "euc-kr",
+]
+
+
+class FieldPaths(Section):
+    """Where things stand in records of a shape of their own: keys joined by dots, numbers count in lists."""
+
+    messages: str = ""
+    """Path of the list of turns, such as data.turns."""
+    role: str = "role"
+    """Path inside a turn of who speaks."""
+    content: str = "content"
+    """Path inside a turn of what is said."""
+    roles: dict[str, Role] = Field(default_factory=dict)
+    """Names of speakers beside the usual ones: {customer: user, agent: assistant}."""
+    prompt: list[str] = Field(default_factory=list)
+    """In place of messages: paths of the question's parts, which are joined by blank lines."""
+    answer: str = ""
+    """In place of messages: path of the answer, such as answers.0.text."""
+    system: str = ""
+    """Path of a system text."""
+    id: str = ""
+    """Path of the record's own id."""
+    date: str = ""
+    """Path of its date."""
+    model: str = ""
+    """Path of the name of the model that answered."""
+
+    @model_validator(mode="after")
+    def _turns_or_a_round(self) -> "FieldPaths":
+        if bool(self.messages) == bool(self.prompt or self.answer) or bool(self.prompt) != bool(self.answer):
+            raise ValueError("name either messages, or prompt and answer")
+        return self
+
+
+class IdentityConfig(Section):
+    name: str = Field(min_length=1)
+    """What the model is called."""
+    maker: str = Field(min_length=1)
+    """Who made it."""
+    languages: list[Literal["en", "de", "fr", "es", "it", "pt", "ru", "zh", "ja", "ko"]] = Field(
+        default=["en"], min_length=1
+    )
+    """In which languages it is asked and answers."""
+    others: list[str] | None = None
+    """Names that are not its own (are you X? no); default: well-known assistants."""
+
+
+def checked_name(name: str) -> str:
+    """The name of a source or benchmark, which becomes part of ids and of the names of counts."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
+    return name
+
+
 class SourceConfig(Section):
     name: str
     """Short name of this source; part of every row id, so keep it when files move."""
-    path: LocalPath
-    """A file, a folder or a glob; relative to the config file. .json .jsonl .parquet, also .gz and .zst."""
-    format: Literal["auto", "sharegpt", "alpaca", "messages"] = "auto"
-    """auto looks at each record."""
+    path: SourcePath = ""
+    """A file, a folder or a glob, relative to the config file, or a URL such as s3://... or hf://datasets/OWNER/NAME."""
+    container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
+    """How records lie in a file: auto looks at its bytes; text: a file is one document; text_lines: each line is."""
+    encoding: EncodingName = "auto"
+    """How text is written: auto knows UTF-8, UTF-16 and UTF-32; name any other. A byte order mark outdoes it."""
+    format: FormatName = "auto"
+    """auto looks at each record; custom reads it by fields."""
+    fields: FieldPaths | None = None
+    """Where things stand in a record, with format: custom."""
+    tree_paths: Literal["all", "best"] = "all"
+    """Of trees (oasst, chatgpt): all paths from the root to a leaf, or the best-ranked or shown one."""
+    assistant_side: str = ""
+    """Of chats between people: first, second or a speaker's name becomes the assistant; empty drops them."""
+    text_chars: int = Field(default=4000, ge=100)
+    """Of plain texts and papers: about how many characters a round has."""
     answers: Literal["auto", "html", "text"] = "auto"
     """Whether assistant turns are HTML; auto looks at each answer. User turns are always plain text."""
     set: Literal["any", "train"] = "any"
-    """train: rows of this source are never held out (identity data)."""
+    """train: rows of this source are never held out."""
+    identity: IdentityConfig | None = None
+    """In place of a path: chats that teach the model its own name; never held out, never near-duplicates."""
 
     @field_validator("name")
     @classmethod
     def _name_is_a_word(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
-        return name
+        return checked_name(name)
+
+    @model_validator(mode="after")
+    def _reads_or_makes(self) -> "SourceConfig":
+        if bool(self.path) == (self.identity is not None):
+            raise ValueError(f"source {self.name!r}: name either a path, or an identity to make chats of")
+        return self
+
+    @model_validator(mode="after")
+    def _custom_has_fields(self) -> "SourceConfig":
+        if (self.format == "custom") != (self.fields is not None):
+            raise ValueError("format: custom and fields belong together: name both or none")
+        return self
+
+
+class BenchmarkConfig(Section):
+    name: str
+    """Short name, for reasons and reports."""
+    path: SourcePath
+    """A file, a folder or a glob of the benchmark, in any container that sources may have; or a URL."""
+    container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
+    """How records lie in a file, as for sources; a document or a line of text is a record with the field text."""
+    encoding: EncodingName = "auto"
+    """How text is written, as for sources."""
+    question: list[str] = Field(default_factory=list)
+    """Paths of the question's parts, such as [question, choices.0], which are joined by blank lines."""
+    answer: list[str] = Field(default_factory=list)
+    """Paths of the answer's parts; answers with fewer than dedup.leak_words words are not looked for."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_word(cls, name: str) -> str:
+        return checked_name(name)
+
+    @model_validator(mode="after")
+    def _names_a_field(self) -> "BenchmarkConfig":
+        if not self.question and not self.answer:
+            raise ValueError(
+                f"benchmark {self.name!r}: name the paths of its question, of its answer or of both"
+            )
+        return self
+
+    def as_source(self) -> SourceConfig:
+        """Its files are found and read as a source's are."""
+        return SourceConfig(name=self.name, path=self.path, container=self.container, encoding=self.encoding)
 
 
 class MergeConfig(Section):
@@ -54,33 +198,121 @@ class CleanConfig(Section):
     """Which library writes the Markdown, behind the same pre-pass."""
     images: Literal["keep", "alt", "drop"] = "drop"
     """Pictures in answers: as Markdown, as their alt text, or not at all."""
+    citations: Literal["keep", "drop"] = "drop"
+    """Pills with the names of sources inside sentences: as links, or not at all."""
     unfinished: Literal["keep", "drop"] = "drop"
     """Answers whose markup says that they were cut off while being written."""
+    ftfy: bool = False
+    """Repair text that was decoded with the wrong encoding (â€™ for ’), outside code; needs the extra `text`."""
+    unescape: bool = False
+    """Take out back-slashes that an earlier cleaner left in names (`my\\_var`), where nobody else can have written them."""
+    chinese: Literal["keep", "simplified"] = "keep"
+    """simplified: traditional characters of Chinese text, outside code, become simplified ones; needs the extra `text`."""
+    redact: list[Literal["email", "phone", "ip", "card", "iban", "key"]] = Field(default_factory=list)
+    """Personal data and secrets to replace, outside code: [EMAIL_1] is the same address throughout a chat."""
+    redact_code: bool = False
+    """Replace them in code too; without it, API keys that stay in code are counted as api_keys_kept."""
     max_message_bytes: int = Field(default=2 * 2**20, gt=0)
     """A longer HTML answer is dropped as html_too_large."""
+    max_chat_bytes: int = Field(default=8 * 2**20, gt=0)
+    """A chat with more HTML in all its answers is dropped as html_too_large. The worst page of 2 MB takes 3 s, with
+    markdownify 8 s, so this bounds the time of a record."""
     max_depth: int = Field(default=256, gt=0)
     """HTML nested deeper is dropped as html_too_deep: converters lose or crash on it."""
 
 
+def names_function(name: str) -> bool:
+    """Whether `name` is written as package.module:function, not as a path."""
+    module, _, function = name.partition(":")
+    return all(part.isidentifier() for part in [*module.split("."), function])
+
+
+LanguageCode = Annotated[str, Field(pattern=r"^([a-z]{2,3}|zh-Han[st])$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+KeepOrDrop = Literal["keep", "drop"]
+KeepCutDrop = Literal["keep", "cut", "drop"]
+
+
 class FilterConfig(Section):
-    keep_languages: list[str] = Field(default_factory=list)
-    """ISO 639-1 codes; empty keeps all. A chat stays if its main language is in the list."""
-    skip_languages: list[str] = Field(default_factory=list)
-    """ISO 639-1 codes whose chats are dropped."""
+    keep_languages: list[LanguageCode] = Field(default_factory=list)
+    """ISO 639-1 codes, zh-Hans or zh-Hant; empty keeps all. A chat stays if its main language is in the list."""
+    skip_languages: list[LanguageCode] = Field(default_factory=list)
+    """Codes of languages whose chats are dropped."""
     min_language_share: float = Field(default=0.5, ge=0, le=1)
     """Share of letters the main language must have before keep/skip may judge by it."""
+    foreign_rounds: KeepCutDrop = "keep"
+    """Rounds with a turn in a language that is not kept or is skipped: left in, cut out, or their chats dropped."""
+    mixed_chats: KeepCutDrop = "keep"
+    """Chats in more than one language: kept, freed of the rounds with a turn in another than the main one, or dropped."""
+    keep_models: list[str] = Field(default_factory=list)
+    """Names of models whose chats stay, with * and ?; "" stands for chats that name no model. Empty keeps all."""
+    skip_models: list[str] = Field(default_factory=list)
+    """Names of models whose chats are dropped, with * and ?."""
     min_chars: int = Field(default=1, ge=0)
     """Fewest characters of all assistant turns together."""
     max_chars: int = Field(default=4_000_000, gt=0)
     """Most characters of a chat."""
+    min_answer_chars: int = Field(default=0, ge=0)
+    """Fewest characters of every assistant turn; tool calls don't count as turns."""
+    max_answer_chars: int = Field(default=0, ge=0)
+    """Most characters of every assistant turn; 0 is off."""
+    min_tokens: int = Field(default=0, ge=0)
+    """Fewest tokens of a chat's texts by the tokenizer of `model`, its template not counted; 0 is off."""
+    max_tokens: int = Field(default=0, ge=0)
+    """Most tokens of a chat's texts by the tokenizer of `model`, its template not counted; 0 is off."""
+    min_turns: int = Field(default=0, ge=0)
+    """Fewest messages of a chat, the system message not counted."""
     max_turns: int = Field(default=10_000, gt=0)
     """Most messages of a chat, the system message not counted."""
+    first_round_only: bool = False
+    """Cut every chat behind its first round: one question and what answers it."""
     alternation: Literal["repair", "drop"] = "repair"
-    """Wrong role order: merge neighbours of one role and cut unpaired ends, or drop the chat."""
+    """Wrong role order: repaired as the next three say, or the chat is dropped."""
+    same_role: Literal["merge", "last", "drop"] = "merge"
+    """Neighbours of one role: joined by a blank line, only the last one kept, or the chat dropped."""
+    leading_answers: Literal["cut", "drop"] = "cut"
+    """Answers before the first question: cut off, or the chat dropped."""
+    trailing_questions: Literal["cut", "drop"] = "cut"
+    """Questions behind the last answer: cut off, or the chat dropped."""
+    error_replies: KeepCutDrop = "cut"
+    """Short answers that are a server's error or rate limit. cut ends the chat before the question to them."""
+    refusals: KeepCutDrop = "keep"
+    """Answers that begin by declining, in twelve languages."""
+    ai_disclaimers: KeepCutDrop = "keep"
+    """Answers with "as an AI language model, I", in twelve languages."""
+    unfinished_answers: KeepCutDrop = "keep"
+    """Answers whose text breaks off: in a code block, after a comma, in a long line without an end of sentence."""
+    echoes: KeepCutDrop = "keep"
+    """Answers that are the question again."""
+    placeholders: KeepCutDrop = "keep"
+    """Questions and answers with a {{name}} that nobody filled in, outside of code."""
+    broken_numbering: KeepOrDrop = "drop"
+    """Answers with lists numbered 1. 1. 1., as exports leave them that lost the numbers."""
     max_digit_run: int = Field(default=0, ge=0)
     """Drop chats with one digit repeated more often than this; 0 is off."""
-    broken_numbering: Literal["keep", "drop"] = "drop"
-    """Answers with lists numbered 1. 1. 1., as exports leave them that lost the numbers."""
+    max_character_run: int = Field(default=0, ge=0)
+    """Drop chats with another character repeated more often than this in an answer's prose; 0 is off."""
+    max_repeated_line_share: Share = 1
+    """Largest share of lines of an answer's prose that stood before in it; 1 is off."""
+    max_repeated_ngram_share: Share = 1
+    """Largest share of an answer's words (characters in Chinese, Japanese, Thai) in stretches of eight that stood before in
+    it; 1 is off."""
+    max_symbol_share: Share = 1
+    """Largest share of signs that are neither letters nor digits in the prose of the answers; 1 is off."""
+    max_digit_share: Share = 1
+    """Largest share of digits in the prose of the answers; 1 is off."""
+    max_code_share: Share = 1
+    """Largest share of code in the characters of the answers; 1 is off."""
+    blocked_words: list[str] = Field(default_factory=list)
+    """Words and phrases whose chats are dropped: whole words, in prose, upper or lower case."""
+    blocked_words_in: Literal["all", "answers"] = "all"
+    """Whether questions and system messages are searched, too."""
+    quality: LocalPath = ""
+    """A score of the chat: `package.module:function` (a chat in, a number out), or the path of a fastText model."""
+    quality_label: str = "__label__hq"
+    """The model's label whose probability is the score."""
+    min_quality: float = 0.5
+    """Chats with a lower score are dropped as low_quality; every score stands in meta."""
 
 
 class DedupConfig(Section):
@@ -92,6 +324,17 @@ class DedupConfig(Section):
     """A chat that is nearly another one is dropped in favour of the longer one."""
     near_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 3-grams from which two chats count as one."""
+    source_rank: list[str] = Field(default_factory=list)
+    """Names of sources, the best first; the others come last. Of two chats the longer one survives, else the one with
+    the later date, else the one of the better source, else the one with the lower id."""
+    leaks: Literal["drop", "report"] = "drop"
+    """Chats that hold a question or an answer of `benchmarks`: dropped and reported, or only reported."""
+    leak_words: int = Field(default=8, ge=3, le=50)
+    """Words in a row that a chat and a benchmark must share; a shorter question must be a whole user turn."""
+    leak_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a question's or an answer's words that must stand in such runs in one turn."""
+    caps: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Source name: most rows of it that stay; the others are dropped as over_cap, after dedup, by their ids."""
 
 
 class HoldoutConfig(Section):
@@ -151,6 +394,10 @@ class PipelineConfig(Section):
     run_root: Path
     """Folder of everything that a run writes; relative to the config file."""
     sources: list[SourceConfig] = Field(min_length=1)
+    benchmarks: list[BenchmarkConfig] = Field(default_factory=list)
+    """Questions and answers that must not be trained on; see dedup.leaks."""
+    earlier_runs: list[LocalPath] = Field(default_factory=list)
+    """Run roots whose rows must not be taken again: their duplicates, beginnings and near-duplicates are dropped."""
     merge: MergeConfig = MergeConfig()
     clean: CleanConfig = CleanConfig()
     filter: FilterConfig = FilterConfig()
@@ -170,21 +417,26 @@ class PipelineConfig(Section):
     def _run_root_is_here(cls, run_root: object) -> object:
         return refuse_url(run_root) if isinstance(run_root, str) else run_root
 
-    @field_validator("sources")
+    @field_validator("sources", "benchmarks")
     @classmethod
-    def _names_are_unique(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
-        names = [source.name for source in sources]
+    def _names_are_unique(
+        cls, named: list[SourceConfig] | list[BenchmarkConfig], info: ValidationInfo
+    ) -> list[SourceConfig] | list[BenchmarkConfig]:
+        names = [one.name for one in named]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two sources are named {twice[0]!r}: give each its own name")
-        return sources
+            raise ValueError(f"two {info.field_name} are named {twice[0]!r}: give each its own name")
+        return named
 
     @model_validator(mode="after")
-    def _weights_name_sources(self) -> "PipelineConfig":
+    def _weights_and_caps_name_sources(self) -> "PipelineConfig":
         names = [source.name for source in self.sources]
-        for name in self.pack.weights:
-            if name not in names:
-                raise ValueError(
-                    f"pack.weights names {name!r}, no such source; sources are {', '.join(names)}"
-                )
+        for key, named in (
+            ("pack.weights", self.pack.weights),
+            ("dedup.caps", self.dedup.caps),
+            ("dedup.source_rank", self.dedup.source_rank),
+        ):
+            for name in named:
+                if name not in names:
+                    raise ValueError(f"{key} names {name!r}, no such source; sources are {', '.join(names)}")
         return self

@@ -3,7 +3,8 @@
     python tests/conservation.py RUN_ROOT
 
 Opens kept, dropped and piece files and compares multisets of row ids stage by stage:
-rows in + pieces cut = rows out + drops, for each stage, row by row.
+rows in + pieces cut = rows out + drops, for each stage, row by row. At merge the rows in are the records of each
+file, numbered from 0 without a gap; a record of several chats gives further rows.
 """
 
 import itertools
@@ -11,6 +12,7 @@ import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,19 +23,40 @@ FOLDERS = ("01_merged", "02_cleaned", "03_filtered", "04_deduplicated", "05_held
 
 def check_run_root(run_root: Path) -> dict[str, dict[str, int]]:
     """Counts by folder; raises AssertionError naming what is missing or too much."""
+    counts, left = check_rows(run_root, FOLDERS)
+    counts["06_shards"] = check_shards(run_root / "06_shards", left)
+    check_manifests(run_root, counts)
+    check_plan(run_root)
+    return counts
+
+
+def check_rows(run_root: Path, folders: Sequence[str]) -> tuple[dict[str, dict[str, int]], Counter[str]]:
+    """Counts by folder, from 01_merged on, and the row ids that are left behind the last."""
     counts = {}
     before: Counter[str] | None = None
-    for folder in FOLDERS:
+    for folder in folders:
         kept, dropped = parquet_ids(run_root / folder, "part"), parquet_ids(run_root / folder, "dropped")
         if before is not None:
             assert kept + dropped == before, f"{folder}: {difference(before, kept + dropped)}"
         counts[folder] = {"kept": kept.total(), "dropped": dropped.total()}
         before = kept
+    counts["01_merged"]["pieces_cut"] = further_rows(run_root / "01_merged")
     assert before is not None
-    counts["06_shards"] = check_shards(run_root / "06_shards", before)
-    check_manifests(run_root, counts)
-    check_plan(run_root)
-    return counts
+    return counts, before
+
+
+def further_rows(folder: Path) -> int:
+    """Rows of 01_merged beyond one a record."""
+    places: Counter[tuple[str, int]] = Counter()
+    for path in sorted(folder.rglob("*.parquet")):
+        table = pq.read_table(path, columns=["source", "record"])
+        places.update(zip(table["source"].to_pylist(), table["record"].to_pylist(), strict=True))
+    numbers: dict[str, set[int]] = {}
+    for source, record in places:
+        numbers.setdefault(source, set()).add(record)
+    for source, found in numbers.items():
+        assert found == set(range(len(found))), f"{source}: records are missing below {max(found)}"
+    return places.total() - len(places)
 
 
 def parquet_ids(folder: Path, prefix: str) -> Counter[str]:

@@ -1,14 +1,16 @@
 """ShareGPT: {"conversations": [{"from": "human", "value": "..."}, ...]}, and the shapes that grew out of it.
 
-The list may be called conversation or items, its turns may be {role, content}, or pairs {human, assistant}.
+The list may be called conversation or items, its turns may be {role, content}, or pairs {human, assistant}. Keys
+that are not read here (plugins, model, scores, ...) change nothing.
 """
 
 from typing import Any
 
-from pipelines.formats.turns import read_text, read_turn, with_system
+from pipelines.formats.turns import listed, read_pair, read_turn, with_system
 from schemas.conversation import Drop, Message
 
 _LIST_KEYS = ("conversations", "conversation", "items")
+_TEXT_KEYS = ("value", "content", "markdown", "text")
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -28,22 +30,18 @@ def read(record: dict[str, Any]) -> list[Message] | Drop:
 
 
 def _turns(record: dict[str, Any]) -> list[Any] | None:
-    lists = (record.get(key) for key in _LIST_KEYS)
-    return next((value for value in lists if isinstance(value, list)), None)
+    lists = (listed(record[key]) for key in _LIST_KEYS if key in record)
+    return next((value for value in lists if value is not None), None)
 
 
 def _read(turn: Any) -> list[Message] | Drop:
     if isinstance(turn, dict) and "human" in turn and "assistant" in turn:
-        return _read_pair(turn)
-    keys = ("from", "value") if not isinstance(turn, dict) or "from" in turn else ("role", "content")
-    message = read_turn(turn, name_key=keys[0], text_key=keys[1])
+        return read_pair(turn["human"], turn["assistant"])
+    if isinstance(turn, dict) and "from" not in turn:
+        name_key, text_key = "role", "content"
+    else:
+        name_key, text_key = "from", "value"
+    if isinstance(turn, dict) and text_key not in turn:
+        text_key = next((key for key in _TEXT_KEYS if key in turn), text_key)
+    message = read_turn(turn, name_key=name_key, text_key=text_key)
     return message if isinstance(message, Drop) else [message]
-
-
-def _read_pair(pair: dict[str, Any]) -> list[Message] | Drop:
-    question, answer = read_text(pair["human"]), read_text(pair["assistant"])
-    if isinstance(question, Drop):
-        return question
-    if isinstance(answer, Drop):
-        return answer
-    return [Message("user", question), Message("assistant", answer)]

@@ -1,10 +1,12 @@
 """What the chat formats share: names of roles, texts of turns, what else a turn may carry."""
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import orjson
 
+from pipelines.formats.parts import Parts, read_parts
 from schemas.conversation import Drop, Message, Role
 
 ROLE_NAMES: dict[str, Role] = {
@@ -18,12 +20,31 @@ ROLE_NAMES: dict[str, Role] = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "claude": "assistant",
+    "gemini": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Chats:
+    """Several chats of one record (paths of a tree, instances of a task): one group, on one side of the hold-out.
+
+    Each is its messages and None, or the reason why it is dropped. `meta` is what the record says of all of them.
+    """
+
+    chats: list[tuple[list[Message], Drop | None]]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+Reading: TypeAlias = list[Message] | Chats | Drop
+"""What a reader makes of a record: its chat, its chats, or why it has none."""
 
 MAX_EXTRA_BYTES = 1024
 _CALLS = ("tool_calls", "function_call")
@@ -38,13 +59,14 @@ def read_turn(turn: Any, *, name_key: str, text_key: str) -> Message | Drop:
     role = ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         return Drop("unknown_role", f"{name_key} is {_shown(name)}")
-    text = join_parts(value) if isinstance(value, list) and text_key == "content" else read_text(value)
-    if isinstance(text, Drop):
-        return text
+    found = read_parts(value) if isinstance(value, list) and text_key == "content" else read_text(value)
+    if isinstance(found, Drop):
+        return found
+    text, beside = found if isinstance(found, Parts) else (found, {})
+    extras = read_extras(turn, without=(name_key, text_key)) | beside
     for key in _CALLS:
-        if not is_plain(turn.get(key)):
+        if not is_plain(extras.get(key)):
             return Drop("bad_value", f"{key} is nested too deep to be kept")
-    extras = read_extras(turn, without=(name_key, text_key))
     if str(name).strip().lower() == "function_call":
         extras["kind"] = "function_call"
     return Message(role, text, extras)
@@ -59,6 +81,35 @@ def read_text(value: Any) -> str | Drop:
     return Drop("bad_value", f"a text is {_shown(value)}, expected a string")
 
 
+def read_pair(question: Any, answer: Any) -> list[Message] | Drop:
+    """One round."""
+    texts = [read_text(question), read_text(answer)]
+    for text in texts:
+        if isinstance(text, Drop):
+            return text
+    return [Message("user", str(texts[0])), Message("assistant", str(texts[1]))]
+
+
+def read_history(value: Any) -> list[Message] | Drop:
+    """Earlier rounds, [["question", "answer"], ...]."""
+    messages: list[Message] = []
+    for pair in value if isinstance(value, list) else [value] if value else []:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            return Drop("bad_value", f"history holds {pair!r:.200}, expected pairs of strings")
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return messages
+
+
+def listed(value: Any) -> list[Any] | None:
+    """A list, or the list that a text holds as JSON: tables without nested columns have it so."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return None
+    return value if isinstance(value, list) else None
+
+
 def read_extras(record: dict[str, Any], *, without: tuple[str, ...]) -> dict[str, Any]:
     """The other keys of a turn: small plain values, and tool calls."""
     return {
@@ -66,18 +117,6 @@ def read_extras(record: dict[str, Any], *, without: tuple[str, ...]) -> dict[str
         for key, value in record.items()
         if key not in without and (_is_small(value) or (key in _CALLS and value))
     }
-
-
-def join_parts(parts: list[Any]) -> str | Drop:
-    """The text of a content list [{"type": "text", "text": "..."}, ...]."""
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        text = part.get("text", part.get("value")) if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(text, str):
-            return Drop("unsupported_content", f"a content part of type {kind!r:.100}, only text is read")
-        texts.append(text)
-    return "".join(texts)
 
 
 def is_plain(value: Any) -> bool:

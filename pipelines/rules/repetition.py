@@ -4,28 +4,97 @@ import re
 from collections import defaultdict
 
 from pipelines.markdown import without_fences
+from pipelines.rules.prose import UNPARTED_SCRIPTS, prose_of
 from schemas.conversation import Conversation, Drop
 from schemas.pipeline_config import FilterConfig
 
 MIN_BROKEN_ITEMS = 3
 """Items in a row that must all be numbered 1: two one-item lists, or an example of such a list, are no fault."""
 
+MIN_LINES = 6
+MIN_WORDS = 50
+NGRAM_WORDS = 8
+"""Shorter answers repeat themselves by chance. Stretches of eight words, because songs, lists and recipes repeat
+shorter ones; a model that has gone astray repeats whole sentences."""
+
+# A word, or one character of the scripts that don't part words.
+_WORD = re.compile(rf"[{UNPARTED_SCRIPTS}]|[^\W{UNPARTED_SCRIPTS}]+")
 _NUMBERED_ONE = re.compile(r"^[ \t>]*1[.)][ \t]+\S", re.MULTILINE)
 _BULLET = re.compile(r"[-*+][ \t]")
 
 
 def digit_repetition(conversation: Conversation, settings: FilterConfig) -> Drop | None:
-    """`digit_repetition`: one digit repeated more than `max_digit_run` times in a row; 0 is off."""
+    """`digit_repetition`: one digit repeated more than `max_digit_run` times in a row in prose; 0 is off."""
     if settings.max_digit_run == 0:
         return None
-    repeated = re.compile(rf"(\d)\1{{{settings.max_digit_run}}}")
+    repeated = _repeated(r"\d", settings.max_digit_run)
     for position, message in enumerate(conversation.messages):
-        if found := repeated.search(message.content):
+        # The whole text first: prose costs a hundred times as much as this search.
+        if repeated.search(message.content) and (found := repeated.search(prose_of(message.content))):
             return Drop(
                 "digit_repetition",
-                f"message {position}: {found[0]!r}, more than {settings.max_digit_run} times",
+                f"message {position}: {found[0][:60]!r}, more than {settings.max_digit_run} times",
             )
     return None
+
+
+def character_repetition(conversation: Conversation, settings: FilterConfig) -> Drop | None:
+    """`character_repetition`: one sign or letter repeated more than `max_character_run` times in an answer's prose.
+
+    Rules and leaders are no fault: lines of nothing else, and runs of . _ - = *.
+    """
+    if settings.max_character_run == 0:
+        return None
+    repeated = _repeated(r"[^\d\s._\-=*…·]", settings.max_character_run)
+    for position, message in _answers(conversation):
+        if repeated.search(message) and (found := repeated.search(_without_rules(prose_of(message)))):
+            return Drop(
+                "character_repetition",
+                f"message {position}: {found[0][:60]!r}, more than {settings.max_character_run} times",
+            )
+    return None
+
+
+def line_repetition(conversation: Conversation, settings: FilterConfig) -> Drop | None:
+    """`line_repetition`: more than `max_repeated_line_share` of an answer's lines of prose stood before in it."""
+    if settings.max_repeated_line_share >= 1:
+        return None
+    for position, message in _answers(conversation):
+        lines = prose_of(message).split("\n") if message.count("\n") >= MIN_LINES else []
+        share = 1 - len(set(lines)) / len(lines) if len(lines) >= MIN_LINES else 0.0
+        if share > settings.max_repeated_line_share:
+            return Drop("line_repetition", f"message {position}: {share:.0%} of its lines stood before in it")
+    return None
+
+
+def ngram_repetition(conversation: Conversation, settings: FilterConfig) -> Drop | None:
+    """`ngram_repetition`: more than `max_repeated_ngram_share` of an answer's words lie in repeated stretches."""
+    if settings.max_repeated_ngram_share >= 1:
+        return None
+    for position, message in _answers(conversation):
+        share = repeated_ngram_share(prose_of(message))
+        if share > settings.max_repeated_ngram_share:
+            return Drop(
+                "ngram_repetition",
+                f"message {position}: {share:.0%} of its words lie in stretches of {NGRAM_WORDS} that stood before in it",
+            )
+    return None
+
+
+def repeated_ngram_share(text: str) -> float:
+    """Share of words inside of n-grams that stood before in the text; 0.0 for a text of fewer than MIN_WORDS."""
+    words = _WORD.findall(text.casefold())
+    if len(words) < MIN_WORDS:
+        return 0.0
+    seen: set[tuple[str, ...]] = set()
+    num_repeated, counted_to = 0, 0
+    for start in range(len(words) - NGRAM_WORDS + 1):
+        ngram = tuple(words[start : start + NGRAM_WORDS])
+        if ngram in seen:
+            num_repeated += start + NGRAM_WORDS - max(start, counted_to)
+            counted_to = start + NGRAM_WORDS
+        seen.add(ngram)
+    return num_repeated / len(words)
 
 
 def broken_numbering(conversation: Conversation, settings: FilterConfig) -> Drop | None:
@@ -38,6 +107,18 @@ def broken_numbering(conversation: Conversation, settings: FilterConfig) -> Drop
                 "broken_numbering", f"message {position}: {MIN_BROKEN_ITEMS} items in a row are numbered 1"
             )
     return None
+
+
+def _repeated(character: str, max_run: int) -> re.Pattern[str]:
+    return re.compile(rf"({character})\1{{{max_run}}}")
+
+
+def _answers(conversation: Conversation) -> list[tuple[int, str]]:
+    return [(n, m.content) for n, m in enumerate(conversation.messages) if m.role == "assistant"]
+
+
+def _without_rules(prose: str) -> str:
+    return "\n".join(line for line in prose.split("\n") if any(map(str.isalnum, line)))
 
 
 def has_broken_numbering(text: str) -> bool:

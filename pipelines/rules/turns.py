@@ -1,6 +1,6 @@
 """The order of roles: [system] (user assistant)+, with tool results after an assistant that calls tools."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,8 @@ def in_order(conversation: Conversation, settings: FilterConfig) -> Conversation
 
     Repairs, in this order, each counted in meta["repairs"]:
     - empty_turns_removed: user and assistant turns without text (an assistant's tool call is not empty)
-    - turns_merged: neighbours of one role joined by a blank line (tool results stay apart)
+    - turns_merged: neighbours of one role joined by a blank line (tool results stay apart), or
+      turns_replaced: the last of them in their place
     - leading_turns_cut: assistant and tool turns before the first user turn
     - trailing_turns_cut: user and tool turns behind the last answer
     A system message anywhere but at the beginning, or a tool result that no assistant asked for, is not repaired.
@@ -41,17 +42,43 @@ def in_order(conversation: Conversation, settings: FilterConfig) -> Conversation
         return conversation
     if settings.alternation == "drop":
         return Drop("wrong_role_order", problem)
-    messages, repairs = conversation.messages, dict(conversation.meta.get("repairs", {}))
-    for name, repair in REPAIRS.items():
-        repaired = repair(messages)
-        if len(repaired) != len(messages):
-            repairs[name] = repairs.get(name, 0) + len(messages) - len(repaired)
-        messages = repaired
-    if problem := _problem(messages):
+    ordered = conversation
+    for name, repair in _repairs(settings).items():
+        messages = repair(ordered.messages)
+        if num_changed := len(ordered.messages) - len(messages):
+            if (setting := _FORBIDS.get(name)) and getattr(settings, setting) == "drop":
+                return Drop("wrong_role_order", f"{problem}, and {setting} is drop")
+            ordered = with_repair(replace(ordered, messages=messages), name, num_changed)
+    if problem := _problem(ordered.messages):
         return Drop("wrong_role_order", problem)
-    return replace(
-        conversation, messages=messages, meta={**conversation.meta, "repairs": dict(sorted(repairs.items()))}
+    return ordered
+
+
+def rounds_of(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The messages before the first question, and the rounds: each a question with all that follows up to the next."""
+    starts = [position for position, message in enumerate(messages) if message.role == "user"]
+    ends = [*starts[1:], len(messages)]
+    prefix = list(messages[: starts[0]]) if starts else list(messages)
+    return prefix, [
+        list(messages[start:end]) for start, end in zip(starts, ends, strict=True)
+    ] if starts else []
+
+
+def first_round(conversation: Conversation, settings: FilterConfig) -> Conversation:
+    """With `first_round_only` the chat up to the second question, what is cut counted as `later_rounds_cut`."""
+    prefix, rounds = rounds_of(conversation.messages) if settings.first_round_only else ([], [])
+    if len(rounds) < 2:
+        return conversation
+    return with_repair(
+        replace(conversation, messages=prefix + rounds[0]), "later_rounds_cut", len(rounds) - 1
     )
+
+
+def with_repair(conversation: Conversation, name: str, count: int) -> Conversation:
+    """The chat with `count` more repairs of that name in its meta."""
+    repairs = dict(conversation.meta.get("repairs", {}))
+    repairs[name] = repairs.get(name, 0) + count
+    return replace(conversation, meta={**conversation.meta, "repairs": dict(sorted(repairs.items()))})
 
 
 def _problem(messages: list[Message]) -> str:
@@ -88,6 +115,14 @@ def _merged(messages: list[Message]) -> list[Message]:
     return merged
 
 
+def _last_of_each(messages: list[Message]) -> list[Message]:
+    return [
+        message
+        for message, following in zip(messages, [*messages[1:], None], strict=True)
+        if following is None or message.role != following.role or message.role == "tool"
+    ]
+
+
 def _joined(first: Message, second: Message) -> Message:
     content = "\n\n".join(text for text in (first.content, second.content) if text.strip())
     extras: dict[str, Any] = {**second.extras, **first.extras}
@@ -111,9 +146,21 @@ def _without_trailing(messages: list[Message]) -> list[Message]:
     return messages[:end]
 
 
-REPAIRS: dict[str, Callable[[list[Message]], list[Message]]] = {
-    "empty_turns_removed": _without_empty,
-    "turns_merged": _merged,
-    "leading_turns_cut": _without_leading,
-    "trailing_turns_cut": _without_trailing,
+_FORBIDS = {
+    "turns_merged": "same_role",
+    "leading_turns_cut": "leading_answers",
+    "trailing_turns_cut": "trailing_questions",
 }
+"""Repair -> the setting that may forbid it."""
+
+
+def _repairs(settings: FilterConfig) -> dict[str, Callable[[list[Message]], list[Message]]]:
+    neighbours = (
+        {"turns_replaced": _last_of_each} if settings.same_role == "last" else {"turns_merged": _merged}
+    )
+    return {
+        "empty_turns_removed": _without_empty,
+        **neighbours,
+        "leading_turns_cut": _without_leading,
+        "trailing_turns_cut": _without_trailing,
+    }

@@ -78,13 +78,17 @@ def test_a_config_that_would_run_is_told_with_its_disk_and_memory_and_nothing_is
 
 def test_a_config_that_could_not_run_is_found_with_its_reasons(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("run_root: run\nsources: [{name: a, path: absent.json}]\nmodel: {path: absent}\n")
+    config.write_text(
+        "run_root: run\nsources: [{name: a, path: absent.json}]\nmodel: {path: absent}\n"
+        "benchmarks: [{name: b, path: no-benchmark.json, question: [question]}]\n"
+    )
     result = run_doctor(str(config), "--until", "pack", folder=tmp_path)
     assert result.returncode == 1
     failures = [line for line in result.stdout.splitlines() if line.startswith("fails")]
     assert any("absent.json" in line for line in failures)
+    assert any("no-benchmark.json" in line for line in failures)
     assert any(str(tmp_path / "absent") in line for line in failures)
-    assert "would not run: 2" in result.stdout
+    assert "would not run: 3" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -72,19 +72,28 @@ def test_dumps_are_found_by_name_in_sub_folders_but_not_in_hidden_ones(tmp_path:
         "g.txt",
         "b/.h.json",
         "i.csv",
+        "j.zip",
+        "k.pdf",
+        "l/data-0.arrow",
+        "l/cache-1.arrow",
+        "l/state.json",
+        "l/dataset_info.json",
+        "dataset_dict.json",
     ]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "l/state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
     found = [path.relative_to(tmp_path).as_posix() for path in dump_files(tmp_path)]
-    assert found == ["a.json", "b/c.jsonl.gz", "b/d.parquet", "e.JSONL.ZST"]
+    expected = ["a.json", "b/c.jsonl.gz", "b/d.parquet", "e.JSONL.ZST", "i.csv", "j.zip", "l/data-0.arrow"]
+    assert found == expected
 
 
 def test_an_unreadable_dump_is_left_out_with_the_reason(tmp_path: Path) -> None:
     toy.write_dumps(tmp_path / "dumps", num_chats=3, num_records=3)
     (tmp_path / "dumps" / "archive.json").write_bytes(b"PK\x03\x04nothing")
     text = written(tmp_path / "dumps", tmp_path / "new.yaml")
-    assert "zip archive" in text
+    assert "not a zip archive" in text
     assert "# left out: dumps/archive.json" in text
     assert len(load_config(tmp_path / "new.yaml").sources) == 2
 
@@ -134,3 +143,63 @@ def test_a_broken_archive_is_looked_at_as_far_as_it_goes(tmp_path: Path) -> None
     assert look_at(tmp_path / "cut.jsonl.gz").num_rows == 500
     (tmp_path / "dead.jsonl.gz").write_bytes(packed[:12])
     assert look_at(tmp_path / "dead.jsonl.gz").num_rows == 0
+
+
+def conversations_zip(path: Path, data: bytes) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("chat.html", "<p>")
+        archive.writestr("user.json", "{}")
+        archive.writestr("conversations.json", data)
+
+
+def arrow_file(path: Path, records: list[dict[str, str]], *, as_stream: bool) -> None:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(records)
+    new = pa.ipc.new_stream if as_stream else pa.ipc.new_file
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+
+
+@pytest.mark.parametrize("kind", ["zip", "arrow file", "arrow stream", "csv", "keyed"])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_archives_tables_and_objects_of_records_are_looked_at_by_their_beginning(
+    tmp_path: Path, kind: str, is_large: bool
+) -> None:
+    number = 2 * HEAD_BYTES // 2000 if is_large else 60
+    records = [
+        record | {"input": f"{n} " + "x" * 2000} for n, record in enumerate(toy.alpaca_records(number))
+    ]
+    path = tmp_path / f"dump.{kind.split()[0]}"
+    if kind == "zip":
+        conversations_zip(path, json.dumps(records).encode())
+    elif kind == "csv":
+        path.write_text(
+            "instruction,input,output\n"
+            + "".join(f"{r['instruction']},{r['input']},{r['output']}\n" for r in records)
+        )
+    elif kind == "keyed":
+        path.write_text(json.dumps({f"id {n}": record for n, record in enumerate(records)}))
+    else:
+        arrow_file(path, records, as_stream=kind == "arrow stream")
+    look = look_at(path)
+    assert look.problem == ""
+    assert look.formats == {"alpaca": look.num_rows}
+    assert look.num_rows == (500 if is_large else 60)
+
+
+def test_what_new_formats_are_is_said_and_how_a_talk_is_read(tmp_path: Path) -> None:
+    talk = [{"messages": [{"sender": "a", "text": "hi"}, {"sender": "b", "text": "ho"}]}]
+    tree = [{"prompt": {"text": "q", "role": "prompter", "replies": [{"text": "A", "role": "assistant"}]}}]
+    for name, records in (
+        ("talk", talk),
+        ("tree", tree),
+        ("pairs", [{"prompt": "q", "chosen": "a", "rejected": "b"}]),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    text = written(tmp_path, tmp_path / "new.yaml")
+    assert "1 oasst" in text
+    assert "1 preference" in text
+    assert "name the assistant with assistant_side" in text

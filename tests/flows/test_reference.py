@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import jsonschema
 import pytest
@@ -30,7 +30,9 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(argument, type) and issubclass(argument, BaseModel)
         ]
         if inner:
-            keys += keys_of(inner[0], f"{prefix}{name}{'[]' if name == 'sources' else ''}.")
+            keys += keys_of(
+                inner[0], f"{prefix}{name}{'[]' if get_origin(field.annotation) is list else ''}."
+            )
         else:
             keys.append(f"{prefix}{name}")
     return keys

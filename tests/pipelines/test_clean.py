@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import clean
+from pipelines.text_repair import clean_unicode
 from schemas.conversation import Conversation, Drop, Message
 from schemas.pipeline_config import CleanConfig, PipelineConfig, SourceConfig
 
@@ -73,7 +74,7 @@ def test_the_source_says_whether_answers_are_html(answers: str, text: str, expec
 
 def test_an_answer_that_shows_html_as_text_is_not_converted_again() -> None:
     once = cleaned(chat(("assistant", answer("<p>&lt;p&gt;Hello&lt;/p&gt;</p>"))))
-    assert texts(once) == ["<p>Hello</p>"]
+    assert texts(once) == ["\\<p>Hello\\</p>"]
     assert cleaned(once) == once
 
 
@@ -81,10 +82,17 @@ def test_an_answer_that_shows_html_as_text_is_not_converted_again() -> None:
     ("text", "expected", "repairs"),
     [
         ("a\r\nb\rc", "a\nb\nc", {"line_ends": 1}),
-        ("a\x00b\x1b[0m\x7f\x85\ufeffc\td\n", "ab[0mc\td\n", {"control_characters": 5}),
+        ("a\x00b\x1b[0m\x7f\x85\ufeffc\td\n", "ab[0mc\td\n", {"control_characters": 4, "zero_width": 1}),
         ("cafe\u0301", "caf\u00e9", {"nfc": 1}),
         ("e\u0301\n```\ne\u0301\n```\ne\u0301", "\u00e9\n```\ne\u0301\n```\n\u00e9", {"nfc": 1}),
-        ("\ufffd \u200d \u200b \u202e", "\ufffd \u200d \u200b \u202e", {}),
+        ("\ufffd \u200d \u200c \u202e", "\ufffd \u200d \u200c \u202e", {}),
+        ("a\u200bb \u2060c \u200b", "ab c ", {"zero_width": 3}),
+        ("ក\u200bខ ก\u200bข", "ក\u200bខ ก\u200bข", {}),
+        (
+            "a\x07\n```\n\x1b[0m\u200b\ufeff\n```\n`\u200b e\u0301`\u200b",
+            "a\n```\n\x1b[0m\u200b\ufeff\n```\n`\u200b e\u0301`",
+            {"control_characters": 1, "zero_width": 1},
+        ),
         ("  untouched \n\n", "  untouched \n\n", {}),
     ],
 )
@@ -162,12 +170,65 @@ def test_prepare_takes_the_settings_and_versions_name_the_converter(tmp_path: Pa
     outcome = clean.prepare(config)(chat(("assistant", answer('<p>a <img alt="cat" src="x"></p>'))))
     assert isinstance(outcome, Conversation)
     assert texts(outcome) == ["a cat"]
-    assert set(clean.versions(config)) == {"selectolax", "markdownify", "unicode"}
+    repairing = config.model_copy(update={"clean": CleanConfig(ftfy=True, chinese="simplified")})
+    assert set(clean.versions(repairing)) >= {"ftfy", "opencc"}
+    assert set(clean.versions(config)) == {"selectolax", "markdownify", "markdown-it-py", "unicode"}
+
+
+def test_an_html_answer_keeps_the_bytes_of_its_code_and_loses_what_nobody_sees() -> None:
+    html = "\ufeff" + answer(
+        "<p>a\x07\u200bb\x85</p>\r\n<pre><code>e\u0301\x1b[0m\u200b</code></pre><p><code>\x08</code></p>"
+    )
+    outcome = cleaned(chat(("assistant", html)))
+    assert texts(outcome) == ["ab\n\n```\ne\u0301\x1b[0m\u200b\n```\n\n`\x08`"]
+    assert cleaned(outcome) == outcome
+
+
+def test_all_answers_of_a_chat_together_have_a_limit() -> None:
+    turns = [("assistant", answer("<p>a</p>"))] * 3
+    size = len(turns[0][1])
+    assert texts(cleaned(chat(*turns), max_chat_bytes=3 * size)) == ["a", "a", "a"]
+    outcome = step(chat(*turns), max_chat_bytes=3 * size - 1)
+    assert outcome == Drop(
+        "html_too_large", f"message 2: more than {3 * size - 1} bytes in the answers of one chat"
+    )
+
+
+KEY = "sk-aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3zA5bC7dE9fG1h"
+
+
+def test_opted_repairs_are_made_in_all_roles_and_counted() -> None:
+    conversation = chat(
+        ("system", "a@b.org, donâ€™t"),
+        ("user", r"my\_var: a@b.org 說明這個"),
+        ("assistant", answer(f"<p>c@d.org 說</p><pre><code>{KEY}\n說</code></pre>")),
+    )
+    wanted: dict[str, Any] = {
+        "ftfy": True,
+        "unescape": True,
+        "chinese": "simplified",
+        "redact": ["email", "key"],
+    }
+    outcome = cleaned(conversation, **wanted)
+    assert texts(outcome) == [
+        "[EMAIL_1], don’t",
+        "my_var: [EMAIL_1] 说明这个",
+        f"[EMAIL_2] 说\n\n```\n{KEY}\n說\n```",
+    ]
+    assert outcome.meta["repairs"] == {
+        "api_keys_kept": 1, "html": 1, "mojibake": 1, "redacted_email": 3, "simplified_chinese": 2, "unescaped": 1,
+    }  # fmt: skip
+    assert cleaned(outcome, **wanted) == outcome
+    assert cleaned(conversation, redact=["key"], redact_code=True).meta["repairs"] == {
+        "html": 1,
+        "redacted_key": 1,
+    }
+    assert cleaned(conversation).meta["repairs"] == {"api_keys_kept": 1, "html": 1}
 
 
 _pieces = st.sampled_from(
     ["e\u0301", "\u1fef", "`", "```\n", "~~~", "\n", "\r\n", "\r", "\x00", "\x85", "\ufeff", "> ", "- ", "<p>", "</p>", "&lt;",
-     "<pre>", "</pre>", "<div class='markdown'>", "</div>", "\u212b", "=\u0338", "word", "\u200b", "\ud7a3\u11a8"]
+     "<pre>", "</pre>", "<code>", "</code>", "a@b.org", "說", "這", "a\\_b", "Ã©", "8.8.8.8 ", "[EMAIL_1]", "<div class='markdown'>", "</div>", "\u212b", "=\u0338", "word", "\u200b", "\ud7a3\u11a8"]
 )  # fmt: skip
 _texts = st.lists(_pieces, max_size=12).map("".join)
 _answers = _texts.map(answer)
@@ -179,29 +240,40 @@ _chats = st.builds(
 )
 
 
+_all_repairs = {
+    "ftfy": True, "unescape": True, "chinese": "simplified", "redact": ["email", "ip", "phone", "card", "iban", "key"],
+    "images": "keep", "citations": "keep",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", [{}, _all_repairs], ids=["default", "all repairs"])
 @settings(max_examples=300)
 @given(_chats)
-def test_cleaning_twice_is_cleaning_once_and_never_changes_its_argument(conversation: Conversation) -> None:
+def test_cleaning_twice_is_cleaning_once_and_never_changes_its_argument(
+    wanted: dict[str, Any], conversation: Conversation
+) -> None:
     before = copy.deepcopy(conversation)
-    once = step(conversation)
+    once = step(conversation, **wanted)
     assert conversation == before
     if isinstance(once, Conversation):
-        assert step(once) == once
+        assert step(once, **wanted) == once
 
 
 @settings(max_examples=200)
 @given(_texts)
 def test_plain_text_changes_in_nothing_but_unicode(text: str) -> None:
-    outcome = clean.clean_text(text, Counter())
+    outcome = clean_unicode(text, Counter())
     assert (
-        unicodedata.normalize("NFC", outcome).split()
+        unicodedata.normalize("NFC", _without_controls(outcome)).split()
         == unicodedata.normalize("NFC", _without_controls(text)).split()
     )
 
 
 def _without_controls(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc").replace("\ufeff", "")
+    return "".join(
+        c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in "\ufeff\u200b")
+    )
 
 
 @pytest.mark.real_data
@@ -223,5 +295,5 @@ def test_real_chats_lose_only_what_was_never_finished(real_data: Path) -> None:
         last = turns[-1][1]
         assert cut == 2 * ("result-streaming" in last or "text-red-500" in last)
         for (role, text), message in zip(turns, outcome.messages, strict=False):
-            assert role == "assistant" or message.content == clean.clean_text(text, Counter())
+            assert role == "assistant" or message.content == clean_unicode(text, Counter())
     assert drops == {"unfinished": 3}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from selectolax.lexbor import LexborHTMLParser
 
 from pipelines import dedup
+from pipelines.cluster_report import largest_clusters
 from schemas.conversation import Conversation, Message
 from schemas.pipeline_config import DedupConfig, PipelineConfig, SourceConfig
 
@@ -21,8 +22,8 @@ Verdicts = dict[str, tuple[str, str]]
 
 
 def config_with(**settings: Any) -> PipelineConfig:
-    source = SourceConfig(name="s", path="s.json")
-    return PipelineConfig(run_root=Path("/nowhere"), sources=[source], dedup=DedupConfig(**settings))
+    sources = [SourceConfig(name=name, path=f"{name}.json") for name in ("s", "good", "best")]
+    return PipelineConfig(run_root=Path("/nowhere"), sources=sources, dedup=DedupConfig(**settings))
 
 
 def chat(row_id: str, *turns: str | tuple[str, str], **meta: Any) -> Conversation:
@@ -37,7 +38,7 @@ def chat(row_id: str, *turns: str | tuple[str, str], **meta: Any) -> Conversatio
 
 def verdict_table(rows: list[Conversation], **settings: Any) -> pa.Table:
     config = config_with(**settings)
-    verdicts = dedup.decide(dedup.features(rows, config), config)
+    verdicts = dedup.decide(dedup.features(rows, config), config).verdicts
     assert verdicts.schema == dedup.VERDICTS
     return verdicts
 
@@ -102,6 +103,13 @@ def test_other_tool_calls_are_neither_exact_nor_near_duplicates() -> None:
         ({"row_id": "b"}, {"row_id": "a"}, "a"),
         ({"row_id": "a", "date": "2023-01-01"}, {"row_id": "b", "date": "2023-01-02"}, "b"),
         ({"row_id": "b", "date": "1901-01-01"}, {"row_id": "a"}, "b"),
+        ({"row_id": "b", "source": "good/f"}, {"row_id": "a", "source": "other/f"}, "b"),
+        ({"row_id": "b", "source": "best/f"}, {"row_id": "a", "source": "good/f"}, "b"),
+        (
+            {"row_id": "a", "source": "best/f"},
+            {"row_id": "b", "source": "other/f", "date": "2023-01-01"},
+            "b",
+        ),
         ({"row_id": "b", "date": "2023-01-01"}, {"row_id": "a", "date": "yesterday"}, "b"),
         (
             {"row_id": "b", "date": "2023-01-01T23:30:00Z"},
@@ -109,13 +117,14 @@ def test_other_tool_calls_are_neither_exact_nor_near_duplicates() -> None:
             "b",
         ),
     ],
-    ids=["row id", "date", "no date", "not a date", "zones"],
+    ids=["row id", "date", "no date", "source", "better source", "date first", "not a date", "zones"],
 )
-def test_the_latest_date_then_the_lowest_id_survives(
+def test_the_latest_date_then_the_best_source_then_the_lowest_id_survives(
     first: dict[str, Any], second: dict[str, Any], survivor: str
 ) -> None:
     rows = [chat(meta.pop("row_id"), "question", "answer", **meta) for meta in (dict(first), dict(second))]
-    assert [kept for _, kept in verdicts_of(rows).values()] == [survivor]
+    kept = [kept for _, kept in verdicts_of(rows, source_rank=["best", "good"]).values()]
+    assert kept == [survivor]
 
 
 def test_the_longest_survives_before_date_and_id() -> None:
@@ -205,13 +214,21 @@ def test_rows_without_text_are_never_near() -> None:
     assert verdicts_of(rows) == {}
 
 
-@pytest.mark.parametrize("meta", [{"group": "tree-1"}, {"near_exempt": True, "set": "train"}])
-def test_rows_alike_on_purpose_stay_among_themselves_only(meta: dict[str, Any]) -> None:
+def test_paths_of_a_tree_are_near_others_but_not_each_other() -> None:
     text = text_with(range(30))
-    rows = [chat(name, "q", f"{text} {name}", **meta) for name in "abc"]
+    rows = [chat(name, "q", f"{text} {name}", group="tree-1") for name in "abc"]
     assert verdicts_of(rows) == {}
     outsider = chat("z", "q", f"{text} longer", source="other/file")
     assert verdicts_of([*rows, outsider]) == dict.fromkeys("abc", ("near_duplicate", "z"))
+
+
+def test_identity_rows_are_near_nothing_but_exact_copies_go() -> None:
+    text = text_with(range(30))
+    rows = [chat(name, "q", f"{text} {name}", near_exempt=True, set="train") for name in "abc"]
+    outsider = chat("z", "q", f"{text} longer", source="other/file")
+    assert verdicts_of([*rows, outsider]) == {}
+    copy = chat("d", "q", f"{text} a", source="other/file")
+    assert verdicts_of([*rows, copy]) == {"d": ("duplicate", "a")}
 
 
 def test_exempt_rows_of_two_groups_are_compared() -> None:
@@ -241,7 +258,70 @@ def test_each_step_can_be_switched_off(off: str) -> None:
     assert reasons[off] not in {reason for reason, _ in verdicts_of(rows, **{off: False}).values()}
 
 
-# --- any rows, any order ------------------------------------------------------------------------------------
+# --- system prompts and code ---------------------------------------------------------------------------------
+
+CODE = "\n".join(f"    values[{n}] = measure(channel_{n}, gain={n % 7})" for n in range(60))
+ASKED = ("Why is the third channel so noisy here?", "How would you write this as a loop over channels?")
+SAID = ("Its gain is the highest of all.", "Put the calls into a comprehension over a range.")
+
+
+@pytest.mark.parametrize("code", [f"```python\n{CODE}\n```", f"def read():\n{CODE}\n    return values"])
+def test_shared_code_makes_no_chats_similar(code: str) -> None:
+    rows = [chat(name, f"{ASKED[n]}\n\n{code}", f"{SAID[n]}\n\n{code}") for n, name in enumerate("ab")]
+    plain = [chat(name, f"{ASKED[n]} {code.split()}", SAID[n]) for n, name in enumerate("ab")]
+    assert verdicts_of(rows) == {}
+    assert set(verdicts_of(plain)) == {"a"}, "without the rule for code they would be near"
+
+
+def test_chats_with_code_are_near_where_their_prose_is_too() -> None:
+    prose = text_with(range(30))
+    fenced = f"```python\n{CODE}\n```"
+    rows = [
+        chat("a", f"{prose}\n\n{fenced}", "x"),
+        chat("b", f"{prose}\n\n{fenced}", "y!"),
+        chat("c", f"{prose}\n\n```\nother()\n```", "x"),  # the same prose about other code
+        chat("d", fenced, fenced),  # nothing but code
+        chat("e", fenced, f"{fenced}\n"),
+    ]
+    assert verdicts_of(rows) == {"a": ("near_duplicate", "b"), "e": ("duplicate", "d")}
+    almost = fenced.replace("channel_7,", "channel_x,")
+    assert verdicts_of([chat("d", fenced, fenced), chat("e", fenced, almost)]) == {
+        "e": ("near_duplicate", "d")
+    }
+
+
+def test_shared_system_prompts_make_no_chats_similar() -> None:
+    system = ("system", text_with(range(200)))
+    rows = [chat(name, system, ("user", ASKED[n]), ("assistant", SAID[n])) for n, name in enumerate("ab")]
+    assert verdicts_of(rows) == {}
+
+
+# --- counts -------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_same_first_prompt_or_answers_are_counted() -> None:
+    rows = [
+        chat("a", "one and only", "first"),
+        chat("b", "one and only", "second"),
+        chat("c", "one and  only", "third", "more?", "yes"),
+        chat("d", "two", "first"),
+        chat("e", "three", "third", "and?", "yes"),
+        chat("f", "three", "third", "and?", "yes"),  # a copy, and gone
+        chat("g", ("assistant", "alone")),
+        chat("h"),
+        chat("i", ("system", "no turns")),
+    ]
+    config = config_with()
+    counts = dedup.decide(dedup.features(rows, config), config).counts
+    assert (counts["same_first_prompt_rows"], counts["same_answers_rows"]) == (3, 4)
+    assert counts["near_largest_bucket_rows"] == 0
+
+
+def test_the_largest_bucket_is_counted() -> None:
+    rows = [chat(f"{n}", text_with(range(20)), f"answer {n}") for n in range(7)]
+    config = config_with()
+    assert dedup.decide(dedup.features(rows, config), config).counts["near_largest_bucket_rows"] == 7
+
 
 turn_texts = st.lists(st.sampled_from("abcd"), max_size=5).map(" ".join)
 any_chats = st.builds(
@@ -261,6 +341,74 @@ any_settings = st.fixed_dictionaries(
 )
 
 
+# --- earlier runs -------------------------------------------------------------------------------------------
+
+
+def against(
+    rows: list[Conversation], earlier: list[Conversation], **settings: Any
+) -> dict[str, tuple[str, str]]:
+    config = config_with(**settings)
+    tables = [dedup.features(rows, config) for rows in (rows, earlier)]
+    verdicts = dedup.decide(tables[0], config, tables[1]).verdicts.to_pylist()
+    assert all(
+        row["detail"].endswith(", in an earlier run") == (row["survivor"] in "ABCX") for row in verdicts
+    )
+    return {row["row_id"]: (row["reason"], row["survivor"]) for row in verdicts}
+
+
+def test_what_an_earlier_run_has_is_not_taken_again() -> None:
+    text, other = text_with(range(30)), text_with(range(40, 80))
+    earlier = [chat("A", text, "x"), chat("B", "1", "2", "3", "4"), chat("C", text, "x")]
+    rows = [
+        chat("a", text, "x"),
+        chat("b", "1", "2"),
+        chat("c", f"{text} and more", "x"),  # longer, but what is there stays
+        chat("d", "1", "2", "3", "4", "5", text_with(range(90, 99))),  # goes on where B ends: new
+        chat("e", other, "y"),
+        chat("f", other, "y!"),
+    ]
+    assert against(rows, earlier) == {
+        "a": ("duplicate", "A"),
+        "b": ("branch_of_longer", "d"),
+        "c": ("near_duplicate", "A"),
+        "e": ("near_duplicate", "f"),
+    }
+
+
+def test_a_row_that_an_earlier_run_has_too_is_its_own_survivor() -> None:
+    rows = [chat("X", text_with(range(30)), "x"), chat("y", text_with(range(30)), "y")]
+    verdicts = against(rows, rows[:1])
+    assert verdicts == {"X": ("duplicate", "X"), "y": ("near_duplicate", "X")}
+    table = pa.Table.from_pylist(
+        [
+            {"row_id": row, "reason": why, "detail": "", "survivor": kept}
+            for row, (why, kept) in verdicts.items()
+        ]
+    )
+    (cluster,) = largest_clusters(table)
+    assert (cluster["survivor"], cluster["num_rows_dropped"]) == ("X", 2)
+
+
+@given(any_rows, any_rows, any_settings)
+def test_against_nothing_and_against_itself(
+    rows: list[Conversation], others: list[Conversation], settings: dict[str, Any]
+) -> None:
+    """No row of ours stays that says exactly what an earlier one says, and earlier rows only take rows away."""
+    config = config_with(**(settings | {"exact": True}))
+    ours, earlier = dedup.features(rows, config), dedup.features(others, config)
+    left = {row.row_id for row in rows} - set(
+        dedup.decide(ours, config, earlier).verdicts["row_id"].to_pylist()
+    )
+    known = {tuple(turns_of(row)) for row in others}
+    assert not any(tuple(turns_of(row)) in known for row in rows if row.row_id in left)
+    assert set(dedup.decide(ours, config, ours).verdicts["row_id"].to_pylist()) == {
+        row.row_id for row in rows
+    }
+
+
+# --- any rows, any order ------------------------------------------------------------------------------------
+
+
 @given(any_rows, any_settings)
 def test_verdicts_are_those_of_a_plain_reading_of_the_rules(
     rows: list[Conversation], settings: dict[str, Any]
@@ -278,7 +426,9 @@ def test_neither_order_nor_parts_matter(
     cuts = sorted(shuffler.randint(0, len(rows)) for _ in range(2))
     parts = [shuffled[: cuts[0]], shuffled[cuts[0] : cuts[1]], shuffled[cuts[1] :]]
     features = pa.concat_tables([dedup.features(part, config) for part in parts])
-    assert dedup.decide(features, config).equals(expected)
+    found = dedup.decide(features, config)
+    assert found.verdicts.equals(expected.verdicts)
+    assert found.counts == expected.counts
 
 
 def plain_reading(rows: list[Conversation], config: DedupConfig) -> Verdicts:
@@ -355,9 +505,15 @@ def test_the_largest_clusters_follow_survivors_to_the_end() -> None:
         *(chat(f"k{n}", "other", "words") for n in range(4)),
     ]
     table = verdict_table(rows)
-    assert dedup.largest_clusters(table) == [("k0", 3), ("c", 2)]
-    assert dedup.largest_clusters(table, n=1) == [("k0", 3)]
-    assert dedup.largest_clusters(verdict_table([])) == []
+    clusters = largest_clusters(table)
+    assert [(cluster["survivor"], cluster["num_rows_dropped"]) for cluster in clusters] == [
+        ("k0", 3),
+        ("c", 2),
+    ]
+    assert clusters[1]["reasons"] == {"duplicate": 1, "near_duplicate": 1}
+    assert [row["row_id"] for row in clusters[0]["rows"]] == ["k0", "k1", "k2"]
+    assert largest_clusters(table, n=1) == clusters[:1]
+    assert largest_clusters(verdict_table([])) == []
 
 
 def test_equal_row_ids_are_refused() -> None:

@@ -10,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.formats import alpaca, messages, sharegpt
-from pipelines.formats.turns import ROLE_NAMES
-from pipelines.merge import FORMATS
+from pipelines.formats.families import FORMATS
+from pipelines.formats.turns import ROLE_NAMES, Chats, Reading
 from schemas.conversation import ROLES, Drop, Message
+from schemas.pipeline_config import SourceConfig
+
+SOURCE = SourceConfig(name="s", path="x")
+
+
+def read(record: dict[str, Any], source: SourceConfig = SOURCE) -> Reading:
+    """By the first family that takes the record."""
+    name = next(name for name in FORMATS if FORMATS[name].matches(record))
+    return FORMATS[name].reading(record, source)
+
 
 TEXT = st.text(max_size=30)
 ROUNDS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
@@ -72,7 +82,7 @@ def test_the_same_chat_is_the_same_messages_in_every_format(
     ]
     for name, record in records:
         assert [f for f in FORMATS if FORMATS[f].matches(record)] == [name]
-        assert FORMATS[name].read(json.loads(json.dumps(record))) == expected
+        assert FORMATS[name].reading(json.loads(json.dumps(record)), SOURCE) == expected
 
 
 def history_of(rounds: list[tuple[str, str]]) -> list[list[str]]:
@@ -197,8 +207,7 @@ DEEP = json.loads("[" * 300 + "]" * 300)
     ],
 )
 def test_what_can_not_be_read_says_why(record: dict[str, Any], reason: str, detail: str) -> None:
-    name = next(name for name in FORMATS if FORMATS[name].matches(record))
-    drop = FORMATS[name].read(record)
+    drop = read(record)
     assert isinstance(drop, Drop)
     assert drop.reason == reason
     assert detail in drop.detail
@@ -207,33 +216,47 @@ def test_what_can_not_be_read_says_why(record: dict[str, Any], reason: str, deta
 
 @pytest.mark.parametrize(
     "record",
-    [{}, {"text": "x"}, {"messages": "x"}, {"conversations": {}}, {"instruction": "x"}, {"output": "x"}],
+    [{}, {"messages": "x"}, {"conversations": {}}, {"instruction": "x"}, {"output": "x"}],
 )
 def test_other_records_belong_to_no_format(record: dict[str, Any]) -> None:
     assert [name for name in FORMATS if FORMATS[name].matches(record)] == []
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(["conversations", "messages", "instruction", "output", "history", "system"]),
-        st.recursive(
-            st.one_of(st.none(), st.integers(), st.text(max_size=5)),
-            lambda inner: st.one_of(
-                st.lists(inner, max_size=3),
-                st.dictionaries(
-                    st.sampled_from(["from", "value", "role", "content", "human", "assistant"]),
-                    inner,
-                    max_size=3,
-                ),
-            ),
-        ),
-    )
+KEYS = (
+    "conversations messages instruction output history system instances chosen rejected prompt completion label "
+    "mapping chat dialogue text title query response input target"
+).split()
+INNER_KEYS = (
+    "from value role content human assistant text sender replies rank deleted message parent children author parts "
+    "content_type turn_1 Human MOSS type name"
+).split()
+ANYTHING = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.sampled_from(["user", "gpt", "a"])
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(INNER_KEYS), inner, max_size=3)
+    ),
 )
-def test_any_json_gives_messages_or_a_drop(record: dict[str, Any]) -> None:
+OPTIONS = [
+    SOURCE,
+    SourceConfig(name="s", path="x", tree_paths="best", assistant_side="second", text_chars=100),
+]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING), st.sampled_from(OPTIONS))
+def test_any_json_gives_messages_or_a_drop(record: dict[str, Any], source: SourceConfig) -> None:
     for reader in FORMATS.values():
         if reader.matches(record):
-            found = reader.read(record)
-            assert isinstance(found, Drop) or all(isinstance(message.content, str) for message in found)
+            found = reader.reading(record, source)
+            chats = (
+                found.chats
+                if isinstance(found, Chats)
+                else []
+                if isinstance(found, Drop)
+                else [(found, None)]
+            )
+            assert all(isinstance(message.content, str) for chat, _ in chats for message in chat)
 
 
 @pytest.mark.real_data
@@ -243,7 +266,6 @@ def test_any_json_gives_messages_or_a_drop(record: dict[str, Any]) -> None:
         ("sharegpt_html.json.gz", "sharegpt", 1935),
         ("lima.json.gz", "alpaca", None),
         ("llama_factory/glaive_toolcall_en_demo.json.gz", "sharegpt", None),
-        ("llama_factory/kto_en_demo.json.gz", "messages", None),
         ("gpteacher_toolformer.json.gz", "alpaca", None),
     ],
 )
@@ -251,10 +273,7 @@ def test_published_sets_are_read_whole(
     real_data: Path, name: str, reader: str, num_messages: int | None
 ) -> None:
     records = json.loads(gzip.decompress((real_data / name).read_bytes()))
-    chats = [FORMATS[reader].read(record) for record in records if FORMATS[reader].matches(record)]
+    chats = [read(record) for record in records if FORMATS[reader].matches(record)]
     assert len(chats) == len(records)
-    assert not [found for found in chats if isinstance(found, Drop)]
-    assert (
-        num_messages is None
-        or sum(len(found) for found in chats if not isinstance(found, Drop)) == num_messages
-    )
+    assert all(isinstance(found, list) for found in chats)
+    assert num_messages in (None, sum(len(found) for found in chats if isinstance(found, list)))

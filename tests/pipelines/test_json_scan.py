@@ -331,3 +331,20 @@ def test_nesting_over_the_parsers_limit_is_a_break() -> None:
     segments = scan_values(b"[" + deep + b',\n{"b": 1}]')
     assert segments[0].raw is None
     assert segments[-1].raw == b'{"b": 1}'
+
+
+def test_an_element_nested_too_deep_is_one_break_whatever_it_holds() -> None:
+    """Pieces that begin as records do are no records; one that never ends costs no more than itself."""
+    inner = b'{"b": 1, "c": [{"b": 2}]}'
+    deep = b'{"b": ' + b"[" * 1100 + inner + b"]" * 1100 + b', "d": [' + inner + b"]}"
+    data = b'[{"b": 0},\n' + deep + b',\n{"b": 3}]'
+    segments = scan_values(data)
+    assert [segment.raw for segment in segments] == [b'{"b": 0}', None, b'{"b": 3}']
+    assert data[segments[1].start : segments[1].end] == deep
+    endless = b'[{"b": 0},\n{"b": ' + b"[" * 1100 + b',\n{"b": 4},\n{"b": 5}]'
+    assert [segment.raw for segment in scan_values(endless)][-2:] == [b'{"b": 4}', b'{"b": 5}']
+
+
+def test_many_elements_nested_too_deep_without_an_end_take_no_longer_than_they_are() -> None:
+    data = b'[{"b": 0},\n' + (b'{"b": ' + b"[" * 1100 + b",\n") * 3000 + b'{"b": 1}]'
+    assert scan_values(data)[-1].raw == b'{"b": 1}'

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import merge
+from pipelines import dedup, merge
 from pipelines.merge import plan_source, read_part, resolve_ordinals
 from pipelines.parse import iso_date, parse_record
 from pipelines.part_ranges import PartRange
@@ -236,6 +236,27 @@ def test_ids_survive_a_moved_file_another_layout_and_new_neighbours(tmp_path: Pa
     assert set(before).isdisjoint(ids(read(config(tmp_path / "a.json", name="other"), tmp_path)))
 
 
+def test_of_versions_under_one_id_the_longer_stays_and_others_stay_beside_it(tmp_path: Path) -> None:
+    def version(*turns: str) -> dict[str, Any]:
+        said = [{"from": ("human", "gpt")[n % 2], "value": turn} for n, turn in enumerate(turns)]
+        return {"id": "one", "conversations": said}
+
+    short = version("Where is the harbour?", "Behind the old mill, on the left.")
+    longer = version(
+        "Where is the harbour?", "Behind the old mill, on the left.", "And the mill?", "By the river."
+    )
+    other = version("Where is the harbour?", "Ask somebody who has been there, I have not.")
+    (tmp_path / "new.json").write_text(json.dumps([longer, other]))
+    path = write(tmp_path / "a.json", [short])
+    rows = [row for row, _ in [*read(config(path), tmp_path), *read(config(tmp_path / "new.json"), tmp_path)]]
+    assert {row.meta["id"] for row in rows} == {"one"}
+    settings = config(path)
+    verdicts = dedup.decide(dedup.features(rows, settings), settings).verdicts.to_pylist()
+    assert [(v["row_id"], v["reason"], v["survivor"]) for v in verdicts] == [
+        (rows[0].row_id, "branch_of_longer", rows[1].row_id)
+    ]
+
+
 def test_the_size_of_parts_changes_no_row(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     texts = [json.dumps(alpaca(f"q{n % 40}", id=n % 3)) for n in range(200)]
@@ -381,7 +402,7 @@ def test_published_shapes_are_read(real_data: Path, tmp_path: Path) -> None:
         ("src/common_en_sample_230805.json", "sharegpt"): 5,
         ("src/common_zh_sample_230805.json", "sharegpt"): 5,
         ("src/gpt4_final_data_sample_230629.json", "sharegpt"): 1,
-        ("src/openai_export.json", None): 1,
+        ("src/openai_export.json", "chatgpt"): 5,
         ("src/vicuna_sample_230629.json", "sharegpt"): 11,
     }
 

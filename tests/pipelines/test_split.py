@@ -192,6 +192,19 @@ def test_a_chat_that_fits_is_one_example_with_everything_known_of_it() -> None:
     assert "rounds" not in result.counts
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss_weight": 0.0}, {"train": False}])
+def test_an_answer_of_weight_0_is_context_only(mark: dict[str, Any]) -> None:
+    encoder = encoder_of("chatml")
+    messages = asked("q1", "a1", "q2", "a2")
+    messages[1].extras.update(mark)
+    messages[3].extras.update(weight=1)
+    result = split_chat(encoder, SplitConfig(), row_of(messages))
+    assert isinstance(result, SplitResult)
+    (example,) = result.examples
+    assert trained_text(encoder, example) == ["a2<|im_end|>"]
+    assert "a1" in encoder.tokenizer.decode(example.input_ids)
+
+
 def test_an_overlong_round_in_the_middle_is_left_out_and_counted() -> None:
     encoder = encoder_of("chatml")
     messages = asked("q1", "a1", "q2", "long " * 40, "q3", "a3")
@@ -254,6 +267,11 @@ DROPS = {
         "chatml",
         [Message("user", "q"), Message("assistant", "", {"tool_calls": [{"name": "f"}]})],
         "content_beside_text",
+    ),
+    "no answer has a weight": (
+        "chatml",
+        [Message("user", "q"), Message("assistant", "a", {"weight": 0})],
+        "nothing_to_train",
     ),
 }
 

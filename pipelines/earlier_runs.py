@@ -1,0 +1,58 @@
+"""Rows that earlier runs kept after dedup, read from their run roots: what they say is not taken again."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.parts import StageRun
+from pipelines.storage import check_file, check_manifest, read_arrow
+from schemas.errors import InputError
+from schemas.run import STAGE_FOLDERS, Manifest
+
+
+def earlier_manifests(run: StageRun) -> list[tuple[Path, Manifest]]:
+    """Folder and manifest of the stage in each of config.earlier_runs.
+
+    Raises InputError: no run, this run itself, or one whose features can't be compared with ours.
+    """
+    found = []
+    for root in map(Path, run.config.earlier_runs):
+        if root.resolve() == run.config.run_root.resolve():
+            raise InputError(
+                f"earlier_runs names {root}, the run_root of this run: name the roots of other runs"
+            )
+        folder = root / STAGE_FOLDERS[run.name]
+        manifest = check_manifest(folder, stage=run.name)
+        _check(run, folder, manifest)
+        found.append((folder, manifest))
+    return found
+
+
+def earlier_features(found: list[tuple[Path, Manifest]], module: ModuleType) -> pa.Table:
+    """Features of all rows that these runs kept."""
+    tables = [module.FEATURES.empty_table()]
+    for folder, manifest in found:
+        # The first files beside the parts are their features, in the order of the parts.
+        for part, file in zip(manifest.parts, manifest.files, strict=False):
+            kept = pq.read_table(check_file(folder, part.kept[0]), columns=["row_id"])["row_id"].to_pylist()
+            table = read_arrow(check_file(folder, file))
+            stayed = set(kept)
+            tables.append(
+                table.filter(pa.array([row in stayed for row in table["row_id"].to_pylist()], pa.bool_()))
+            )
+    return pa.concat_tables(tables)
+
+
+def _check(run: StageRun, folder: Path, manifest: Manifest) -> None:
+    if manifest.stage_version != run.version or manifest.versions != run.versions:
+        raise InputError(
+            f"{folder} was made by version {manifest.stage_version} of the stage with {manifest.versions}, "
+            f"expected {run.version} with {run.versions}: run that config again, then this one"
+        )
+    if run.config.dedup.near and not manifest.config.get("dedup", {}).get("near"):  # type: ignore[attr-defined]
+        raise InputError(
+            f"{folder} was made with dedup.near: false, so near-duplicates of its rows can't be found: run it "
+            "again with dedup.near: true, or set false here"
+        )
