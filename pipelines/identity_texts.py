@@ -12,7 +12,19 @@ class IdentityTexts(NamedTuple):
     """Is it some other assistant, or made by its makers?"""
 
 
-OTHERS = ("ChatGPT", "GPT-4", "Claude", "Gemini", "Bard", "Copilot", "Llama", "Mistral", "Qwen", "DeepSeek", "Vicuna")
+OTHERS = (
+    "ChatGPT",
+    "GPT-4",
+    "Claude",
+    "Gemini",
+    "Bard",
+    "Copilot",
+    "Llama",
+    "Mistral",
+    "Qwen",
+    "DeepSeek",
+    "Vicuna",
+)
 
 IDENTITY_TEXTS: dict[str, IdentityTexts] = {
     "en": IdentityTexts(

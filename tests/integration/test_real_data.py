@@ -12,7 +12,7 @@ import pytest
 from tests.conservation import check_run_root
 from tests.integration.test_etl import ROOT, RUN
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_data, pytest.mark.smollm]
+pytestmark = [pytest.mark.stress, pytest.mark.real_data, pytest.mark.smollm]
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".txt", ".md")
 NOT_DATA = ("README.md", "tokenizers", "chat_templates")

@@ -75,7 +75,13 @@ def test_rows_of_an_earlier_run_are_not_taken_again(tmp_path: Path) -> None:
     assert manifest.num_rows_out == 5
     survivors = [cluster["rows"][0] for cluster in clusters_of(tmp_path / "second")]
     # The record that stands in both runs has one id, and is its own survivor.
-    assert sorted(row["text"] == "a row of an earlier run" for row in survivors) == [False, True, True, True, True]
+    assert sorted(row["text"] == "a row of an earlier run" for row in survivors) == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     assert run_to_dedup(config, "earlier_runs=[first]").skipped
     (tmp_path / "first").rename(tmp_path / "moved")
     assert run_to_dedup(config, "earlier_runs=[moved]").skipped
