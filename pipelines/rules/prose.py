@@ -16,7 +16,7 @@ _NOT_ASCII_LETTERS = bytes(code for code in range(256) if not (code < 128 and ch
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 # Two steps, as most lines of prose have none of these signs and searching for a whole pattern takes 10 us a line.
 _CODE_SIGN = re.compile(r"[(){}<>=\[\]]")
-_CODE = re.compile(r"[(){}<>=\[\]].*[{};]\s*$|^\s*[{}]+[;,]?\s*$|=>|[=!]==?[^=]|\w\(\)|->|</")
+_CODE = re.compile(r"^\s*[{}]+[;,]?\s*$|=>|[=!]==?[^=]|\w\(\)|->|</")
 _CODE_START = re.compile(
     r"\s*(?://|#include|import |from \S+ import |@\w+$|(?:return|print|console\.log)\b[ (]"
     r"|(?:async )?(?:(?:def|class) \w+[(:]|for [\w, ()]+ in .*:\s*$|(?:if|elif|while|with|except)\b.*[()=<>_\[].*:\s*$"
@@ -26,6 +26,8 @@ _CODE_START = re.compile(
 )
 _INDENTED = re.compile(r"(?:\t| {4,})(?![-*+•\d])")
 MIN_CODE_LINES = 4
+MAX_LINE_CHARACTERS = 2_000
+"""Of a longer line both ends are judged: these patterns look back and forth, and a hostile line is a megabyte."""
 
 _TABLE_LINE = re.compile(r"^[ \t>]*\|.*\|[ \t]*$")
 _DATA_LINE = re.compile(r"^\s*[^\s,]+(?:,[^\s,]+){3,}\s*$")
@@ -82,6 +84,14 @@ def _around_code(paragraph: list[tuple[str, bool]]) -> list[str]:
 
 
 def _is_code(line: str) -> bool:
-    if _CODE_START.match(line) or (_CODE_SIGN.search(line) and _CODE.search(line)):
+    if len(line) > MAX_LINE_CHARACTERS:
+        line = line[: MAX_LINE_CHARACTERS // 2] + line[-MAX_LINE_CHARACTERS // 2 :]
+    if _CODE_START.match(line) or (_CODE_SIGN.search(line) and (_ends_as_code(line) or _CODE.search(line))):
         return True
     return bool(("|" in line and _TABLE_LINE.match(line)) or ("," in line and _DATA_LINE.match(line)))
+
+
+def _ends_as_code(line: str) -> bool:
+    """A brace or semicolon at the end, with a sign of code before it. As one pattern it takes quadratic time."""
+    line = line.rstrip()
+    return line.endswith(("{", "}", ";")) and _CODE_SIGN.search(line, 0, len(line) - 1) is not None
