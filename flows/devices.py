@@ -1,16 +1,13 @@
 """Checks of `sft-pipeline doctor` on what training needs: torch, GPUs or memory, and the tools of a strategy."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.distributions import is_there, problems_with
-from flows.machine import Finding, size_text
+from flows.machine import Finding, ask_child, size_text
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 
@@ -61,21 +58,11 @@ print("FOUND", json.dumps([torch.__version__, gpus]))
 
 def ask_torch() -> Torch | str:
     """What torch sees, or the last line of why it does not start."""
-    try:
-        asked = subprocess.run(
-            [sys.executable, "-c", _ASK_TORCH],
-            capture_output=True,
-            text=True,
-            timeout=CHILD_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {CHILD_TIMEOUT_SECONDS} s"
-    for line in asked.stdout.splitlines():
-        if line.startswith("FOUND "):
-            version, gpus = json.loads(line.removeprefix("FOUND "))
-            return Torch(version, tuple(Gpu(name, (a, b), *rest) for name, (a, b), *rest in gpus))
-    return (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+    found = ask_child(_ASK_TORCH, timeout_seconds=CHILD_TIMEOUT_SECONDS)
+    if isinstance(found, str):
+        return found
+    version, gpus = found
+    return Torch(version, tuple(Gpu(name, (a, b), *rest) for name, (a, b), *rest in gpus))
 
 
 def check_training(config: PipelineConfig | None) -> Iterator[Finding]:
@@ -99,6 +86,8 @@ def check_training(config: PipelineConfig | None) -> Iterator[Finding]:
 
 def device_findings(torch: Torch, config: PipelineConfig | None) -> Iterator[Finding]:
     """Each GPU against the dtype that the config asks for, or their absence."""
+    from trainer.rank_processes import count_processes
+
     model = config.model if config is not None else None
     device = model.device if model is not None else "auto"
     if device == "cpu":
@@ -108,7 +97,7 @@ def device_findings(torch: Torch, config: PipelineConfig | None) -> Iterator[Fin
         yield _gpu_finding(gpu, model)
     if not torch.gpus:
         yield _no_gpu(must_have_one=device == "cuda")
-    elif config is not None and (wanted := _num_processes(torch, config)) > len(torch.gpus):
+    elif config and (wanted := count_processes(config, num_gpus=len(torch.gpus))) > len(torch.gpus):
         remedy = f"set train.num_processes to {len(torch.gpus)} or fewer, or leave it out"
         yield Finding("fails", "gpus", f"{len(torch.gpus)} that torch can use", f"{wanted} processes", remedy)
 
@@ -155,6 +144,7 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
     """The model with its optimiser against free memory: fails when the weights alone don't fit."""
     from schemas.errors import InputError
     from trainer.memory import CUDA_CONTEXT_BYTES, memory_need, read_shapes
+    from trainer.rank_processes import count_processes
     from trainer.support import model_architecture, model_folder
 
     if config.model is None:
@@ -164,15 +154,16 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
     except InputError:
         return  # the check of the config names it
     on_gpu = bool(torch.gpus) and config.model.device != "cpu"
+    num_processes = count_processes(config, num_gpus=len(torch.gpus))
     need = memory_need(
         config,
         shapes,
         model_architecture(config),
         bytes_per_weight=_bytes_per_weight(torch, config),
-        num_processes=_num_processes(torch, config),
+        num_processes=num_processes,
     )
     context = CUDA_CONTEXT_BYTES if on_gpu else 0
-    free, where = _free_memory(torch, on_gpu=on_gpu, num_processes=_num_processes(torch, config))
+    free, where = _free_memory(torch, on_gpu=on_gpu, num_processes=num_processes)
     found = f"{size_text(free)} free {where}"
     expected = (
         f"at least {size_text(need.floor + context)} (weights {size_text(need.weights)}, what the optimiser "
@@ -211,16 +202,6 @@ def _free_machine_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _num_processes(torch: Torch, config: PipelineConfig) -> int:
-    """As the trainer counts them."""
-    if config.train.strategy == "single":
-        return 1
-    if config.train.num_processes is not None:
-        return config.train.num_processes
-    on_cpu = config.model is None or config.model.device == "cpu"
-    return 1 if on_cpu else max(len(torch.gpus), 1)
 
 
 # Strategies -------------------------------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 """Checks of `sft-pipeline doctor` on the machine: the interpreter, the disk, its kind of file system, and locks."""
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # nothing of ours is imported: doctor asks first whether it can be
     from schemas.pipeline_config import PipelineConfig
@@ -184,3 +185,18 @@ def file_system(folder: Path, mounts: str | None = None) -> str:
 def nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def ask_child(program: str, *, timeout_seconds: int, environment: Mapping[str, str] | None = None) -> Any:
+    """What a Python program prints as JSON behind "FOUND ", never a text; else, as a text, why it did not."""
+    command = [sys.executable, "-c", program]
+    try:
+        asked = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout_seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_seconds} s"
+    for line in asked.stdout.splitlines():
+        if line.startswith("FOUND "):
+            return json.loads(line.removeprefix("FOUND "))
+    return (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]

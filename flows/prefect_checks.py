@@ -5,11 +5,8 @@ PREFECT_API_URL or a profile, must answer.
 """
 
 import base64
-import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -19,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from flows.machine import NETWORK_FILE_SYSTEMS, Finding, file_system, nearest_existing
+from flows.machine import NETWORK_FILE_SYSTEMS, Finding, ask_child, file_system, nearest_existing
 from flows.prefect_home import open_home_problem
 
 DEFAULT_PORT = 4200
@@ -73,19 +70,11 @@ def read_settings(run_root: Path) -> Settings | str:
     home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | ({} if home.exists() else {"PREFECT_HOME": scratch})
-        asked = subprocess.run(
-            [sys.executable, "-c", _ASK_PREFECT],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=CHILD_TIMEOUT_SECONDS,
-            check=False,
-        )
-    for line in asked.stdout.splitlines():
-        if line.startswith("FOUND "):
-            url, _, auth, key, own_database = json.loads(line.removeprefix("FOUND "))
-            return Settings(url, home, own_database, auth, key)
-    return (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+        found = ask_child(_ASK_PREFECT, timeout_seconds=CHILD_TIMEOUT_SECONDS, environment=environment)
+    if isinstance(found, str):
+        return found
+    url, _, auth, key, own_database = found
+    return Settings(url, home, own_database, auth, key)
 
 
 # Server and port --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from pipelines.markdown import map_outside_code
+from pipelines.markdown import URL, ends_as_code, map_outside_code
 from schemas.errors import ConfigError
 
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
@@ -18,12 +18,10 @@ _OTHER_LANGUAGE = re.compile(
 _CHINESE_ONLY = re.compile("[你妳您們们這这嗎吗呢吧啊她很沒說说讓让麼么哪谁还]")
 """Characters that hardly stand in modern Japanese."""
 _CHINESE = re.compile(f"{_CHINESE_ONLY.pattern}|的.*的")
-_ADDRESS = re.compile(r"(?:https?://|www\.)[^\s<>\"'`，。）】」]+")
 _CODE_LINE = re.compile(
     r"^\s*(?://|/\*|\*/|[{}]\s*$)|=>|[=!]==?[^=]|->|</|^\s*[A-Za-z_][\w.\[\]]*\s*[-+*/]?=\s*\S"
     r"|^\s*(?:def|class|if|elif|else|for|while|try|except|return|import|from|print|function|const|let|var)\b.*[(:=]"
 )
-_BRACKET = re.compile(r"[(){}<>=\[\]]")
 
 
 def simplifier() -> Callable[[Sequence[str], Counter[str]], list[str]]:
@@ -76,12 +74,12 @@ def _simplified_paragraph(paragraph: str, convert: Callable[[str], str], *, is_m
 
 def _is_code(line: str) -> bool:
     line = line.rstrip()
-    return bool(_CODE_LINE.search(line) or (line[-1:] in ("{", "}", ";") and _BRACKET.search(line[:-1])))
+    return bool(_CODE_LINE.search(line)) or ends_as_code(line)
 
 
 def _outside_addresses(line: str, convert: Callable[[str], str]) -> str:
     pieces, position = [], 0
-    for address in _ADDRESS.finditer(line):
+    for address in URL.finditer(line):
         pieces += [convert(line[position : address.start()]), address[0]]
         position = address.end()
     return "".join([*pieces, convert(line[position:])])

@@ -42,12 +42,13 @@ def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
     folder, before = stage_before(run)
     items = benchmark_items(run.config)
     earlier = earlier_manifests(run)
-    inputs = inputs_from(before) | ({"benchmarks": items_digest(items)} if items.num_rows else {})
+    digest = items_digest(items)
+    inputs = inputs_from(before) | ({"benchmarks": digest} if items.num_rows else {})
     inputs |= {f"earlier_runs.{number}": manifest.key for number, (_, manifest) in enumerate(earlier)}
     key = run.key([part.kept[0].sha256 for part in before.parts], inputs)
     if (result := run.skip(key)) is not None:
         return result
-    leaks = leaks_in_parts(run, items, folder, before)
+    leaks = leaks_in_parts(run, items, digest, folder, before)
     features, files = _features(run, folder, before)
     ids_by_part = _ids_by_part(features)
     decision = module.decide(
@@ -196,14 +197,7 @@ def _publish_ledger(run: StageRun, ledger_file: FileEntry, ledger_path: Path) ->
 
 def _features(run: StageRun, folder: Path, before: Manifest) -> tuple[list[pa.Table], tuple[FileEntry, ...]]:
     tasks = [
-        PartTask(
-            run.name,
-            run.config,
-            run.folder,
-            run.key("features", part.kept[0].sha256),
-            part.label,
-            (folder, part.kept[0]),
-        )
+        run.task(run.key("features", part.kept[0].sha256), part.label, (folder, part.kept[0]))
         for part in before.parts
     ]
     entries = run.run_parts(features_part, tasks)
@@ -228,11 +222,4 @@ def _verdict_task(
 ) -> PartTask:
     file = part.kept[0]
     verdicts = rows_digest([*(sides or ()), *sorted(drops.items())])
-    return PartTask(
-        run.name,
-        run.config,
-        run.folder,
-        run.key(file.sha256, verdicts),
-        part.label,
-        (folder, file, sides, drops),
-    )
+    return run.task(run.key(file.sha256, verdicts), part.label, (folder, file, sides, drops))

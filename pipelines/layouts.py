@@ -4,6 +4,7 @@ CSV, Arrow, objects of records and documents are written as JSON Lines into a sp
 """
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeAlias
@@ -13,7 +14,7 @@ import orjson
 from pipelines import parquet_rows
 from pipelines.json_grammar import object_end
 from pipelines.keyed import is_keyed, keyed_lines
-from pipelines.sources import TEXT_SUFFIXES
+from pipelines.sources import TEXT_SUFFIXES, unpacked_name
 from pipelines.tables import BrokenRow, Line, arrow_lines, csv_lines
 from pipelines.unpack import Spool
 from schemas.pipeline_config import SourceConfig
@@ -21,7 +22,6 @@ from schemas.pipeline_config import SourceConfig
 Layout: TypeAlias = Literal["parquet", "values", "lines", "arrow", "csv", "keyed", "text", "text_lines"]
 
 _CSV_SUFFIXES = (".csv", ".tsv")
-_BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 1 << 20
 _JSON = re.compile(rb"[ \t\r\n]*(?:\{[ \t\r\n]*[\"}]|\[[ \t\r\n]*[\[{\]]|\Z)")
 
@@ -65,7 +65,7 @@ def spool_lines(
 
 def text_start(handle: BinaryIO) -> int:
     """Where the text begins: behind a byte order mark."""
-    return len(_BOM) if read_at(handle, 0, len(_BOM)) == _BOM else 0
+    return len(BOM_UTF8) if read_at(handle, 0, len(BOM_UTF8)) == BOM_UTF8 else 0
 
 
 def read_at(handle: BinaryIO, start: int, num_bytes: int) -> bytes:
@@ -75,7 +75,7 @@ def read_at(handle: BinaryIO, start: int, num_bytes: int) -> bytes:
 
 
 def _by_name(head: bytes, file: str, source: SourceConfig) -> Layout | None:
-    name = file.lower().removesuffix(".gz").removesuffix(".zst")
+    name = unpacked_name(file)
     if name.endswith(_CSV_SUFFIXES) and not _JSON.match(head):
         return "csv"
     is_prose = name.endswith(TEXT_SUFFIXES) or source.format == "text"

@@ -44,20 +44,14 @@ def items_digest(items: pa.Table) -> str:
     return json_digest(items.to_pylist())
 
 
-def leaks_in_parts(run: StageRun, items: pa.Table, folder: Path, before: Manifest) -> FoundLeaks:
-    """All leaks in the rows of `before`. Writes benchmarks-*.arrow and leaks-*.parquet, hits with both texts."""
+def leaks_in_parts(run: StageRun, items: pa.Table, digest: str, folder: Path, before: Manifest) -> FoundLeaks:
+    """All leaks in the rows of `before`; `digest` is that of the items. Writes benchmarks-*.arrow and leaks-*.parquet, hits with both texts."""
     if not items.num_rows:
         return FoundLeaks()
-    digest = items_digest(items)
     items_file = None if run.dry else _write_items(run, items, digest)
     tasks = [
-        PartTask(
-            run.name,
-            run.config,
-            run.folder,
-            run.key("leaks", digest, part.kept[0].sha256),
-            part.label,
-            (folder, part.kept[0], items_file),
+        run.task(
+            run.key("leaks", digest, part.kept[0].sha256), part.label, (folder, part.kept[0], items_file)
         )
         for part in before.parts
     ]

@@ -7,6 +7,8 @@ import html
 import re
 from collections.abc import Callable
 
+URL = re.compile(r"(?:https?://|www\.)[^\s<>\"'`，。）】」]+")
+CODE_SIGN = re.compile(r"[(){}<>=\[\]]")
 _FENCE_LINE = re.compile(r"^([ \t>]*)((?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 _BACKTICKS = re.compile(r"`+")
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.{1,2000}?)(?<!`)\1(?!`)", re.DOTALL)
@@ -197,3 +199,9 @@ def _flanking(before: str, after: str, delimiter: str) -> tuple[bool, bool]:
     if delimiter == "_":
         return left and (not right or mark_before), right and (not left or mark_after)
     return left, right
+
+
+def ends_as_code(line: str) -> bool:
+    """A brace or semicolon at the end, with a sign of code before it. As one pattern it takes quadratic time."""
+    line = line.rstrip()
+    return line.endswith(("{", "}", ";")) and CODE_SIGN.search(line, 0, len(line) - 1) is not None

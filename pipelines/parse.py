@@ -2,6 +2,7 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -10,7 +11,6 @@ import orjson
 from pipelines.formats.turns import is_plain
 from schemas.conversation import Drop
 
-_BOM = b"\xef\xbb\xbf"
 _ID_KEYS = ("id", "conversation_id")
 _DATE_KEYS = ("create_time", "created_at", "date", "timestamp")
 _MIN_SECONDS = 1e8  # 1973: smaller numbers are no dates
@@ -23,7 +23,7 @@ def parse_record(raw: bytes) -> tuple[dict[str, Any], int] | Drop:
     orjson refuses lone surrogates and NaN; the standard library reads them (NaN becomes null).
     """
     num_repairs = 0
-    raw = raw.removeprefix(_BOM)
+    raw = raw.removeprefix(BOM_UTF8)
     try:
         record = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

@@ -120,6 +120,10 @@ class StageRun:
         """Digest of this stage's code version, config and libraries together with `what`."""
         return json_digest([self.name, self.version, self.sections, self.versions, *what])
 
+    def task(self, key: str, label: str, payload: Any) -> PartTask:
+        """Work of this stage on one part."""
+        return PartTask(self.name, self.config, self.folder, key, label, payload)
+
     def skip(self, key: str) -> StageResult | None:
         """The earlier result, if the folder already holds exactly this work with all its files."""
         manifest = read_manifest(self.folder)

@@ -48,7 +48,7 @@ def _merge_task(run: StageRun, part: PartRange, offsets: dict[str, int]) -> Part
     identity = [part.file, part.first_record, part.num_records, part.digest, sorted(offsets.items())]
     key = run.key(source.model_dump(exclude={"path"}), identity)
     label = f"{part.source_name}/{part.file}:{part.first_record}"
-    return PartTask(run.name, run.config, run.folder, key, label, (part, offsets))
+    return run.task(key, label, (part, offsets))
 
 
 def _renumber(
@@ -78,10 +78,7 @@ def run_row_step(run: StageRun, module: ModuleType) -> StageResult:
     """One folder -> the next, row by row."""
     folder, before = stage_before(run)
     tasks = [
-        PartTask(
-            run.name, run.config, run.folder, run.key(part.kept[0].sha256), part.label, (folder, part.kept[0])
-        )
-        for part in before.parts
+        run.task(run.key(part.kept[0].sha256), part.label, (folder, part.kept[0])) for part in before.parts
     ]
     key = run.key([task.key for task in tasks])
     if (result := run.skip(key)) is not None:

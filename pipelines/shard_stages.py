@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from pipelines.parts import (
     PartsToRun,
-    PartTask,
     StageResult,
     StageRun,
     inputs_from,
@@ -31,14 +30,7 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
         (side, part, file) for side in SPLITS for part in before.parts for file in side_files(part, side)
     ]
     tasks = [
-        PartTask(
-            run.name,
-            run.config,
-            run.folder,
-            run.key(side, file.sha256),
-            f"{side} {part.label}",
-            (folder, file, side),
-        )
+        run.task(run.key(side, file.sha256), f"{side} {part.label}", (folder, file, side))
         for side, part, file in sides
     ]
     key = run.key([task.key for task in tasks])

@@ -49,7 +49,12 @@ def ignored_note(source: SourceConfig, ignored: list[str]) -> list[str]:
 
 def is_dump(name: str) -> bool:
     """Whether a file is read by its name, whatever its source says."""
-    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES)
+    return unpacked_name(name).endswith(SUFFIXES)
+
+
+def unpacked_name(name: str) -> str:
+    """In lower case, without the suffix of a compression."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -90,7 +95,7 @@ def _glob(pattern: Path) -> tuple[Path, list[Path]]:
 
 def has_known_suffix(label: str, source: SourceConfig) -> bool:
     """Whether a file of a folder or an archive is read, by its name."""
-    return label.lower().removesuffix(".gz").removesuffix(".zst").endswith(_suffixes(source))
+    return unpacked_name(label).endswith(_suffixes(source))
 
 
 def _suffixes(source: SourceConfig) -> tuple[str, ...]:

@@ -47,17 +47,19 @@ run_as_module()
 """
 
 
-def count_processes(config: "PipelineConfig") -> int:
-    """How many ranks the config asks for; without a number one per visible GPU."""
+def count_processes(config: "PipelineConfig", *, num_gpus: int | None = None) -> int:
+    """How many ranks the config asks for; without a number one per visible GPU, as torch or `num_gpus` says."""
     if config.train.strategy == "single":
         return 1
     if config.train.num_processes is not None:
         return config.train.num_processes
     if config.model is None or config.model.device == "cpu":
         return 1
-    import torch
+    if num_gpus is None:
+        import torch
 
-    return max(torch.cuda.device_count(), 1)
+        num_gpus = torch.cuda.device_count()
+    return max(num_gpus, 1)
 
 
 def train_in_processes(config_path: Path, num_processes: int, *, lock: Lock) -> None:

@@ -3,19 +3,17 @@
 import re
 from itertools import groupby
 
-from pipelines.markdown import without_code
+from pipelines.markdown import CODE_SIGN, URL, ends_as_code, without_code
 
 UNPARTED_SCRIPTS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 """Ranges of Thai, Lao, Burmese, Khmer, kana and Han, which put no blanks between words; for a class of a regex."""
 
 # Everything here is bounded: an unclosed opener must not search to the end of a long turn.
-_URL = re.compile(r"(?:https?://|www\.)[^\s<>\"'`，。）】」]+")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,500}>")
 _FORMULA = re.compile(r"\$\$.{1,2000}?\$\$|\$[^$\n]{1,80}\$|\\\(.{1,500}?\\\)|\\\[.{1,2000}?\\\]", re.DOTALL)
 _NOT_ASCII_LETTERS = bytes(code for code in range(256) if not (code < 128 and chr(code).isalpha()))
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 # Two steps, as most lines of prose have none of these signs and searching for a whole pattern takes 10 us a line.
-_CODE_SIGN = re.compile(r"[(){}<>=\[\]]")
 _CODE = re.compile(r"^\s*[{}]+[;,]?\s*$|=>|[=!]==?[^=]|\w\(\)|->|</")
 _CODE_START = re.compile(
     r"\s*(?://|#include|import |from \S+ import |@\w+$|(?:return|print|console\.log)\b[ (]"
@@ -38,7 +36,7 @@ def prose_of(text: str) -> str:
     stays: it may end in a semicolon."""
     text = without_code(text).strip()
     if "://" in text or "www." in text:
-        text = _URL.sub(" ", text)
+        text = URL.sub(" ", text)
     if "$" in text or "\\" in text:
         text = _FORMULA.sub(" ", text)
     if "<" in text:
@@ -86,12 +84,6 @@ def _around_code(paragraph: list[tuple[str, bool]]) -> list[str]:
 def _is_code(line: str) -> bool:
     if len(line) > MAX_LINE_CHARACTERS:
         line = line[: MAX_LINE_CHARACTERS // 2] + line[-MAX_LINE_CHARACTERS // 2 :]
-    if _CODE_START.match(line) or (_CODE_SIGN.search(line) and (_ends_as_code(line) or _CODE.search(line))):
+    if _CODE_START.match(line) or (CODE_SIGN.search(line) and (ends_as_code(line) or _CODE.search(line))):
         return True
     return bool(("|" in line and _TABLE_LINE.match(line)) or ("," in line and _DATA_LINE.match(line)))
-
-
-def _ends_as_code(line: str) -> bool:
-    """A brace or semicolon at the end, with a sign of code before it. As one pattern it takes quadratic time."""
-    line = line.rstrip()
-    return line.endswith(("{", "}", ";")) and _CODE_SIGN.search(line, 0, len(line) - 1) is not None

@@ -189,6 +189,32 @@ def finish(config: Path, *, first: str = "merge", until: str = "evaluate", worke
                 run_trainer(name, run.config.run_root, lock=run.lock, say=print)
 
 
+@dataclass
+class Caught:
+    """A run that is frozen in the middle of a stage; `family` is the flow and all below it."""
+
+    name: str
+    flow_run_id: str
+    flow: psutil.Process
+    frozen: list[psutil.Process]
+    family: list[psutil.Process]
+
+
+def catch(site: Site, toys: Toys, kind: str, *, first: str, until: str) -> Caught:
+    """A run that has begun to write in the stage `first` and has not ended it; a busy machine may need a second try."""
+    for _ in range(3):
+        name = toys.new_name(kind)
+        flow_run_id = site.run(toys.copy(name, first=first), first=first, until=until)
+        flow = site.flow(flow_run_id)
+        try:
+            frozen = freeze_in(first, toys.folder / name, flow)
+        except AssertionError as too_late:
+            print(name, too_late)
+            continue
+        return Caught(name, flow_run_id, flow, frozen, [flow, *descendants(flow)])
+    raise AssertionError(f"{kind} was over three times before it could be caught")
+
+
 def freeze_in(stage: str, run_root: Path, flow: psutil.Process) -> list[psutil.Process]:
     """Stop what works below `flow` once `stage` has begun to write; it has not ended. Returns the stopped."""
     if stage == "train":

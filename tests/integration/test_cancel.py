@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import psutil
 import pytest
 
 from pipelines.storage import TEMPORARY_PREFIX
 from schemas.run import STAGES
-from tests.integration.prefect_site import Site, Toys, finish, freeze_in, has_pending, is_free
-from tests.integration.processes import Family, descendants, ended_after, go_on, lives
+from tests.integration.prefect_site import Caught, Site, Toys, catch, finish, has_pending, is_free
+from tests.integration.processes import Family, ended_after, go_on, lives
 from tests.integration.servers import needs_plugin, wait_for
 
 CANCELLED_SECONDS = 40.0
@@ -23,18 +22,6 @@ LEFT_SECONDS = 30.0
 CAUGHT = (*STAGES, "train")
 
 pytestmark = [pytest.mark.stress, needs_plugin]
-
-
-@dataclass
-class Caught:
-    """A run that is frozen in the middle of a stage."""
-
-    stage: str
-    name: str
-    flow_run_id: str
-    flow: psutil.Process
-    frozen: list[psutil.Process]
-    family: list[psutil.Process]
 
 
 @dataclass
@@ -62,41 +49,22 @@ def cancelled(toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         ThreadPoolExecutor(len(CAUGHT)) as catchers,
         ThreadPoolExecutor(2) as cancellers,
     ):
-        caught = list(catchers.map(lambda stage: catch(site, toys, stage), CAUGHT))
+        caught = list(catchers.map(lambda stage: catch(site, toys, stage, first=stage, until=stage), CAUGHT))
         # Prefect's worker starts a process for the hooks of each: no more at once than there are cores.
-        outcomes = list(cancellers.map(lambda run: cancel(site, run), caught))
+        outcomes = list(cancellers.map(lambda stage, run: cancel(site, stage, run), CAUGHT, caught))
         yield dict(zip(CAUGHT, outcomes, strict=True))
 
 
-def catch(site: Site, toys: Toys, stage: str) -> Caught:
-    """A run that has begun to write in its stage and has not ended it; a busy machine may need a second try."""
-    for attempt in range(3):
-        name = f"{stage}-{attempt}"
-        config = toys.copy(name, first=stage)
-        flow_run_id = site.run(config, first=stage, until=stage)
-        flow = site.flow(flow_run_id)
-        try:
-            frozen = freeze_in(stage, toys.folder / name, flow)
-        except AssertionError as too_late:
-            print(stage, too_late)
-            continue
-        return Caught(stage, name, flow_run_id, flow, frozen, [flow, *descendants(flow)])
-    raise AssertionError(f"{stage} was over three times before it could be caught")
-
-
-def cancel(site: Site, run: Caught) -> Cancelled:
+def cancel(site: Site, stage: str, run: Caught) -> Cancelled:
     started = time.monotonic()
     site.cancel(run.flow_run_id)
-    if run.stage in (
-        "pack",
-        "train",
-    ):  # these hear of it themselves: pool workers need not go on to be killed
+    if stage in ("pack", "train"):  # these hear of it themselves; pool workers need not go on to be killed
         for process in run.frozen:
             wait_for(lambda process=process: has_pending(process, signal.SIGTERM), "SIGTERM", 60)
         go_on(run.frozen)
-    wait_for(lambda: site.state(run.flow_run_id)["type"] == "CANCELLED", f"Cancelled in {run.stage}", 120)
+    wait_for(lambda: site.state(run.flow_run_id)["type"] == "CANCELLED", f"Cancelled in {stage}", 120)
     at_state = time.monotonic()
-    wait_for(lambda: not any(map(lives, run.family)), f"the end of all processes of {run.stage}", 120)
+    wait_for(lambda: not any(map(lives, run.family)), f"the end of all processes of {stage}", 120)
     state = site.state(run.flow_run_id)["type"]
     return Cancelled(run.name, state, at_state - started, time.monotonic() - at_state)
 

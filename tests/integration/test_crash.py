@@ -16,8 +16,8 @@ import pytest
 
 from flows.automations import SILENCE_SECONDS
 from pipelines.storage import TEMPORARY_PREFIX
-from tests.integration.prefect_site import FINAL_STATES, Site, Toys, finish, freeze_in
-from tests.integration.processes import Family, command_line, descendants, ended_after, go_on, kill, lives
+from tests.integration.prefect_site import FINAL_STATES, Caught, Site, Toys, catch, finish
+from tests.integration.processes import Family, command_line, ended_after, go_on, kill, lives
 from tests.integration.servers import needs_plugin, wait_for
 
 LEFT_SECONDS = 30.0
@@ -74,23 +74,6 @@ ROUNDS = [
 ]
 
 
-@dataclass
-class Caught:
-    """A run that is frozen in the middle of a stage."""
-
-    case: Case
-    name: str
-    flow_run_id: str
-    flow: psutil.Process
-    frozen: list[psutil.Process]
-    family: list[psutil.Process]
-
-    def victims(self) -> list[psutil.Process]:
-        """Who is to be killed here: of several pool workers one."""
-        chosen = [self.flow] if "flow" in self.case.killed else []
-        return chosen + (self.frozen[:1] if len(self.case.killed) > len(chosen) else [])
-
-
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     return Toys(tmp_path_factory.mktemp("toys")).make()
@@ -110,24 +93,40 @@ def test_after_kills_nobody_is_left_and_the_next_run_ends_with_the_same_bytes(
     site.start()
     site.set_silence(silence_seconds)
     with ThreadPoolExecutor(len(cases)) as threads:
-        runs = list(threads.map(lambda case: catch(site, toys, case), cases))
+        runs = list(threads.map(lambda case: catch_case(site, toys, case), cases))
     killed_at = time.monotonic()
-    kill([*(site.process(kind) for kind in base), *(process for run in runs for process in run.victims())])
+    kill(
+        [
+            *(site.process(kind) for kind in base),
+            *(process for case, run in zip(cases, runs, strict=True) for process in victims(case, run)),
+        ]
+    )
     go_on([process for run in runs for process in run.frozen])
     if base == ("server",):
         site.start()  # as a supervisor does; the worker lives, and so do its runs
-    for run in runs:
-        alone = ends_alone(base, run.case)
+    for case, run in zip(cases, runs, strict=True):
+        alone = ends_alone(base, case)
         wait_for_end(run, killed_at + (ENDS_ALONE_SECONDS if alone else LEFT_SECONDS))
     print(base, f"all gone after {time.monotonic() - killed_at:.1f} s")
     site.start()
-    for run in runs:
-        check_next_run(toys, run)
-    for run in runs:
+    for case, run in zip(cases, runs, strict=True):
+        check_next_run(toys, case, run)
+    for case, run in zip(cases, runs, strict=True):
         state = wait_for(lambda run=run: site.final_state(run.flow_run_id), f"the end of {run.name}")
         print(run.name, state["type"], state["message"], f"{time.monotonic() - killed_at:.0f} s")
-        assert state["type"] in expected_states(base, run.case), run.name
+        assert state["type"] in expected_states(base, case), run.name
     wait_for(lambda: len(site.family.members()) == 2, "the end of all but server and worker", LEFT_SECONDS)
+
+
+def catch_case(site: Site, toys: Toys, case: Case) -> Caught:
+    until = case.stage if case.stage == "train" else "pack"
+    return catch(site, toys, case.name, first=case.stage, until=until)
+
+
+def victims(case: Case, run: Caught) -> list[psutil.Process]:
+    """Who is to be killed: of several pool workers one."""
+    chosen = [run.flow] if "flow" in case.killed else []
+    return chosen + (run.frozen[:1] if len(case.killed) > len(chosen) else [])
 
 
 def ends_alone(base: tuple[str, ...], case: Case) -> bool:
@@ -145,22 +144,6 @@ def expected_states(base: tuple[str, ...], case: Case) -> tuple[str, ...]:
     return ("CRASHED",)
 
 
-def catch(site: Site, toys: Toys, case: Case) -> Caught:
-    """A run that has begun to write in its stage and has not ended it; a busy machine may need a second try."""
-    last = case.stage if case.stage == "train" else "pack"
-    for _ in range(3):
-        name = toys.new_name(case.name)
-        flow_run_id = site.run(toys.copy(name, first=case.stage), first=case.stage, until=last)
-        flow = site.flow(flow_run_id)
-        try:
-            frozen = freeze_in(case.stage, toys.folder / name, flow)
-        except AssertionError as too_late:
-            print(name, too_late)
-            continue
-        return Caught(case, name, flow_run_id, flow, frozen, [flow, *descendants(flow)])
-    raise AssertionError(f"{case.name} was over three times before it could be caught")
-
-
 def wait_for_end(run: Caught, until: float) -> None:
     while any(map(lives, run.family)):
         left = [f"{process.pid} {command_line(process)[:120]}" for process in run.family if lives(process)]
@@ -168,9 +151,9 @@ def wait_for_end(run: Caught, until: float) -> None:
         time.sleep(0.1)
 
 
-def check_next_run(toys: Toys, run: Caught) -> None:
+def check_next_run(toys: Toys, case: Case, run: Caught) -> None:
     """The lock is free, and the same stages run again leave the bytes of a run that nobody disturbed."""
-    until = "evaluate" if run.case.stage == "train" else "pack"
+    until = "evaluate" if case.stage == "train" else "pack"
     finish(toys.folder / f"{run.name}.yaml", until=until)
     assert toys.results(run.name, until=until) == toys.results("reference", until=until), run.name
     assert not list((toys.folder / run.name).rglob(f"{TEMPORARY_PREFIX}*")), run.name
