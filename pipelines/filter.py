@@ -80,12 +80,22 @@ def judge(
     if isinstance(outcome, Conversation):
         outcome = answers.without_bad_answers(turns.first_round(outcome, settings), settings)
     if isinstance(outcome, Conversation):
-        outcome = _first_drop(outcome, settings) or with_languages(outcome, settings, detector=detector)
+        outcome = _first_drop(outcome, settings) or _in_languages(outcome, settings, detector=detector)
     if isinstance(outcome, Conversation) and num_tokens is not None:
         outcome = length.token_length(outcome, settings, num_tokens=num_tokens) or outcome
     if isinstance(outcome, Conversation) and score is not None:
         outcome = quality.with_quality(outcome, settings, score=score)
     return outcome
+
+
+def _in_languages(
+    conversation: Conversation, settings: FilterConfig, *, detector: languages.Detector
+) -> Conversation | Drop:
+    """with_languages; what it has cut a chat down to must keep the rules too."""
+    outcome = with_languages(conversation, settings, detector=detector)
+    if isinstance(outcome, Drop) or len(outcome.messages) == len(conversation.messages):
+        return outcome
+    return _first_drop(outcome, settings) or outcome
 
 
 def _first_drop(conversation: Conversation, settings: FilterConfig) -> Drop | None:

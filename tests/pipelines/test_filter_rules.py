@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipelines import filter as filter_stage
@@ -361,6 +361,16 @@ _texts = st.one_of(
 )
 
 
+# What is left once the Spanish round is cut is mostly digits.
+@example(
+    [
+        ("user", "0"),
+        ("assistant", "¿"),
+        ("assistant", "0000000001000000000100AAAAA0AAAAAAAAABA"),
+        ("user", "0"),
+        ("assistant", "AAAAAAAAABallpAa"),
+    ]
+)
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), _texts), max_size=9))
 def test_with_all_rules_on_a_chat_is_dropped_for_a_reason_or_in_order_and_its_turns_accounted_for(
     turns: list[tuple[str, str]],
