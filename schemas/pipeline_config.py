@@ -57,6 +57,20 @@ EncodingName = Literal[
 ]
 
 
+BUILT_IN_TEMPLATES = (
+    "alpaca",
+    "chatml",
+    "gemma",
+    "llama-3",
+    "mistral",
+    "phi",
+    "plain",
+    "vicuna-v1.1",
+    "zephyr",
+)
+"""Chat templates that split.chat_template may name."""
+
+
 class FieldPaths(Section):
     """Where things stand in records of a shape of their own: keys joined by dots, numbers count in lists."""
 
@@ -358,7 +372,8 @@ class SplitConfig(Section):
     train_on: Literal["assistant", "last"] = "assistant"
     """Which turns are trained: all assistant turns, or only the last one."""
     chat_template: LocalPath | None = None
-    """Path of a Jinja file to use in place of the tokenizer's own template."""
+    """In place of the tokenizer's own template: a Jinja file, or alpaca, chatml, gemma, llama-3, mistral, phi, plain,
+    vicuna-v1.1 or zephyr."""
     shard_rows: int = Field(default=8192, gt=0)
     """Rows in a record batch of the shards."""
     max_straddle_share: float = Field(default=0.001, ge=0, le=1)
