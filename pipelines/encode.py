@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipelines.render import Rendered, TrainedSpan, compile_template
+from pipelines.habits import compile_template
+from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
 from pipelines.tokenizer_files import load_tokenizer
 from schemas.conversation import Drop

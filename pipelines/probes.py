@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.encode import ChatEncoder, Encoded, encode, trained_tokens
-from pipelines.render import PLAIN_CHAT, Rendered, render
+from pipelines.habits import PLAIN_CHAT
+from pipelines.render import Rendered, render
 from pipelines.templates import ChatTemplate
 from schemas.conversation import Drop, Message
 from schemas.errors import RefusedError

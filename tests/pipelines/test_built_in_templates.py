@@ -44,7 +44,7 @@ TEXTS = {
     "llama-3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
     "<|end_header_id|>\n\nHello?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHi!<|eot_id|>",
     "mistral": "<s>[INST] Be brief.\n\nHello? [/INST] Hi!</s>",
-    "gemma": "<s><start_of_turn>user\nBe brief.\n\nHello?<end_of_turn>\n<start_of_turn>model\nHi!<end_of_turn>\n",
+    "gemma": "<s><start_of_turn>user\nBe brief.\n\n Hello?<end_of_turn>\n<start_of_turn>model\nHi!<end_of_turn>\n",
     "phi": "<|system|>\nBe brief.<|end|>\n<|user|>\nHello?<|end|>\n<|assistant|>\nHi!<|end|>\n",
     "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHello?</s>\n<|assistant|>\nHi!</s>\n",
     "vicuna-v1.1": "<s>Be brief. USER: Hello? ASSISTANT: Hi!</s>",
