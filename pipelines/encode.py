@@ -8,8 +8,9 @@ other, and everything else (prefix spaces, stripping, normalisation between cont
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -21,7 +22,7 @@ from pipelines.habits import compile_template
 from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
 from pipelines.tokenizer_files import load_tokenizer
-from schemas.conversation import Drop
+from schemas.conversation import Drop, utf8
 from schemas.errors import RefusedError
 from schemas.pipeline_config import PipelineConfig
 
@@ -31,7 +32,7 @@ class ChatEncoder:
     """A tokenizer and its template, ready to encode.
 
     `tokenizer` is the transformers object; `backend` is a copy of what it runs, without the post-processor,
-    which would trim offsets. `is_control` is bool [ids].
+    which would trim offsets. `is_control` is bool [ids]. `tokenised` counts the bytes that were given to it.
     """
 
     tokenizer: Any
@@ -40,6 +41,7 @@ class ChatEncoder:
     control_ids: Mapping[str, int]
     is_control: np.ndarray
     unknown_id: int | None
+    tokenised: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,15 +59,24 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSpans:
-    """Trained tokens [start, end), int32 [spans], ascending, not touching; empty ones are left out.
+    """Trained tokens [start, end), int32 [spans], ascending, with their weights, float32; empty ones are left out.
 
-    A token that also stands for characters outside its span is not trained: `num_straddling_tokens`.
+    They touch only where weights differ. A token that also stands for characters outside its span is not trained:
+    `straddling` has their number for each span that was asked for.
     """
 
     starts: np.ndarray
     ends: np.ndarray
-    num_straddled_spans: int
-    num_straddling_tokens: int
+    weights: np.ndarray
+    straddling: tuple[int, ...]
+
+    @property
+    def num_straddled_spans(self) -> int:
+        return sum(1 for number in self.straddling if number)
+
+    @property
+    def num_straddling_tokens(self) -> int:
+        return sum(self.straddling)
 
 
 def load_encoder(config: PipelineConfig) -> ChatEncoder:
@@ -101,7 +112,7 @@ def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     Drops: `not_unicode` (lone surrogates), `tokenizer_fails`, and two that no real text reaches:
     `reserved_characters`, `control_string_stays`.
     """
-    plain = _run(encoder.backend, rendered.text)
+    plain = _counted_run(encoder, encoder.backend, rendered.text)
     if isinstance(plain, Drop):
         return plain
     expected = np.array([encoder.control_ids[token] for token in rendered.control_tokens], np.int32)
@@ -109,28 +120,29 @@ def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     return encoded if encoded is not None else _encode_aliased(encoder, rendered, expected)
 
 
-def trained_tokens(encoded: Encoded, spans: tuple[TrainedSpan, ...]) -> TokenSpans:
+def trained_tokens(encoded: Encoded, spans: Sequence[TrainedSpan]) -> TokenSpans:
     """Tokens that stand for characters of the spans and no others. Spans ascend and do not overlap."""
     # int32 as the offsets are: searchsorted copies the whole array when the types differ.
     borders = np.array([(span.start, span.end) for span in spans], np.int32).reshape(-1, 2)
     firsts = np.searchsorted(encoded.starts, borders[:, 0], side="left").tolist()
     ends = np.searchsorted(encoded.starts, borders[:, 1], side="left").tolist()
-    tokens: list[tuple[int, int]] = []
+    tokens: list[tuple[int, int, float]] = []
     straddling = []
-    for first, end, (start_char, end_char) in zip(firsts, ends, borders.tolist(), strict=True):
+    for first, end, span in zip(firsts, ends, spans, strict=True):
+        start_char, end_char, weight = span.start, span.end, span.weight
         num_straddling = int(first > 0 and encoded.ends[first - 1] > start_char)
         while end > first and encoded.ends[end - 1] > end_char:
             end -= 1
             num_straddling += 1
         straddling.append(num_straddling)
         first = max(first, 1)  # nothing stands before token 0 that could predict it
-        if tokens and tokens[-1][1] == first and end > first:
-            tokens[-1] = (tokens[-1][0], end)  # a template that writes nothing between two answers
+        if tokens and tokens[-1][1:] == (first, weight) and end > first:
+            tokens[-1] = (tokens[-1][0], end, weight)  # a template that writes nothing between two answers
         elif end > first:
-            tokens.append((first, end))
-    table = np.array(tokens, np.int32).reshape(-1, 2)
-    num_straddled = sum(1 for number in straddling if number)
-    return TokenSpans(table[:, 0], table[:, 1], num_straddled, sum(straddling))
+            tokens.append((first, end, weight))
+    table = np.array([pair[:2] for pair in tokens], np.int32).reshape(-1, 2)
+    weights = np.array([weight for *_, weight in tokens], np.float32)
+    return TokenSpans(table[:, 0], table[:, 1], weights, tuple(straddling))
 
 
 # Control strings --------------------------------------------------------------------------------------------
@@ -175,7 +187,7 @@ def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarr
     for token, (start, end) in zip(rendered.control_tokens, rendered.control_spans.tolist(), strict=True):
         pieces += (text[position:start], twin.aliases[token])
         position = end
-    aliased = _run(twin.backend, "".join([*pieces, text[position:]]))
+    aliased = _counted_run(encoder, twin.backend, "".join([*pieces, text[position:]]))
     if isinstance(aliased, Drop):
         return aliased
     # An id above the vocabulary hides unknown characters: they may stand anywhere, other control ids may not.
@@ -247,6 +259,11 @@ def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[st
 
 
 # The tokenizers library -------------------------------------------------------------------------------------
+
+
+def _counted_run(encoder: ChatEncoder, backend: Tokenizer, text: str) -> Encoded | Drop:
+    encoder.tokenised["bytes"] += len(utf8(text))
+    return _run(backend, text)
 
 
 def _run(backend: Tokenizer, text: str) -> Encoded | Drop:
