@@ -53,10 +53,10 @@ def given_chat(template: ChatTemplate, messages: Sequence[Message], tools: Any =
             return Drop("content_beside_text", f"message {number}: {turn}")
         turns.append(turn)
     listed = _tools(tools)
-    if isinstance(listed, str) or (listed and not template.writes_tools):
-        return Drop(
-            "content_beside_text", listed or f"the template leaves out the chat's {len(listed)} tools"
-        )
+    if isinstance(listed, str):
+        return Drop("content_beside_text", listed)
+    if listed and not template.writes_tools:
+        return Drop("content_beside_text", f"the template leaves out the chat's {len(listed)} tools")
     return GivenChat(turns, listed or None)
 
 

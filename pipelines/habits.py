@@ -170,6 +170,8 @@ def _with_calls(source: str, template: ChatTemplate) -> ChatTemplate:
             and not tail[found[-1].end() :].strip()
         ):
             ends |= {found[-1].group()}  # a token of its own behind calls, as <|eom_id|> and <|call|>
+        if not any(match.group() in ends for match in found):
+            return template
         leads = {**template.other_leads, **_other_lead(tried, *turns, tools=tools)}
         return replace(tried, end_tokens=ends, other_leads=leads)
     return template

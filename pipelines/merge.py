@@ -21,7 +21,7 @@ from schemas.conversation import Conversation, Drop, blake2b_128, row_id
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig, SourceConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:

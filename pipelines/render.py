@@ -7,6 +7,7 @@ characters are an assistant's and which control tokens the template itself wrote
 never guessed.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,15 @@ def _proved(template: ChatTemplate, chat: GivenChat, text: str) -> Rendered | Dr
         blanks = frozenset(number for number, content in enumerate(contents) if is_blank(content))
         if isinstance(result, Drop) and blanks:
             result = _put_in(skeleton_of(template, chat, blanks), text, _texts(chat), len(chat.turns))
+    # Some quote what tools returned: their text is then no text of its own, but data of the template's.
+    quoted = frozenset(
+        number
+        for number, turn in enumerate(chat.turns)
+        if turn.role == "tool" and any(form in text for form in _quoted(turn.texts["content"]))
+    )
+    if isinstance(result, Drop) and quoted:
+        blanks = frozenset(number for number, content in enumerate(contents) if not content.strip())
+        result = _put_in(skeleton_of(template, chat, blanks | quoted), text, _texts(chat), len(chat.turns))
     # And some know reasoning inside of a text by its marks, and move it or leave it out.
     if isinstance(result, Drop) and (inline := dict(_inline_reasoning(chat))):
         frames: Inline = tuple(
@@ -101,6 +111,10 @@ def _proved(template: ChatTemplate, chat: GivenChat, text: str) -> Rendered | Dr
             skeleton_of(template, chat, blanks, frames), text, _texts(chat, inline), len(chat.turns)
         )
     return result
+
+
+def _quoted(content: str) -> tuple[str, ...]:
+    return (json.dumps(content, ensure_ascii=False), json.dumps(content)) if content.strip() else ()
 
 
 def _is_empty(content: str) -> bool:

@@ -5,9 +5,8 @@ markers is the template's own, with the rest of tools and calls in it; control s
 private characters of the same length first, so that every control token in it is one that the template wrote.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.chat_fields import GivenChat, GivenTurn, Kind, template_messages
+from pipelines.disarm import disarmed
 from pipelines.templates import ChatTemplate, render_given
 
 # Around each marker stands white space, so that the skeleton shows what the template trims. Seven line breaks:
@@ -76,7 +76,7 @@ class Skeleton:
 
 
 AsItIs = frozenset[int]
-"""Messages whose content is given to the template as it is."""
+"""Messages whose content is given to the template as it is: blank ones, and those that it quotes."""
 
 Inline = tuple[tuple[int, str, str], ...]
 """Messages whose content holds its reasoning: number, what stands before it, what stands between it and the text."""
@@ -113,7 +113,7 @@ def marked_text(
 
 def _build(template: ChatTemplate, chat: GivenChat, as_it_is: AsItIs, inline: Inline) -> Skeleton:
     frames = {message: (before, between) for message, before, between in inline}
-    marked, restored = _disarmed(template, _marked(chat, as_it_is, frames))
+    marked, restored = disarmed(template, _marked(chat, as_it_is, frames), as_it_is)
     text = render_given(template, template_messages(template, marked), marked.tools)
     markers = list(MARKER.finditer(text))
     ends = [0, *(marker.end() for marker in markers)]
@@ -254,56 +254,3 @@ def _after_calls(template: ChatTemplate, controls: Sequence[re.Match[str]]) -> t
     """The first end token behind a tool call: what stands before it is the rest of the call."""
     found = next((match for match in controls if match.group() in template.end_tokens), None)
     return found.span() if found else (0, 0)
-
-
-# Control strings in tools and calls -------------------------------------------------------------------------
-
-_PLANES = (0xF0000, 0x100000)
-
-
-def _disarmed(template: ChatTemplate, chat: GivenChat) -> tuple[GivenChat, Callable[[str], str]]:
-    """The chat without control strings in its data, and the way back."""
-    if not chat.has_data:
-        return chat, str
-    data = [chat.tools, *([turn.calls, turn.beside] for turn in chat.turns)]
-    shown = json.dumps(data, ensure_ascii=False)
-    # In JSON a quote or a back-slash is escaped: such control strings are looked for in the texts themselves.
-    found = sorted({text for value in _strings(data) for text in template.control_pattern.findall(value)})
-    if not found:
-        return chat, str
-    plane = next((p for p in _PLANES if not re.search(f"[{chr(p)}-{chr(p + len(found))}]", shown)), None)
-    if plane is None:
-        raise ValueError(
-            "private characters of planes 15 and 16 stand beside a control string in tools or calls"
-        )
-    aliases = {token: chr(plane + number) * len(token) for number, token in enumerate(found)}
-
-    def disarm(text: str) -> str:
-        return template.control_pattern.sub(lambda match: aliases[match.group()], text)
-
-    def restore(text: str) -> str:
-        for token, alias in aliases.items():
-            text = text.replace(alias, token)
-        return text
-
-    turns = [
-        GivenTurn(turn.role, turn.texts, _mapped(turn.calls, disarm), _mapped(turn.beside, disarm))
-        for turn in chat.turns
-    ]
-    return GivenChat(turns, _mapped(chat.tools, disarm)), restore
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for pair in value.items() for part in pair for text in _strings(part)]
-    return [text for part in value for text in _strings(part)] if isinstance(value, (list, tuple)) else []
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(str(key)): _mapped(part, change) for key, part in value.items()}
-    return [_mapped(part, change) for part in value] if isinstance(value, list) else value

@@ -149,8 +149,8 @@ def preflight(config: PipelineConfig) -> None:
     special_tokens = tokenizer.special_tokens_map
     try_in_child(tokenizer.chat_template, special_tokens=special_tokens, chats=PROBE_CHATS)
     encoder = build_encoder(tokenizer)
-    check_template(encoder.template)
-    check_encoder(encoder, max_straddle_share=config.split.max_straddle_share)
+    check_template(encoder.template, config.split)
+    check_encoder(encoder, max_straddle_share=config.split.max_straddle_share, config=config.split)
 
 
 def _proved_before(config: PipelineConfig) -> bool:
