@@ -154,9 +154,10 @@ def _chosen_parts(span: TrainedSpan, text: str, config: SplitConfig) -> Iterator
     if config.train_reasoning and config.train_tool_calls:
         yield span
         return
-    parts = [part for part in _split_inline(span, text) if _is_chosen(part, config)]
-    if not parts:
-        return
+    all_parts = list(_split_inline(span, text))
+    parts = [part for part in all_parts if _is_chosen(part, config)]
+    if len(parts) < len(all_parts) and not any(start < end for _, start, end in parts):
+        return  # an end token alone would teach to say nothing
     ranges = [(start, end) for _, start, end in parts] + [(span.closing_start, span.end)]
     start, end = ranges[0]
     for next_start, next_end in ranges[1:]:

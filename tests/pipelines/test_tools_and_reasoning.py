@@ -455,5 +455,5 @@ def test_every_template_here_passes_the_check_before_work() -> None:
         encoder = encoder_of(source)
         check_template(encoder.template, config)
         check_encoder(encoder, max_straddle_share=0.001, config=config)
-    with pytest.raises(RefusedError, match="left out; set split.system to merge_into_user or drop, or"):
+    with pytest.raises(RefusedError, match=r"left out; set split\.system to merge_into_user or drop, or"):
         check_template(encoder_of(MISTRAL).template)
