@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from pipelines.habits import compile_template
 from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
-from pipelines.tokenizer_files import load_tokenizer
+from pipelines.tokenizer_files import load_tokenizer, num_embeddings
 from schemas.conversation import Drop, utf8
 from schemas.errors import RefusedError
 from schemas.pipeline_config import PipelineConfig
@@ -32,7 +32,8 @@ class ChatEncoder:
     """A tokenizer and its template, ready to encode.
 
     `tokenizer` is the transformers object; `backend` is a copy of what it runs, without the post-processor,
-    which would trim offsets. `is_control` is bool [ids]. `tokenised` counts the bytes that were given to it.
+    which would trim offsets. `is_control` is bool [ids]. `num_embeddings` is how many ids the model knows, None
+    where that is not known. `tokenised` counts the bytes that were given to the tokenizer.
     """
 
     tokenizer: Any
@@ -41,6 +42,7 @@ class ChatEncoder:
     control_ids: Mapping[str, int]
     is_control: np.ndarray
     unknown_id: int | None
+    num_embeddings: int | None = None
     tokenised: Counter[str] = field(default_factory=Counter)
 
 
@@ -81,7 +83,7 @@ class TokenSpans:
 
 def load_encoder(config: PipelineConfig) -> ChatEncoder:
     """Load tokenizer and template. Raises ConfigError, InputError, RefusedError."""
-    return build_encoder(load_tokenizer(config))
+    return replace(build_encoder(load_tokenizer(config)), num_embeddings=num_embeddings(config))
 
 
 def build_encoder(tokenizer: Any) -> ChatEncoder:
@@ -109,9 +111,20 @@ def build_encoder(tokenizer: Any) -> ChatEncoder:
 def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     """Ids of a rendered chat. Without control strings in it: those of the tokenizer's `apply_chat_template`.
 
-    Drops: `not_unicode` (lone surrogates), `tokenizer_fails`, and two that no real text reaches:
-    `reserved_characters`, `control_string_stays`.
+    Drops: `not_unicode` (lone surrogates), `tokenizer_fails`, `id_without_embedding`, and two that no real text
+    reaches: `reserved_characters`, `control_string_stays`.
     """
+    encoded = _encoded(encoder, rendered)
+    if isinstance(encoded, Drop) or encoder.num_embeddings is None or not len(encoded.ids):
+        return encoded
+    if (largest := int(encoded.ids.max())) >= encoder.num_embeddings:
+        token = encoder.backend.id_to_token(largest)
+        about = f"the token {token!r} has the id {largest}, the model knows {encoder.num_embeddings} ids"
+        return Drop("id_without_embedding", about)
+    return encoded
+
+
+def _encoded(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     plain = _counted_run(encoder, encoder.backend, rendered.text)
     if isinstance(plain, Drop):
         return plain

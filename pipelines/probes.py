@@ -92,6 +92,11 @@ def _checked_ids(encoder: ChatEncoder, chat: Sequence[Message], rendered: Render
     if rendered.text != own_text and "strftime_now" not in encoder.tokenizer.chat_template:
         raise RefusedError(f"the chat template wrote {rendered.text!r}, transformers writes {own_text!r}")
     encoded = encode(encoder, rendered)
+    if isinstance(encoded, Drop) and encoded.reason == "id_without_embedding":
+        raise RefusedError(
+            f"the chat template can't be trained with this model: {encoded.detail}; take a template of tokens that "
+            "the model knows (split.chat_template), or resize its embeddings first"
+        )
     own_ids = encoder.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
     if isinstance(encoded, Drop) or encoded.ids.tolist() != own_ids:
         raise RefusedError(f"{rendered.text!r} is encoded differently from the tokenizer's own ids {own_ids}")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipelines.policy import message_weights, prepared_messages
 from pipelines.probes import PROBE_CHATS, check_encoder, check_template
 from pipelines.storage import read_manifest
 from pipelines.templates import try_in_child
-from pipelines.tokenizer_files import load_tokenizer, tokenizer_versions
+from pipelines.tokenizer_files import load_tokenizer, num_embeddings, tokenizer_versions
 from schemas.conversation import Conversation, Drop, utf8
 from schemas.errors import LimitError
 from schemas.pipeline_config import PipelineConfig, SplitConfig
@@ -148,7 +148,7 @@ def preflight(config: PipelineConfig) -> None:
     tokenizer: Any = load_tokenizer(config)
     special_tokens = tokenizer.special_tokens_map
     try_in_child(tokenizer.chat_template, special_tokens=special_tokens, chats=PROBE_CHATS)
-    encoder = build_encoder(tokenizer)
+    encoder = replace(build_encoder(tokenizer), num_embeddings=num_embeddings(config))
     check_template(encoder.template, config.split)
     check_encoder(encoder, max_straddle_share=config.split.max_straddle_share, config=config.split)
 

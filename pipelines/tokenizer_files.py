@@ -76,8 +76,23 @@ def tokenizer_versions(config: PipelineConfig) -> dict[str, str]:
     return {
         "tokenizer": _folder_digest(tokenizer_folder(config)),
         "chat_template": template,
+        "embeddings": str(num_embeddings(config)),
         **{library: version(library) for library in ("jinja2", "tokenizers", "transformers")},
     }
+
+
+def num_embeddings(config: PipelineConfig) -> int | None:
+    """How many ids the model knows, by its config.json; None where there is none to read yet."""
+    if config.model is None or not Path(config.model.path).is_dir():
+        return None
+    path = Path(config.model.path) / "config.json"
+    try:
+        settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): take the model's own") from error
+    text_settings = settings.get("text_config") or {}
+    number = settings.get("vocab_size", text_settings.get("vocab_size"))
+    return number if isinstance(number, int) else None
 
 
 def tokenizer_name(config: PipelineConfig) -> str:
