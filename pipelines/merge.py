@@ -21,7 +21,7 @@ from schemas.conversation import Conversation, Drop, blake2b_128, row_id
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig, SourceConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
@@ -108,15 +108,17 @@ def read_part(
     source = next(source for source in config.sources if source.name == part.source_name)
     num_seen = Counter(ordinal_offsets or {})
     file = f"{source.name}/{part.file}"
-    for number, raw_record in enumerate(read_range(part), part.first_record):
-        for row, drop in read_rows(
-            raw_record, source, config.merge.max_record_bytes, group=f"{file}#{number}"
-        ):
+    for number, raw_record in enumerate(read_range(part)):
+        rows = read_rows(raw_record, source, config.merge.max_record_bytes)
+        for row, _ in rows:
             base_id = row_id(row.meta["content_id"], source.name, row.meta.get("id", ""), 0)
             row.row_id = nth_row_id(base_id, num_seen[base_id])
             num_seen[base_id] += 1
             row.source, row.record = file, number
-            yield row, drop
+        if rows[0][0].meta.get("group") is not None:
+            for row, _ in rows:
+                row.meta["group"] = rows[0][0].row_id
+        yield from rows
 
 
 def nth_row_id(base_id: str, ordinal: int) -> str:

@@ -40,7 +40,7 @@ def plan(wanted: PipelineConfig, spool: Path) -> list[PartRange]:
 
 
 def read(wanted: PipelineConfig, spool: Path) -> list[Row]:
-    """All rows, numbered over the parts of each file as the stage does it."""
+    """All rows, ids numbered over the parts of each file as the stage does it, and records too, for people."""
     parts = plan(wanted, spool)
     rows = [list(read_part(part, wanted)) for part in parts]
     for file in {part.file for part in parts}:
@@ -49,6 +49,9 @@ def read(wanted: PipelineConfig, spool: Path) -> list[Row]:
         for n, offset in zip(numbers, offsets, strict=True):
             if offset:
                 rows[n] = list(read_part(parts[n], wanted, ordinal_offsets=offset))
+    for n, part in enumerate(parts):
+        for row, _ in rows[n]:
+            row.record += part.first_record
     return [row for part in rows for row in part]
 
 
