@@ -21,11 +21,8 @@ def run_merge(run: StageRun, module: ModuleType) -> StageResult:
     spool = Path(tempfile.mkdtemp()) if run.dry else config.run_root / SPOOL_FOLDER
     try:
         sources = sorted(config.sources, key=lambda source: source.name)
-        parts = [
-            part
-            for source in sources
-            for part in module.plan_parts(source, config=config, spool_folder=spool)
-        ]
+        plans = module.plan_sources(sources, config=config, spool_folder=spool)
+        parts = [part for plan in plans for part in plan.parts]
         inputs = _merge_inputs(parts)
         key = run.key(inputs, [source.model_dump(exclude={"path"}) for source in sources])
         if (result := run.skip(key)) is not None:
