@@ -15,6 +15,8 @@ from schemas.conversation import blake2b_128
 Container: TypeAlias = Literal["values", "lines", "parquet"]
 
 _CHUNK_BYTES = 1 << 20
+_RECORD_BYTES = 256
+"""What a record costs beside its bytes: millions of tiny ones are shared out too."""
 
 
 class Break(NamedTuple):
@@ -78,7 +80,7 @@ class Draft:
 
     def add(self, segment: Segment, depth: int, handle: BinaryIO) -> None:
         """Put in the next segment, with `depth` arrays open around it."""
-        num_bytes = segment.end - segment.start
+        num_bytes = segment.end - segment.start + _RECORD_BYTES
         if self._num_records and self._num_bytes + num_bytes > 4 * self.part_bytes:
             self._close()
         if not self._num_records:
