@@ -21,14 +21,15 @@ from schemas.run import STAGES
 
 WORKERS = (1, 2)
 RUN = """
-import json, os, shutil, sys, time
-from pipelines.executors import close_workers
+import json, shutil, sys, time
+import psutil
 from pipelines.stage import run_stage
 from schemas.pipeline_config import PipelineConfig
 
 def cpu_seconds():
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    parent = psutil.Process()
+    times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 if __name__ == "__main__":
     config = PipelineConfig.model_validate_json(sys.argv[1])
@@ -37,7 +38,6 @@ if __name__ == "__main__":
         started = time.monotonic()
         run_stage(stage, config)
         seconds[stage] = time.monotonic() - started
-    close_workers()
     print(json.dumps({"seconds": seconds, "cpu": cpu_seconds()}))
     shutil.rmtree(config.run_root)
 """

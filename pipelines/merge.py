@@ -12,8 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines import executors
-from pipelines.containers import plan_file, read_range
+from pipelines import containers, executors
 from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
 from pipelines.identity import FILE_NAME, write_identity
 from pipelines.part_ranges import PartRange
@@ -79,11 +78,28 @@ def plan_sources(
         of_files = [next(found) for _ in files]
         parts = [part for plan in of_files for part in plan.parts]
         if not parts:
-            raise InputError(
-                f"source {source.name} has no records: {len(files)} empty files at {source.path}"
-            )
+            raise _no_records(source, len(files))
         plans.append(SourcePlan(parts, [*notes, *(note for plan in of_files for note in plan.notes)]))
     return plans
+
+
+def iter_parts(
+    sources: Sequence[SourceConfig], *, config: PipelineConfig, spool_folder: Path
+) -> Iterator[PartRange]:
+    """As plan_sources, the parts alone; those of a single file while it is being scanned."""
+    if len(sources) == 1:
+        files, _ = _files(sources[0], Path(), spool_folder)
+        if len(files) == 1:
+            task = _file_task(sources[0], *files[0], spool_folder, config.merge)
+            is_empty = True
+            for part in _iter_file(task, []):
+                is_empty = False
+                yield part
+            if is_empty:
+                raise _no_records(sources[0], len(files))
+            return
+    for plan in plan_sources(sources, config=config, spool_folder=spool_folder):
+        yield from plan.parts
 
 
 class _FileTask(NamedTuple):
@@ -139,19 +155,27 @@ def _num_bytes(path: Path) -> int:
 def _plan_or_refuse(task: _FileTask) -> SourcePlan | InputError:
     notes: list[str] = []
     try:
-        parts = plan_file(
-            task.path,
-            source=task.source,
-            file=task.file,
-            spool_path=task.spool_path,
-            config=task.config,
-            notes=notes,
-        )
+        parts = list(_iter_file(task, notes))
     except InputError as error:
         return error
     if not parts:
         notes.append(f"source {task.source.name}: {task.file} holds no records")
     return SourcePlan(parts, notes)
+
+
+def _iter_file(task: _FileTask, notes: list[str]) -> Iterator[PartRange]:
+    return containers.iter_parts(
+        task.path,
+        source=task.source,
+        file=task.file,
+        spool_path=task.spool_path,
+        config=task.config,
+        notes=notes,
+    )
+
+
+def _no_records(source: SourceConfig, num_files: int) -> InputError:
+    return InputError(f"source {source.name} has no records: {num_files} empty files at {source.path}")
 
 
 def _file_task(
@@ -196,7 +220,7 @@ def read_part(
     source = next(source for source in config.sources if source.name == part.source_name)
     num_seen = Counter(ordinal_offsets or {})
     file = f"{source.name}/{part.file}"
-    for number, raw_record in enumerate(read_range(part)):
+    for number, raw_record in enumerate(containers.read_range(part)):
         rows = read_rows(raw_record, source, config.merge.max_record_bytes)
         for row, _ in rows:
             base_id = row_id(row.meta["content_id"], source.name, row.meta.get("id", ""), 0)

@@ -6,6 +6,7 @@ records added to or taken from a file change the parts that hold them and leave 
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
@@ -98,11 +99,16 @@ class Draft:
         if is_border and self._num_bytes * 2 >= self.part_bytes:
             self._close()
 
-    def finish(self) -> list[PartRange]:
-        """All parts."""
+    def full(self) -> Iterator[PartRange]:
+        """The parts that have become full since the last time."""
+        while self._parts:
+            yield self._parts.pop(0)
+
+    def finish(self) -> Iterator[PartRange]:
+        """All parts that are left."""
         if self._num_records:
             self._close()
-        return self._parts
+        yield from self.full()
 
     def _close(self) -> None:
         part = PartRange(
