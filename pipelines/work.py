@@ -82,12 +82,13 @@ def split_part(task: PartTask) -> PartEntry:
     from pipelines.shards import examples_to_batch
 
     folder, entry, side = task.payload
-    step = prepared(task)
+    rows = list(read_rows(check_file(folder, entry)))
+    step = prepared(task).proved_on(rows)  # type: ignore[attr-defined]
     examples: list[Any] = []
     dropped: Dropped = []
     counts: Counter[str] = Counter()
     num_pieces_cut = 0
-    for row in read_rows(check_file(folder, entry)):
+    for row in rows:
         result = _apply(step, row, task)
         if isinstance(result, Drop):
             dropped.append((row, result))
