@@ -45,7 +45,7 @@ def test_what_became_of_a_sample(trained: str, wanted: str, limit: int, expected
     ("turns", "expected"),
     [
         (CHAT[:2], {"right"}),
-        ([("user", "x"), ("assistant", "ASSISTANT: hello")], {"ignored"}),
+        ([("user", "x"), ("assistant", "It says: ASSISTANT: hello")], {"ignored"}),
     ],
 )
 def test_the_routine_trains_a_plain_round_and_ignores_what_looks_like_its_separators(
