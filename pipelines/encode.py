@@ -95,7 +95,7 @@ def build_encoder(tokenizer: Any) -> ChatEncoder:
     # A unigram model knows its unknown token by number only, which Python is not shown.
     unknown = getattr(backend.model, "unk_token", None)
     unknown_id = tokenizer.unk_token_id if unknown is None else backend.token_to_id(unknown)
-    fast = None if backend.encode_special_tokens else fast_backend(backend.to_str())
+    fast = None if backend.encode_special_tokens else fast_backend(backend)
     return ChatEncoder(tokenizer, backend, fast, template, control_ids, is_control, unknown_id)
 
 
