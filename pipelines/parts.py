@@ -68,6 +68,10 @@ class StageResult:
     num_parts_run: int
     num_parts_reused: int
     seconds: float
+    num_rows_run: int = 0
+    """Rows that really passed through the stage's own functions."""
+    num_rows_reused: int = 0
+    """Rows of parts that were taken over."""
 
     @property
     def skipped(self) -> bool:
@@ -109,6 +113,8 @@ class StageRun:
     dry: bool = False
     num_parts_run: int = 0
     num_parts_reused: int = 0
+    num_rows_run: int = 0
+    num_rows_reused: int = 0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -136,15 +142,23 @@ class StageRun:
             return None  # the damaged part is made again; see run_parts
         if not self.dry:
             sweep(self.folder, manifest)
-        return StageResult(manifest, 0, len(manifest.parts), time.monotonic() - self.started)
+        seconds = time.monotonic() - self.started
+        return StageResult(manifest, 0, len(manifest.parts), seconds, 0, manifest.num_rows_in)
 
-    def run_parts(self, work: Callable[[PartTask], PartEntry], tasks: Sequence[PartTask]) -> list[PartEntry]:
-        """Entries in the order of the tasks; finished ones are taken over, the others worked on."""
+    def run_parts(
+        self, work: Callable[[PartTask], PartEntry], tasks: Sequence[PartTask], *, passes_rows: bool = True
+    ) -> list[PartEntry]:
+        """Entries in the order of the tasks; finished ones are taken over, the others worked on.
+
+        `passes_rows`: whether rows pass through the stage's own functions, or parts are only cut to its verdicts.
+        """
         entries = self._finished_parts(tasks)
         if self.dry:
             raise PartsToRun(len(tasks) - len(entries), len(entries))
         check_free_disk(self.config)
         self.num_parts_reused += len(entries)
+        if passes_rows:
+            self.num_rows_reused += sum(entry.num_rows_in for entry in entries.values())
         todo = [index for index in range(len(tasks)) if index not in entries]
         self._report(entries, len(tasks))
         results = executors.run_tasks(
@@ -156,6 +170,7 @@ class StageRun:
         for done, entry in results:
             entries[todo[done]] = entry
             self.num_parts_run += 1
+            self.num_rows_run += entry.num_rows_in if passes_rows else 0
             self._report(entries, len(tasks))
         return [entries[index] for index in range(len(tasks))]
 
@@ -186,7 +201,14 @@ class StageRun:
         seconds = time.monotonic() - self.started
         self._write_timing(seconds)
         sweep(self.folder, manifest)
-        return StageResult(manifest, self.num_parts_run, self.num_parts_reused, seconds)
+        return StageResult(
+            manifest,
+            self.num_parts_run,
+            self.num_parts_reused,
+            seconds,
+            self.num_rows_run,
+            self.num_rows_reused,
+        )
 
     def unpublish(self) -> None:
         """Before a file is rewritten under its old name: from here to `finish` the folder does not exist."""
@@ -200,7 +222,8 @@ class StageRun:
         for index, task in enumerate(tasks):
             entry = known.get(task.key[:32]) or read_sidecar(self.folder, task.key)
             if entry is not None and is_whole(self.folder, entry):
-                entries[index] = entry
+                # The same part may begin at another record of its file now.
+                entries[index] = entry.model_copy(update={"label": task.label})
         return entries
 
     def _known_entries(self) -> dict[str, PartEntry]:
@@ -224,6 +247,8 @@ class StageRun:
             "host": socket.gethostname(),
             "parts_run": self.num_parts_run,
             "parts_reused": self.num_parts_reused,
+            "rows_run": self.num_rows_run,
+            "rows_reused": self.num_rows_reused,
         }
         write_json(self.folder / TIMING_NAME, timing)
 

@@ -13,8 +13,8 @@ from schemas.pipeline_config import SourceConfig
 Row = tuple[Conversation, Drop | None]
 
 
-def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int, *, group: str) -> list[Row]:
-    """At least one row; ids and places are the caller's. Several chats of one record share `group`."""
+def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int) -> list[Row]:
+    """At least one row; ids, places and what several chats of one record have in `group` are the caller's."""
     raw = raw_record.raw
     meta = _source_meta(source) | {"record_hash": raw_record.hash, "content_id": raw_record.hash}
     if raw_record.reason:
@@ -34,7 +34,7 @@ def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int
         return [_unreadable(raw, meta, reading)]
     meta["format"] = name
     if isinstance(reading, Chats):
-        return _rows_of_one_group(raw, meta, reading, group)
+        return _rows_of_one_group(raw, meta, reading)
     return [_row(raw, meta | {"holdout_key": holdout_key(reading)}, reading, None)]
 
 
@@ -67,12 +67,12 @@ def _reader(record: dict[str, Any], wanted: str) -> tuple[str, Format | None]:
     return next(((name, FORMATS[name]) for name in names if FORMATS[name].matches(record)), ("", None))
 
 
-def _rows_of_one_group(raw: bytes, meta: dict[str, Any], reading: Chats, group: str) -> list[Row]:
+def _rows_of_one_group(raw: bytes, meta: dict[str, Any], reading: Chats) -> list[Row]:
     repairs = meta.get("repairs", {}) | reading.meta.get("repairs", {})
     meta = {key: value for key, value in meta.items() if key != "repairs"}
     said = {key: value for key, value in reading.meta.items() if key != "repairs"}
     # One side for all, though edited first questions differ: that of the first chat.
-    meta = said | meta | _newer(said) | {"group": group, "holdout_key": holdout_key(reading.chats[0][0])}
+    meta = said | meta | _newer(said) | {"group": "", "holdout_key": holdout_key(reading.chats[0][0])}
     rows = [_row(raw, meta, messages, drop) for messages, drop in reading.chats]
     if repairs:  # of the record, so they are counted once, with a row that is kept if there is one
         first = next((row for row, drop in rows if drop is None), rows[0][0])

@@ -21,11 +21,8 @@ def run_merge(run: StageRun, module: ModuleType) -> StageResult:
     spool = Path(tempfile.mkdtemp()) if run.dry else config.run_root / SPOOL_FOLDER
     try:
         sources = sorted(config.sources, key=lambda source: source.name)
-        parts = [
-            part
-            for source in sources
-            for part in module.plan_parts(source, config=config, spool_folder=spool)
-        ]
+        plans = module.plan_sources(sources, config=config, spool_folder=spool)
+        parts = [part for plan in plans for part in plan.parts]
         inputs = _merge_inputs(parts)
         key = run.key(inputs, [source.model_dump(exclude={"path"}) for source in sources])
         if (result := run.skip(key)) is not None:
@@ -45,7 +42,8 @@ def _merge_inputs(parts: Sequence[PartRange]) -> dict[str, str]:
 
 def _merge_task(run: StageRun, part: PartRange, offsets: dict[str, int]) -> PartTask:
     source = next(s for s in run.config.sources if s.name == part.source_name)
-    identity = [part.file, part.first_record, part.num_records, part.digest, sorted(offsets.items())]
+    # Not where the part begins: records added before it leave it as it is.
+    identity = [part.file, part.num_records, part.digest, sorted(offsets.items())]
     key = run.key(source.model_dump(exclude={"path"}), identity)
     label = f"{part.source_name}/{part.file}:{part.first_record}"
     return run.task(key, label, (part, offsets))
@@ -80,7 +78,7 @@ def run_row_step(run: StageRun, module: ModuleType) -> StageResult:
     tasks = [
         run.task(run.key(part.kept[0].sha256), part.label, (folder, part.kept[0])) for part in before.parts
     ]
-    key = run.key([task.key for task in tasks])
+    key = run.key([[task.key, task.label] for task in tasks])
     if (result := run.skip(key)) is not None:
         return result
     entries = run.run_parts(step_part, tasks)

@@ -33,7 +33,7 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
         run.task(run.key(side, file.sha256), f"{side} {part.label}", (folder, file, side))
         for side, part, file in sides
     ]
-    key = run.key([task.key for task in tasks])
+    key = run.key([[task.key, task.label] for task in tasks])
     if (result := run.skip(key)) is not None:
         return result
     entries = run.run_parts(split_part, tasks)
@@ -79,7 +79,7 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
             files.append(file_entry(path, folder=run.folder, num_rows=write_arrow(path, plan)))
         summary = module.packing_summary(plans[0], capacity)
         counts |= {f"{side}_bins": int(summary["num_bins"]), f"{side}_tokens": int(summary["num_tokens"])}
-    run.num_parts_run = len(files)
+    run.num_parts_run, run.num_rows_run = len(files), before.num_rows_out
     part = PartEntry(
         key=key,
         label="plan",

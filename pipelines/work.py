@@ -24,7 +24,7 @@ from pipelines.storage import (
 from schemas.conversation import Conversation, Drop
 from schemas.dataset import DROPS, ROWS, SPLITS
 from schemas.errors import WorkerError
-from schemas.run import FileEntry, PartEntry
+from schemas.run import FileEntry, PartEntry, first_record
 
 Dropped = list[tuple[Conversation, Drop]]
 
@@ -126,8 +126,9 @@ def _apply(step: Callable[[Conversation], Any], row: Conversation, task: PartTas
     try:
         return step(row)
     except Exception as error:
+        place = f"{row.source} record {first_record(task.label) + row.record}"
         raise WorkerError(
-            f"{task.stage}: row {row.row_id} ({row.source} record {row.record}): {type(error).__name__}: {error}"
+            f"{task.stage}: row {row.row_id} ({place}): {type(error).__name__}: {error}"
         ) from error
 
 

@@ -13,7 +13,9 @@ MESSAGE = pa.struct(
 _ROW_FIELDS = [
     pa.field("row_id", pa.large_string(), nullable=False),
     pa.field("source", pa.large_string(), nullable=False),  # <source name>/<file>
-    pa.field("record", pa.int64(), nullable=False),  # number in that file, from 0
+    pa.field(
+        "record", pa.int64(), nullable=False
+    ),  # number in its part, from 0; the part's label has its first
     pa.field("messages", pa.large_list(MESSAGE), nullable=False),
     pa.field("meta", pa.large_string(), nullable=False),  # JSON object, keys in conversation.META_KEYS
 ]

@@ -187,8 +187,8 @@ class BenchmarkConfig(Section):
 class MergeConfig(Section):
     max_record_bytes: int = Field(default=64 * 2**20, gt=0)
     """A longer record is dropped as record_too_large, unparsed."""
-    part_bytes: int = Field(default=8 * 2**20, gt=0)
-    """Aimed size of the raw bytes of a part; borders are content-defined."""
+    part_bytes: int = Field(default=2**20, gt=0)
+    """Aimed size of the raw bytes of a part; borders are content-defined. A change to a file costs one or two parts."""
     max_decompressed_ratio: int = Field(default=200, gt=0)
     """A compressed file that grows by more than this factor is refused as a bomb."""
 

@@ -136,7 +136,9 @@ def test_workers_of_a_run_that_has_ended_are_gone_and_its_root_is_free(tmp_path:
         with hold_run_root(tmp_path, wait_seconds=0) as lock, executors.workers_hold(lock):
             results = dict(executors.run_tasks(square, [1, 2], num_workers=2, label=label))
         assert results == {0: 1, 1: 4}
-    assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
+    # A killed one may still be waiting for the pool's thread to ask how it ended.
+    living = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
+    assert not [c for c in living if "spawn_main" in " ".join(c.cmdline())]
 
 
 def wait_for_state(processes: list[psutil.Process], state: str) -> None:
