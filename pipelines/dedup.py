@@ -46,7 +46,9 @@ from pipelines.grams import (
     taken,
     to_column,
 )
-from pipelines.near_duplicates import Bools, PrefixIndex, greedy_survivors
+from pipelines.near_duplicates import greedy_survivors
+from pipelines.overlap import Bools
+from pipelines.prefix_index import Also, PrefixIndex
 from pipelines.rules.prose import MIN_CODE_LINES, prose_of
 from schemas.conversation import Conversation, utf8
 from schemas.pipeline_config import PipelineConfig
@@ -323,7 +325,9 @@ def _drop_near(chats: _Chats, table: pa.Table, *, threshold: float) -> int:
     def wanted(left: Ints, right: Ints) -> Bools:
         return ((group[left] == 0) | (group[left] != group[right])) & ~(is_earlier[left] & is_earlier[right])
 
-    index = PrefixIndex(sets, threshold=threshold, also=_prose_sets(table, rows))
+    prose = _prose_sets(table, rows)
+    also = None if prose is None else Also(prose, table["has_code"].to_numpy()[rows])
+    index = PrefixIndex(sets, threshold=threshold, also=also)
     survivor, jaccard = greedy_survivors(index, np.arange(len(rows)), wanted=wanted)
     dropped = np.flatnonzero(survivor >= 0)
     details = [f"Jaccard {value:.3f}" for value in jaccard[dropped].tolist()]

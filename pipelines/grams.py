@@ -11,7 +11,7 @@ import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,16 @@ _MAX_REMEMBERED_WORDS = 2**20
 _MIXED_AT_ONCE = 2**14  # words whose hashes stay in the cache
 
 
+class StoredSets(Protocol):
+    """Sets that may lie on the disk: read from the first to the last in blocks, or some of them."""
+
+    def __len__(self) -> int: ...
+    @property
+    def sizes(self) -> Ints: ...
+    def blocks(self, limit: int) -> "Iterator[tuple[int, GramSets]]": ...
+    def of_rows(self, rows: Ints) -> "GramSets": ...
+
+
 @dataclass(frozen=True, slots=True)
 class GramSets:
     """Set i is hashes[starts[i]:starts[i + 1]], ascending, each once; starts has one more element than sets."""
@@ -43,6 +53,16 @@ class GramSets:
     @property
     def sizes(self) -> Ints:
         return np.diff(self.starts)
+
+    def blocks(self, limit: int) -> "Iterator[tuple[int, GramSets]]":
+        """Number of the first row and the sets of it and the next ones: together at most `limit` hashes, or one set."""
+        for first, end in runs(self.sizes, limit=limit):
+            starts = self.starts[first : end + 1]
+            yield first, GramSets(starts - starts[0], self.hashes[starts[0] : starts[-1]])
+
+    def of_rows(self, rows: Ints) -> "GramSets":
+        """The sets of these rows, in their order."""
+        return taken(self, rows)
 
 
 # Scripts written without spaces: there a "word" is a character. Han with kana, bopomofo, their punctuation and
