@@ -30,14 +30,19 @@ _MAX_REMEMBERED_WORDS = 2**20
 _MIXED_AT_ONCE = 2**14  # words whose hashes stay in the cache
 
 
-class StoredSets(Protocol):
+class SetsOfRows(Protocol):
+    """Sets of which some can be read."""
+
+    def of_rows(self, rows: Ints) -> "GramSets": ...
+
+
+class StoredSets(SetsOfRows, Protocol):
     """Sets that may lie on the disk: read from the first to the last in blocks, or some of them."""
 
     def __len__(self) -> int: ...
     @property
     def sizes(self) -> Ints: ...
     def blocks(self, limit: int) -> "Iterator[tuple[int, GramSets]]": ...
-    def of_rows(self, rows: Ints) -> "GramSets": ...
 
 
 @dataclass(frozen=True, slots=True)

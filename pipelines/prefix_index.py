@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.grams import GramSets, Ints, StoredSets, ragged, runs
+from pipelines.grams import GramSets, Ints, SetsOfRows, StoredSets, ragged, runs
 from pipelines.overlap import Bools, Floats, jaccard, most_common
 from pipelines.prefixes import shared_entries
 
@@ -30,7 +30,7 @@ class Pairs:
 class Also:
     """Further sets of the same rows that must be as near, where any of the two is not empty."""
 
-    sets: StoredSets
+    sets: SetsOfRows
     differs: Bools  # rows whose set is another one here; two rows without need no second look
 
 
@@ -133,7 +133,7 @@ class PrefixIndex:
         return Pairs(left=left[near], right=right[near], jaccard=found[near])
 
 
-def _jaccard_of_rows(sets: StoredSets, left: Ints, right: Ints) -> Floats:
+def _jaccard_of_rows(sets: SetsOfRows, left: Ints, right: Ints) -> Floats:
     if isinstance(sets, GramSets):
         return jaccard(sets, left, right)
     rows, place = np.unique(np.append(left, right), return_inverse=True)
