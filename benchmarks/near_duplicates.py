@@ -2,7 +2,7 @@
 
     python benchmarks/near_duplicates.py truth TEXTS.jsonl [--rows 5000] [--threshold 0.8]
     python benchmarks/near_duplicates.py texts TEXTS.jsonl [--threads 2] [--peers]
-    python benchmarks/near_duplicates.py stage (TEXTS.jsonl | --made ROWS) --run-root NEW_FOLDER [--workers 2]
+    python benchmarks/near_duplicates.py stage (TEXTS.jsonl | --made ROWS) --run-root FOLDER [--workers 2]
 
 Each line has a `text`. `truth`: pairs on the edge are planted beside the rows of the file: their true similarity is up
 to 0.02 below or above the threshold. The truth knows nothing of the join: sets of word triples as strings, and for each
@@ -12,7 +12,7 @@ pair of texts that share any triple the number that they share.
 and rensa on the same texts, with one run of each (pip install datasketch rensa).
 
 `stage` times `sft-pipeline step dedup` on chats in files, start-up, reading and all other duplicates included. Memory is
-the sum of PSS over the process tree, read every 50 ms.
+the sum of PSS over the process tree, read every 50 ms. Rows that lie in the folder from another time are taken again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict
@@ -36,6 +37,7 @@ from benchmarks import etl, near_peers, near_rows
 from pipelines.grams import GramSets, Ints, gram_sets
 from pipelines.near_duplicates import greedy_survivors, joined, near_pairs
 from pipelines.prefix_index import Pairs, PrefixIndex
+from schemas.run import STAGE_FOLDERS
 
 EDGE_WIDTH = 0.02
 NUM_EDGE_PAIRS = 500
@@ -83,8 +85,10 @@ def speed_on_texts(options: argparse.Namespace) -> None:
 def speed_of_stage(options: argparse.Namespace) -> None:
     """The stage dedup as it is run on files."""
     run_root = options.run_root / "run"
-    options.run_root.mkdir(parents=True)
-    if options.made:
+    options.run_root.mkdir(parents=True, exist_ok=True)
+    if (run_root / STAGE_FOLDERS["filter"]).exists():
+        shutil.rmtree(run_root / STAGE_FOLDERS["dedup"], ignore_errors=True)
+    elif options.made:
         near_rows.write_made(run_root, options.made, workers=options.workers or os.cpu_count() or 1)
     else:
         near_rows.write_texts(run_root, near_rows.read_texts(options.texts))
