@@ -8,8 +8,8 @@ other, and everything else (prefix spaces, stripping, normalisation between cont
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from pipelines.fast_encoding import FastBackend, fast_backend
 from pipelines.render import Rendered, TrainedSpan, compile_template
 from pipelines.templates import ChatTemplate
 from pipelines.tokenizer_files import load_tokenizer
@@ -30,15 +31,18 @@ class ChatEncoder:
     """A tokenizer and its template, ready to encode.
 
     `tokenizer` is the transformers object; `backend` is a copy of what it runs, without the post-processor,
-    which would trim offsets. `is_control` is bool [ids].
+    which would trim offsets. `is_control` is bool [ids]. `fast` gives the same as `backend` for texts on
+    which that was proved, and `uses_fast` says so.
     """
 
     tokenizer: Any
     backend: Tokenizer
+    fast: FastBackend | None
     template: ChatTemplate
     control_ids: Mapping[str, int]
     is_control: np.ndarray
     unknown_id: int | None
+    uses_fast: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +95,22 @@ def build_encoder(tokenizer: Any) -> ChatEncoder:
     # A unigram model knows its unknown token by number only, which Python is not shown.
     unknown = getattr(backend.model, "unk_token", None)
     unknown_id = tokenizer.unk_token_id if unknown is None else backend.token_to_id(unknown)
-    return ChatEncoder(tokenizer, backend, template, control_ids, is_control, unknown_id)
+    fast = None if backend.encode_special_tokens else fast_backend(backend)
+    return ChatEncoder(tokenizer, backend, fast, template, control_ids, is_control, unknown_id)
+
+
+def proved_on(encoder: ChatEncoder, texts: Iterable[str]) -> ChatEncoder:
+    """The encoder as it may encode texts like these: by `fast` if that gives the same for them, else without."""
+    num_equal = 0
+    for text in texts if encoder.fast else ():
+        fast = _run_fast(encoder, text)
+        if fast is None:
+            continue
+        slow = _run(encoder.backend, text)
+        if isinstance(slow, Drop) or not _same(fast, slow):
+            return replace(encoder, uses_fast=False)
+        num_equal += 1 if text else 0
+    return replace(encoder, uses_fast=num_equal > 0)
 
 
 def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
@@ -100,7 +119,8 @@ def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     Drops: `not_unicode` (lone surrogates), `tokenizer_fails`, and two that no real text reaches:
     `reserved_characters`, `control_string_stays`.
     """
-    plain = _run(encoder.backend, rendered.text)
+    fast = _run_fast(encoder, rendered.text) if encoder.uses_fast else None
+    plain = fast or _run(encoder.backend, rendered.text)
     if isinstance(plain, Drop):
         return plain
     expected = np.array([encoder.control_ids[token] for token in rendered.control_tokens], np.int32)
@@ -246,6 +266,15 @@ def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[st
 
 
 # The tokenizers library -------------------------------------------------------------------------------------
+
+
+def _same(one: Encoded, other: Encoded) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "starts", "ends"))
+
+
+def _run_fast(encoder: ChatEncoder, text: str) -> Encoded | None:
+    columns = encoder.fast.encode(text) if encoder.fast else None
+    return Encoded(*columns) if columns else None
 
 
 def _run(backend: Tokenizer, text: str) -> Encoded | Drop:

@@ -50,7 +50,8 @@ from pipelines.holdout_sides import (
     kept_nodes,
     sides_of_keys,
 )
-from pipelines.near_duplicates import Bools, Pairs, PrefixIndex
+from pipelines.overlap import Bools
+from pipelines.prefix_index import Pairs, PrefixIndex
 from schemas.conversation import Conversation
 from schemas.dataset import SPLITS
 from schemas.errors import InputError, IntegrityError

@@ -45,7 +45,12 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
         ]
         for side in SPLITS
     }
-    module.check_counts(sum_counts(entry.counts for entry in entries), run.config.split)
+    module.check_hand_over(
+        sum_counts(entry.counts for entry in entries),
+        sum_counts(entry.drops for entry in entries),
+        num_rows=sum(entry.num_rows_in for entry in entries),
+        config=run.config.split,
+    )
     run.unpublish()
     paths = write_dataset(run.folder, tables, batch_rows=run.config.split.shard_rows)
     files = tuple(file_entry(path, folder=run.folder, num_rows=rows) for path, rows in paths)

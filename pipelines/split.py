@@ -1,14 +1,15 @@
 """Stage 6, one row: a chat becomes one training example, or several where it is longer than split.max_tokens."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from pipelines.cut import Chat, Example, all_rounds, build_example, chat_rounds, last_context, render_piece
-from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder
+from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder, proved_on
 from pipelines.probes import PROBE_CHATS, check_encoder, check_template
+from pipelines.render import Rendered, render
 from pipelines.storage import read_manifest
 from pipelines.templates import try_in_child
 from pipelines.tokenizer_files import load_tokenizer, tokenizer_versions
@@ -19,7 +20,10 @@ from schemas.run import STAGE_FOLDERS
 
 STAGE_VERSION = 2
 
-MIN_STRADDLED_SPANS = 10
+NUM_PROVED_ROWS = 32
+"""Rows of a part on which the fast encoder is compared with tokenizers before it is used for the others."""
+
+MIN_BAD_SHOWN = 10
 """Fewer are an accident of single texts, whatever their share in a small data set."""
 
 COUNTS = {
@@ -53,9 +57,30 @@ def versions(config: PipelineConfig) -> dict[str, str]:
     return tokenizer_versions(config)
 
 
-def prepare(config: PipelineConfig) -> Callable[[Conversation], SplitResult | Drop]:
-    """The row step. Loads the tokenizer: some seconds, once per worker. Raises as load_encoder does."""
-    return partial(split_chat, load_encoder(config), config.split)
+@dataclass(frozen=True, slots=True)
+class RowSplitter:
+    """The row step."""
+
+    encoder: ChatEncoder
+    config: SplitConfig
+
+    def __call__(self, row: Conversation) -> SplitResult | Drop:
+        return split_chat(self.encoder, self.config, row)
+
+    def proved_on(self, rows: Sequence[Conversation]) -> "RowSplitter":
+        """The step for these rows: with the fast encoder where it gives the same on a sample of them."""
+        sample = rows[:: max(1, len(rows) // NUM_PROVED_ROWS)]
+        rendered = (render(self.encoder.template, row.messages) for row in sample)
+        texts = (result.text for result in rendered if isinstance(result, Rendered))
+        return RowSplitter(proved_on(self.encoder, texts), self.config)
+
+
+def prepare(config: PipelineConfig) -> RowSplitter:
+    """The row step. Loads the tokenizer: some seconds, once per worker.
+
+    Raises as load_encoder does.
+    """
+    return RowSplitter(load_encoder(config), config.split)
 
 
 def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> SplitResult | Drop:
@@ -152,28 +177,28 @@ def _proved_before(config: PipelineConfig) -> bool:
     )
 
 
-def check_counts(counts: Mapping[str, int], config: SplitConfig) -> None:
-    """Raises LimitError when more answers than allowed began or ended inside a token."""
+def check_hand_over(
+    counts: Mapping[str, int], drops: Mapping[str, int], *, num_rows: int, config: SplitConfig
+) -> None:
+    """Refuse shards that would not teach what their chats say. `counts` and `drops` are sums over all `num_rows`.
+
+    Raises LimitError when answers never end, when more of them than allowed begin or end inside a token, or when
+    more rows than allowed have nothing to train.
+    """
     spans, straddled = counts.get("trained_spans", 0), counts.get("straddled_spans", 0)
-    if straddled >= MIN_STRADDLED_SPANS and straddled > config.max_straddle_share * spans:
+    if spans and counts.get("turns_without_end_token", 0) == spans:
+        raise LimitError(
+            f"split: none of {spans} trained answers ends with an end token, so the model would never learn to "
+            "stop: set split.chat_template to a template that writes one after each answer"
+        )
+    if straddled >= MIN_BAD_SHOWN and straddled > config.max_straddle_share * spans:
         raise LimitError(
             f"split: {straddled} of {spans} answers begin or end inside a token, split.max_straddle_share allows "
             f"{config.max_straddle_share:.2%}: strip white space around answers, or use another chat template"
         )
-
-
-def colour_spans(tokenizer: Any, example: Any) -> list[tuple[str, bool]]:
-    """The text of an example in order, in pieces that are trained (True) or not.
-
-    `tokenizer` is a transformers tokenizer; `example` has input_ids, span_starts and span_ends.
-    """
-    ids = [int(token) for token in example.input_ids]
-    spans = zip(example.span_starts, example.span_ends, strict=True)
-    borders = [int(border) for span in spans for border in span]
-    pieces, shown = [], ""
-    for number, end in enumerate([*borders, len(ids)]):
-        # From the beginning each time: decoders strip the blank before the first word of what they are given.
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((text[len(shown) :], number % 2 == 1))
-        shown = text
-    return [(text, trained) for text, trained in pieces if text]
+    untrained = drops.get("nothing_to_train", 0)
+    if untrained >= MIN_BAD_SHOWN and untrained > config.max_untrained_share * num_rows:
+        raise LimitError(
+            f"split: {untrained} of {num_rows} rows have nothing to train, split.max_untrained_share allows "
+            f"{config.max_untrained_share:.2%}: look at the drops of 06_shards, or raise the limit"
+        )

@@ -363,6 +363,8 @@ class SplitConfig(Section):
     """Rows in a record batch of the shards."""
     max_straddle_share: float = Field(default=0.001, ge=0, le=1)
     """Refuse when more spans than this begin or end inside a token."""
+    max_untrained_share: float = Field(default=0.05, ge=0, le=1)
+    """Refuse when more rows than this have nothing to train."""
 
 
 class PackConfig(Section):
