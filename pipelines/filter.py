@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from pipelines.rules import answers, languages, length, models, quality, repetition, shares, turns, words
 from pipelines.rules.language_policy import with_languages
+from pipelines.rules.prose import proses_kept
 from pipelines.tokenizer_files import load_tokenizer, tokenizer_versions
 from schemas.conversation import Conversation, Drop
 from schemas.pipeline_config import FilterConfig, PipelineConfig
@@ -46,7 +47,8 @@ def prepare(config: PipelineConfig) -> Callable[[Conversation], Conversation | D
     score = quality.load_score(settings) if settings.quality else None
 
     def step(conversation: Conversation) -> Conversation | Drop:
-        return judge(conversation, settings, detector=detector, num_tokens=num_tokens, score=score)
+        with proses_kept():
+            return judge(conversation, settings, detector=detector, num_tokens=num_tokens, score=score)
 
     return step
 
