@@ -156,7 +156,7 @@ class GramFiles:
 
     def _read_file(self, path: Path, start_byte: int, into: Hashes) -> None:
         with self._descriptor(path) as descriptor:
-            view, done = memoryview(into).cast("B"), 0
+            view, done = into.data.cast("B"), 0
             while done < len(view):
                 num_bytes = os.preadv(descriptor, [view[done:]], start_byte + done)
                 if not num_bytes:

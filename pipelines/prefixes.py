@@ -95,7 +95,9 @@ def _pass(
             chosen &= (grams & _HASH_BITS) % np.uint64(share[1]) == share[0]
         return grams[chosen], (rows[chosen] + block[0]).astype(np.int32), positions[chosen].astype(small)
 
-    grams, rows, positions = [np.empty(0, np.uint64)], [np.empty(0, np.int32)], [np.empty(0, small)]
+    grams: list[npt.NDArray[Any]] = [np.empty(0, np.uint64)]
+    rows: list[npt.NDArray[Any]] = [np.empty(0, np.int32)]
+    positions: list[npt.NDArray[Any]] = [np.empty(0, small)]
     for found in _in_threads(of_block, sets.blocks(_MAX_READ_GRAMS), num_threads):
         for column, values in zip((grams, rows, positions), found, strict=True):
             column.append(values)
@@ -156,10 +158,9 @@ def _by_row(found: list[Entries]) -> Entries:
         return found[0]
     rows = np.concatenate([entries.row for entries in found])
     order = np.argsort(rows, kind="stable")
-    columns = []
-    for name in ("gram", "position"):
-        columns.append(np.concatenate([getattr(entries, name) for entries in found])[order])
-    return Entries(rows[order], *columns, np.concatenate([entries.counts for entries in found]))
+    grams = np.concatenate([entries.gram for entries in found])[order]
+    positions = np.concatenate([entries.position for entries in found])[order]
+    return Entries(rows[order], grams, positions, np.concatenate([entries.counts for entries in found]))
 
 
 def _in_threads(
