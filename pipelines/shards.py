@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.cut import Example
+from pipelines.pieces import Example
 from pipelines.storage import (
     durable_file,
     file_sha256,

@@ -42,7 +42,7 @@ SPLITS = ("train", "validation", "test")
 SHARD = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32())),
-        # Trained token spans, half-open, ascending, not touching; one weight a span.
+        # Trained token spans, half-open, ascending; one weight a span, touching only where weights differ.
         pa.field("span_starts", pa.list_(pa.int32())),
         pa.field("span_ends", pa.list_(pa.int32())),
         pa.field("span_weights", pa.list_(pa.float32())),

@@ -57,6 +57,20 @@ EncodingName = Literal[
 ]
 
 
+BUILT_IN_TEMPLATES = (
+    "alpaca",
+    "chatml",
+    "gemma",
+    "llama-3",
+    "mistral",
+    "phi",
+    "plain",
+    "vicuna-v1.1",
+    "zephyr",
+)
+"""Chat templates that split.chat_template may name."""
+
+
 class FieldPaths(Section):
     """Where things stand in records of a shape of their own: keys joined by dots, numbers count in lists."""
 
@@ -351,20 +365,46 @@ class HoldoutConfig(Section):
 class SplitConfig(Section):
     max_tokens: int = Field(default=2048, gt=8)
     """Longest example, in tokens of the rendered chat."""
-    overlong_round: Literal["drop"] = "drop"
-    """What happens to a single round that is longer than max_tokens."""
+    overlong_round: Literal["drop", "cut"] = "drop"
+    """What happens to a single round that is longer than max_tokens: left out, or cut inside at paragraphs."""
     repeat_system: bool = True
     """Each piece of a cut chat starts with the chat's system message."""
-    train_on: Literal["assistant", "last"] = "assistant"
-    """Which turns are trained: all assistant turns, or only the last one."""
+    overlap_rounds: int = Field(default=0, ge=0)
+    """How many rounds before it a later piece of a cut chat begins with, as context that is not trained."""
+    train_on: list[Role | Literal["last"]] = Field(default=["assistant"], min_length=1)
+    """Roles whose turns are trained, or last: the last assistant turn alone. A message's own weight or train: false
+    counts too."""
+    train_reasoning: bool = True
+    """Whether the reasoning of trained turns is trained."""
+    train_tool_calls: bool = True
+    """Whether the tool calls of trained turns are trained."""
+    prompt_weight: float = Field(default=0, ge=0, le=1000)
+    """Weight of the texts of all other turns in the loss, without what the template writes around them."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """drop takes reasoning out of the data, for templates that can't write it."""
+    system: Literal["keep", "merge_into_user", "drop"] = "keep"
+    """System prompts stay, go into the user turn that follows them, or are left out, for templates that refuse them."""
     chat_template: LocalPath | None = None
-    """Path of a Jinja file to use in place of the tokenizer's own template."""
+    """In place of the tokenizer's own template: a Jinja file, or alpaca, chatml, gemma, llama-3, mistral, phi, plain,
+    vicuna-v1.1 or zephyr."""
     shard_rows: int = Field(default=8192, gt=0)
     """Rows in a record batch of the shards."""
     max_straddle_share: float = Field(default=0.001, ge=0, le=1)
     """Refuse when more spans than this begin or end inside a token."""
     max_untrained_share: float = Field(default=0.05, ge=0, le=1)
     """Refuse when more rows than this have nothing to train."""
+
+    @field_validator("train_on", mode="before")
+    @classmethod
+    def _one_role_is_a_list(cls, roles: object) -> object:
+        return [roles] if isinstance(roles, str) else roles
+
+    @field_validator("train_on")
+    @classmethod
+    def _last_stands_alone(cls, roles: list[str]) -> list[str]:
+        if "last" in roles and len(roles) > 1:
+            raise ValueError("last stands alone: it is the last assistant turn and no other")
+        return roles
 
 
 class PackConfig(Section):
