@@ -6,6 +6,7 @@ from types import ModuleType
 
 import numpy as np
 
+from pipelines.formats.document import document_sources
 from pipelines.parts import (
     PartsToRun,
     StageResult,
@@ -59,7 +60,7 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
     config = run.config
     capacity = config.pack.capacity or config.split.max_tokens
     epochs = {"train": config.train.epochs, "validation": 1, "test": 1}
-    key = run.key(before.key, capacity, epochs)
+    key = run.key(before.key, capacity, epochs, sorted(document_sources(config)))
     if (result := run.skip(key)) is not None:
         return result
     if run.dry:
@@ -104,6 +105,7 @@ def _split(run: StageRun, folder: Path, manifest: Manifest, side: str, capacity:
         capacity=capacity,
         open_table=partial(open_split, folder, side),
         read_scores=partial(_read_scores, run, folder, side),
+        document_sources=document_sources(run.config),
     )
 
 

@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 from pipelines.cut import Chat, Example, all_rounds, build_example, chat_rounds, last_context, render_piece
+from pipelines.documents import check_end_token, encode_document
 from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder
+from pipelines.formats.document import is_document
 from pipelines.probes import PROBE_CHATS, check_encoder, check_template
 from pipelines.storage import read_manifest
 from pipelines.templates import try_in_child
@@ -30,6 +32,7 @@ COUNTS = {
     "straddling_tokens": "tokens left untrained because they reach over the border of an answer",
     "turns_without_end_token": "trained answers after which the template wrote no end token",
     "blank_answers_not_located": "blank answers that the template writes in another way, not trained",
+    "documents": "plain texts, of any length, in examples of their own",
     "chats_cut": "chats longer than max_tokens",
     "rounds": "rounds of the chats that were cut",
     "rounds_kept": "of these, rounds that stand in an example",
@@ -55,7 +58,9 @@ def versions(config: PipelineConfig) -> dict[str, str]:
 
 def prepare(config: PipelineConfig) -> Callable[[Conversation], SplitResult | Drop]:
     """The row step. Loads the tokenizer: some seconds, once per worker. Raises as load_encoder does."""
-    return partial(split_chat, load_encoder(config), config.split)
+    encoder = load_encoder(config)
+    check_end_token(config, encoder)
+    return partial(split_chat, encoder, config.split)
 
 
 def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> SplitResult | Drop:
@@ -63,6 +68,8 @@ def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> 
 
     Drops beside those of render and encode: `nothing_to_train`, `overlong`, `content_beside_text`.
     """
+    if is_document(row):
+        return _split_document(encoder, row)
     if (message := _with_content_beside_text(row.messages)) is not None:
         return Drop("content_beside_text", f"message {message} has tool calls or reasoning beside its text")
     answers = [number for number, message in enumerate(row.messages) if message.role == "assistant"]
@@ -84,6 +91,15 @@ def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> 
     else:
         pieces = [whole]
     return pieces if isinstance(pieces, Drop) else _result(chat, pieces, counts)
+
+
+def _split_document(encoder: ChatEncoder, row: Conversation) -> SplitResult | Drop:
+    """One example, however long it is: the plan cuts it."""
+    example = encode_document(encoder, row)
+    if isinstance(example, Drop):
+        return example
+    counts = {"tokens": example.num_tokens, "trained_tokens": example.num_trained_tokens, "documents": 1}
+    return SplitResult([example], counts)
 
 
 def _result(chat: Chat, pieces: list[Any], counts: Counter[str]) -> SplitResult | Drop:

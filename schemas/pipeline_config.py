@@ -34,6 +34,7 @@ FormatName = Literal[
     "moss",
     "dialogue",
     "text",
+    "document",
     "custom",
 ]
 
@@ -118,7 +119,7 @@ class SourceConfig(Section):
     encoding: EncodingName = "auto"
     """How text is written: auto knows UTF-8, UTF-16 and UTF-32; name any other. A byte order mark outdoes it."""
     format: FormatName = "auto"
-    """auto looks at each record; custom reads it by fields."""
+    """auto looks at each record; custom reads it by fields; text makes rounds of a plain text, document trains it as it is."""
     fields: FieldPaths | None = None
     """Where things stand in a record, with format: custom."""
     tree_paths: Literal["all", "best"] = "all"

@@ -89,9 +89,10 @@ def check_plan(run_root: Path) -> None:
 
 def trained_bytes(plan: Plan, reader: ShardReader) -> np.ndarray:
     """Bytes of trained text of each document of the plan, float64: of a piece, by its share of trained tokens."""
-    bytes_of_whole = reader.num_trained_bytes[plan.examples]
+    is_whole = plan.num_tokens == reader.num_tokens[plan.examples]
     tokens_of_whole = np.maximum(reader.num_trained_tokens[plan.examples], 1)
-    return bytes_of_whole * (plan.num_trained_tokens / tokens_of_whole)
+    shares = np.where(is_whole, 1.0, plan.num_trained_tokens / tokens_of_whole)
+    return reader.num_trained_bytes[plan.examples] * shares
 
 
 # Micro-batches ----------------------------------------------------------------------------------------------
