@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.cut import all_rounds, chat_rounds, last_context
+from pipelines.documents import check_end_token, encode_document
 from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder, proved_on
+from pipelines.formats.document import is_document
 from pipelines.pieces import Chat, Example, Piece, build_examples, render_piece
 from pipelines.policy import message_weights, prepared_messages
 from pipelines.probes import PROBE_CHATS, check_encoder, check_template
@@ -39,6 +41,7 @@ COUNTS = {
     "straddling_prompt_tokens": "the same for trained texts that are no answers",
     "turns_without_end_token": "trained answers after which the template wrote no end token",
     "blank_answers_not_located": "blank answers that the template writes in another way, not trained",
+    "documents": "plain texts, of any length, in examples of their own",
     "answers_of_other_parts": "answers that are only reasoning or tool calls where these are not trained",
     "reasoning_dropped": "turns whose reasoning split.reasoning took out",
     "reasoning_left_out": "turns whose reasoning the template left out, as it does before the last question",
@@ -86,9 +89,14 @@ class RowSplitter:
     def proved_on(self, rows: Sequence[Conversation]) -> "RowSplitter":
         """The step for these rows: with the fast encoder where it gives the same on a sample of them."""
         sample = rows[:: max(1, len(rows) // NUM_PROVED_ROWS)]
-        rendered = (render(self.encoder.template, row.messages) for row in sample)
-        texts = (result.text for result in rendered if isinstance(result, Rendered))
+        texts = (text for row in sample if (text := self._text(row)) is not None)
         return RowSplitter(proved_on(self.encoder, texts), self.config)
+
+    def _text(self, row: Conversation) -> str | None:
+        if is_document(row):
+            return row.messages[0].content
+        rendered = render(self.encoder.template, row.messages)
+        return rendered.text if isinstance(rendered, Rendered) else None
 
 
 def prepare(config: PipelineConfig) -> RowSplitter:
@@ -96,7 +104,9 @@ def prepare(config: PipelineConfig) -> RowSplitter:
 
     Raises as load_encoder does.
     """
-    return RowSplitter(load_encoder(config), config.split)
+    encoder = load_encoder(config)
+    check_end_token(config, encoder)
+    return RowSplitter(encoder, config.split)
 
 
 def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> SplitResult | Drop:
@@ -104,6 +114,8 @@ def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> 
 
     Drops beside those of render and encode: `nothing_to_train`, `bad_weight`, `overlong`.
     """
+    if is_document(row):
+        return _split_document(encoder, row)
     counts: Counter[str] = Counter()
     before = encoder.tokenised["bytes"]
     weights = message_weights(config, row.messages)
@@ -129,6 +141,15 @@ def _count_whole(chat: Chat, whole: Piece, counts: Counter[str]) -> None:
     if chat.config.system != "keep":
         name = "system_turns_moved" if chat.config.system == "merge_into_user" else "system_turns_dropped"
         counts[name] = len(chat.messages) - len(whole.numbers)
+
+
+def _split_document(encoder: ChatEncoder, row: Conversation) -> SplitResult | Drop:
+    """One example, however long it is: the plan cuts it."""
+    example = encode_document(encoder, row)
+    if isinstance(example, Drop):
+        return example
+    counts = {"tokens": example.num_tokens, "trained_tokens": example.num_trained_tokens, "documents": 1}
+    return SplitResult([example], counts)
 
 
 def _result(chat: Chat, pieces: list[Piece], counts: Counter[str]) -> SplitResult | Drop:
