@@ -17,7 +17,7 @@ from schemas.conversation import Conversation
 from schemas.dataset import SPLITS
 from schemas.errors import ConfigError, InputError
 from schemas.pipeline_config import PipelineConfig
-from schemas.run import STAGE_FOLDERS, FileEntry, Manifest
+from schemas.run import STAGE_FOLDERS, FileEntry, Manifest, first_record
 
 NUM_CANDIDATES_SHOWN = 5
 PAGE_EXAMPLES = 50
@@ -26,7 +26,10 @@ ROW_STAGES = ("merge", "clean", "filter", "dedup", "holdout")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A row in one stage: kept, with its messages, or dropped. `where` is a file in the stage's folder."""
+    """A row in one stage: kept, with its messages, or dropped. `where` is a file in the stage's folder.
+
+    `row.record` is the number in the source's file.
+    """
 
     stage: str
     where: str
@@ -128,11 +131,15 @@ def _verdict(place: Place) -> str:
 
 def _places(folder: Path, manifest: Manifest, row_id: str) -> Iterator[Place]:
     for part in manifest.parts:
+        places: list[Place] = []
         if manifest.stage in ROW_STAGES:
             for file in part.kept:
-                yield from _kept(folder, file, manifest.stage, row_id)
+                places += _kept(folder, file, manifest.stage, row_id)
         if part.dropped is not None:
-            yield from _dropped(folder, part.dropped, manifest.stage, row_id)
+            places += _dropped(folder, part.dropped, manifest.stage, row_id)
+        for place in places:
+            place.row.record += first_record(part.label)
+        yield from places
 
 
 def _kept(folder: Path, file: FileEntry, stage: str, row_id: str) -> Iterator[Place]:

@@ -9,7 +9,7 @@ other, and everything else (prefix spaces, stripping, normalisation between cont
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from pipelines.fast_encoding import FastBackend, fast_backend
 from pipelines.habits import compile_template
 from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
@@ -32,16 +33,19 @@ class ChatEncoder:
 
     `tokenizer` is the transformers object; `backend` is a copy of what it runs, without the post-processor,
     which would trim offsets. `is_control` is bool [ids]. `num_embeddings` is how many ids the model knows, None
-    where that is not known. `tokenised` counts the bytes that were given to the tokenizer.
+    where that is not known. `tokenised` counts the bytes that were given to the tokenizer. `fast` gives the same as
+    `backend` for texts on which that was proved, and `uses_fast` says so.
     """
 
     tokenizer: Any
     backend: Tokenizer
+    fast: FastBackend | None
     template: ChatTemplate
     control_ids: Mapping[str, int]
     is_control: np.ndarray
     unknown_id: int | None
     num_embeddings: int | None = None
+    uses_fast: bool = False
     tokenised: Counter[str] = field(default_factory=Counter)
 
 
@@ -104,7 +108,22 @@ def build_encoder(tokenizer: Any) -> ChatEncoder:
     # A unigram model knows its unknown token by number only, which Python is not shown.
     unknown = getattr(backend.model, "unk_token", None)
     unknown_id = tokenizer.unk_token_id if unknown is None else backend.token_to_id(unknown)
-    return ChatEncoder(tokenizer, backend, template, control_ids, is_control, unknown_id)
+    fast = None if backend.encode_special_tokens else fast_backend(backend)
+    return ChatEncoder(tokenizer, backend, fast, template, control_ids, is_control, unknown_id)
+
+
+def proved_on(encoder: ChatEncoder, texts: Iterable[str]) -> ChatEncoder:
+    """The encoder as it may encode texts like these: by `fast` if that gives the same for them, else without."""
+    num_equal = 0
+    for text in texts if encoder.fast else ():
+        fast = _run_fast(encoder, text)
+        if fast is None:
+            continue
+        slow = _run(encoder.backend, text)
+        if isinstance(slow, Drop) or not _same(fast, slow):
+            return replace(encoder, uses_fast=False)
+        num_equal += 1 if text else 0
+    return replace(encoder, uses_fast=num_equal > 0)
 
 
 def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
@@ -128,7 +147,9 @@ def _encoded(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     # Only to spare the first way where it can't lead there: normalisers make control strings of others, too.
     written = sum(1 for _ in encoder.template.control_pattern.finditer(rendered.text))
     if written == len(expected):
-        plain = _counted_run(encoder, encoder.backend, rendered.text, rendered)
+        encoder.tokenised["bytes"] += len(utf8(rendered.text))
+        fast = _run_fast(encoder, rendered.text) if encoder.uses_fast else None
+        plain = fast or _run(encoder.backend, rendered.text)
         if isinstance(plain, Drop):
             return plain
         encoded = _proved(encoder, plain, rendered, expected)
@@ -229,7 +250,8 @@ def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarr
     for token, (start, end) in zip(rendered.control_tokens, rendered.control_spans.tolist(), strict=True):
         pieces += (text[position:start], twin.aliases[token])
         position = end
-    aliased = _counted_run(encoder, twin.backend, "".join([*pieces, text[position:]]), rendered)
+    encoder.tokenised["bytes"] += len(utf8(text))
+    aliased = _run(twin.backend, "".join([*pieces, text[position:]]))
     if isinstance(aliased, Drop):
         return aliased
     found = Encoded(twin.ids[aliased.ids], aliased.starts, aliased.ends)
@@ -242,9 +264,13 @@ def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarr
 # The tokenizers library -------------------------------------------------------------------------------------
 
 
-def _counted_run(encoder: ChatEncoder, backend: Tokenizer, text: str, rendered: Rendered) -> Encoded | Drop:
-    encoder.tokenised["bytes"] += len(utf8(rendered.text))
-    return _run(backend, text)
+def _same(one: Encoded, other: Encoded) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "starts", "ends"))
+
+
+def _run_fast(encoder: ChatEncoder, text: str) -> Encoded | None:
+    columns = encoder.fast.encode(text) if encoder.fast else None
+    return Encoded(*columns) if columns else None
 
 
 def _run(backend: Tokenizer, text: str) -> Encoded | Drop:

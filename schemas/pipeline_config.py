@@ -34,6 +34,7 @@ FormatName = Literal[
     "moss",
     "dialogue",
     "text",
+    "document",
     "custom",
 ]
 
@@ -132,7 +133,7 @@ class SourceConfig(Section):
     encoding: EncodingName = "auto"
     """How text is written: auto knows UTF-8, UTF-16 and UTF-32; name any other. A byte order mark outdoes it."""
     format: FormatName = "auto"
-    """auto looks at each record; custom reads it by fields."""
+    """auto looks at each record; custom reads it by fields; text makes rounds of a plain text, document trains it as it is."""
     fields: FieldPaths | None = None
     """Where things stand in a record, with format: custom."""
     tree_paths: Literal["all", "best"] = "all"
@@ -201,8 +202,8 @@ class BenchmarkConfig(Section):
 class MergeConfig(Section):
     max_record_bytes: int = Field(default=64 * 2**20, gt=0)
     """A longer record is dropped as record_too_large, unparsed."""
-    part_bytes: int = Field(default=8 * 2**20, gt=0)
-    """Aimed size of the raw bytes of a part; borders are content-defined."""
+    part_bytes: int = Field(default=2**20, gt=0)
+    """Aimed size of the raw bytes of a part; borders are content-defined. A change to a file costs one or two parts."""
     max_decompressed_ratio: int = Field(default=200, gt=0)
     """A compressed file that grows by more than this factor is refused as a bomb."""
 
@@ -408,12 +409,31 @@ class SplitConfig(Section):
 
 
 class PackConfig(Section):
+    mode: Literal["packed", "unpacked", "token_budget"] = "packed"
+    """packed: bins as full as can be; unpacked: a bin for each example; token_budget: examples of like length, as many
+    as would fit into capacity when each is padded to the longest."""
     capacity: int | None = Field(default=None, gt=8)
     """Tokens in a bin; default: split.max_tokens."""
     seed: int = 0
     """Another seed gives another order of the bins."""
     weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(default_factory=dict)
-    """Source name: how often each of its training examples stands in an epoch. 3 is thrice, 0.2 every fifth; default 1."""
+    """Source name: how often each of its training examples stands in an epoch. 3 is thrice; 0.2 is a fifth of them, another
+    fifth in the next epoch; default 1."""
+    temperature: float = Field(default=1.0, ge=1, le=100)
+    """Above 1, small sources stand more often in an epoch and large ones less: with T their shares are as their weighted
+    numbers of examples to the power 1/T. The epoch keeps its length."""
+    order: Literal["shuffled", "length", "source", "score"] = "shuffled"
+    """Of the bins of an epoch: shuffled; short examples first; as the sources and their files have them; or low scores
+    first, see score."""
+    score: str = "quality"
+    """With order: score, the number in the meta of each row to order by."""
+    descending: bool = False
+    """Turns an order around: long examples or high scores first."""
+    documents: Literal["blocks", "window"] = "blocks"
+    """Of sources with format: document. blocks: joined and cut into bins of exactly capacity tokens; window: in each epoch
+    another stretch of window_tokens tokens of each document."""
+    window_tokens: int | None = Field(default=None, gt=8)
+    """With documents: window; default: the capacity."""
 
 
 class EngineConfig(Section):
