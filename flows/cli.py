@@ -70,7 +70,7 @@ def init(
     Parameters
     ----------
     folder
-        Folder with .json, .jsonl or .parquet files, also .gz and .zst.
+        Folder with .json, .jsonl or .parquet files, also .gz, .zst, .bz2 and .xz.
     model
         Folder of the model to train.
     out
