@@ -19,6 +19,7 @@ A survivor named in step 1 or 2 may itself leave in a later step: follow the nam
 
 import os
 import unicodedata
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,12 +209,17 @@ def _drop_near(chats: _Chats, features: Features, order: Ints, config: PipelineC
     def wanted(left: Ints, right: Ints) -> Bools:
         return ((group[left] == 0) | (group[left] != group[right])) & ~(is_earlier[left] & is_earlier[right])
 
-    with features.sets("grams") as sets, features.sets("prose_grams") as prose:
+    with ExitStack() as stack:
+        sets = stack.enter_context(features.sets("grams"))
         has_code = features.column("has_code").to_numpy()
+        also = None
+        if has_code.any():
+            prose = stack.enter_context(features.sets("prose_grams"))
+            also = Also(_ProseSets(has_code, sets, prose), has_code)
         index = PrefixIndex(
             sets,
             threshold=config.dedup.near_threshold,
-            also=Also(_ProseSets(has_code, sets, prose), has_code) if has_code.any() else None,
+            also=also,
             among=among,
             num_threads=config.engine.workers or os.cpu_count() or 1,
         )

@@ -107,7 +107,7 @@ class GramFiles:
     """Gram sets in stretches of files; see grams.StoredSets. Threads may read at the same time."""
 
     def __init__(self, stretches: Sequence[_Stretch], sizes: Ints) -> None:
-        self._stretches, self._sizes = stretches, sizes
+        self._stretches = stretches
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         lengths = np.array([stretch.num_hashes for stretch in stretches], np.int64)
         self._stretch_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -115,21 +115,21 @@ class GramFiles:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._starts) - 1
 
     @property
     def sizes(self) -> Ints:
-        return self._sizes
+        return np.diff(self._starts)
 
     def blocks(self, limit: int) -> Iterator[tuple[int, GramSets]]:
-        for first, end in runs(self._sizes, limit=limit):
+        for first, end in runs(self.sizes, limit=limit):
             starts = self._starts[first : end + 1] - self._starts[first]
             hashes = np.empty(int(starts[-1]), np.uint64)
             self._read(int(self._starts[first]), hashes)
             yield first, GramSets(starts, hashes)
 
     def of_rows(self, rows: Ints) -> GramSets:
-        starts = np.concatenate([[0], np.cumsum(self._sizes[rows], dtype=np.int64)])
+        starts = np.concatenate([[0], np.cumsum(self._starts[rows + 1] - self._starts[rows])])
         hashes = np.empty(int(starts[-1]), np.uint64)
         places = zip(self._starts[rows].tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True)
         for place, start, end in places:
@@ -156,7 +156,7 @@ class GramFiles:
 
     def _read_file(self, path: Path, start_byte: int, into: Hashes) -> None:
         with self._descriptor(path) as descriptor:
-            view, done = memoryview(into).cast("B"), 0
+            view, done = into.data.cast("B"), 0
             while done < len(view):
                 num_bytes = os.preadv(descriptor, [view[done:]], start_byte + done)
                 if not num_bytes:

@@ -20,9 +20,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MAX_READ_GRAMS = 2**20  # a block of rows that is looked at at a time, by each thread
-_MAX_PASS_ENTRIES = 2**24  # about 40 bytes each while a pass works
+_MAX_PASS_ENTRIES = 2**24  # about 30 bytes each while a pass works
 _MAX_BUCKET_BITS = 26
 _HASH_BITS = np.uint64(2**56 - 1)
+_NOT_ALONE = np.uint64(2 << 56)  # from the class on of buckets with two grams or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,37 +86,50 @@ def _pass(
 ) -> Entries:
     """Entries of the grams of one share of all hashes that at least two rows have."""
 
-    def of_block(block: tuple[int, GramSets]) -> tuple[Hashes, Ints, Ints]:
-        grams, rows, positions = _prefixes(block[1], length[block[0] : block[0] + len(block[1])], survey)
-        chosen = slice(None) if share[1] == 1 else (grams & _HASH_BITS) % np.uint64(share[1]) == share[0]
-        return grams[chosen], (rows[chosen] + block[0]).astype(np.int32), positions[chosen]
-
     small = np.uint16 if int(length.max(initial=0)) < 2**16 else np.int64
-    blocks = _in_threads(of_block, sets.blocks(_MAX_READ_GRAMS), num_threads)
-    columns = [(grams, rows, positions.astype(small)) for grams, rows, positions in blocks]
-    grams = np.concatenate([np.empty(0, np.uint64), *(block[0] for block in columns)])
-    rows = np.concatenate([np.empty(0, np.int32), *(block[1] for block in columns)])
-    positions = np.concatenate([np.empty(0, small), *(block[2] for block in columns)])
-    del columns
-    numbers, counts = _shared_numbers(grams)
+
+    def of_block(block: tuple[int, GramSets]) -> tuple[Hashes, npt.NDArray[np.int32], npt.NDArray[Any]]:
+        grams, rows, positions = _prefixes(block[1], length[block[0] : block[0] + len(block[1])], survey)
+        chosen = grams >= _NOT_ALONE
+        if share[1] > 1:
+            chosen &= (grams & _HASH_BITS) % np.uint64(share[1]) == share[0]
+        return grams[chosen], (rows[chosen] + block[0]).astype(np.int32), positions[chosen].astype(small)
+
+    grams: list[npt.NDArray[Any]] = [np.empty(0, np.uint64)]
+    rows: list[npt.NDArray[Any]] = [np.empty(0, np.int32)]
+    positions: list[npt.NDArray[Any]] = [np.empty(0, small)]
+    for found in _in_threads(of_block, sets.blocks(_MAX_READ_GRAMS), num_threads):
+        for column, values in zip((grams, rows, positions), found, strict=True):
+            column.append(values)
+    numbers, counts = _shared_numbers(_drained(grams))
     kept = numbers >= 0
-    return Entries(rows[kept], numbers[kept] + np.int32(first_gram), positions[kept], counts)
+    return Entries(
+        _drained(rows)[kept], numbers[kept] + np.int32(first_gram), _drained(positions)[kept], counts
+    )
+
+
+def _drained(slices: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """All in one, and the list empty: what is in it does not stand in memory twice for long."""
+    together = np.concatenate(slices)
+    slices.clear()
+    return together
 
 
 def _shared_numbers(grams: Hashes) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Of each gram its number among those that are there twice or more, -1 for the others; and how often each is."""
     order = np.argsort(grams)
-    ordered = grams[order]
+    grams = grams[order]  # the caller's are not needed any more
     begins = np.ones(len(grams), bool)
-    begins[1:] = ordered[1:] != ordered[:-1]
-    del ordered
+    begins[1:] = grams[1:] != grams[:-1]
+    del grams
     first = np.flatnonzero(begins)
-    counts = np.diff(np.append(first, len(grams)))
+    counts = np.diff(np.append(first, len(order))).astype(np.int32)
+    del first, begins
     number = np.cumsum(counts > 1, dtype=np.int32) - np.int32(1)
-    of_place = np.repeat(np.where(counts > 1, number, np.int32(-1)).astype(np.int32), counts)
-    numbers = np.empty(len(grams), np.int32)
-    numbers[order] = of_place
-    return numbers, counts[counts > 1].astype(np.int32)
+    number[counts < 2] = -1
+    numbers = np.empty(len(order), np.int32)
+    numbers[order] = np.repeat(number, counts)
+    return numbers, counts[counts > 1]
 
 
 def _prefixes(sets: GramSets, length: Ints, survey: _Survey) -> tuple[Hashes, Ints, Ints]:
@@ -144,10 +158,9 @@ def _by_row(found: list[Entries]) -> Entries:
         return found[0]
     rows = np.concatenate([entries.row for entries in found])
     order = np.argsort(rows, kind="stable")
-    columns = []
-    for name in ("gram", "position"):
-        columns.append(np.concatenate([getattr(entries, name) for entries in found])[order])
-    return Entries(rows[order], *columns, np.concatenate([entries.counts for entries in found]))
+    grams = np.concatenate([entries.gram for entries in found])[order]
+    positions = np.concatenate([entries.position for entries in found])[order]
+    return Entries(rows[order], grams, positions, np.concatenate([entries.counts for entries in found]))
 
 
 def _in_threads(

@@ -3,8 +3,9 @@
 from typing import Any
 
 from pipelines.containers import RAW_HEAD_BYTES, RawRecord
+from pipelines.formats import document
 from pipelines.formats.custom import named
-from pipelines.formats.families import CUSTOM, FORMATS, Format
+from pipelines.formats.families import CHOSEN, FORMATS, Format
 from pipelines.formats.turns import Chats, Reading
 from pipelines.parse import parse_record, record_meta
 from schemas.conversation import Conversation, Drop, Message, content_id, holdout_key
@@ -35,7 +36,9 @@ def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int
     meta["format"] = name
     if isinstance(reading, Chats):
         return _rows_of_one_group(raw, meta, reading)
-    return [_row(raw, meta | {"holdout_key": holdout_key(reading)}, reading, None)]
+    # A document has no question: its side of the hold-out hangs on all of its text.
+    asked = [Message("user", reading[0].content)] if name == document.NAME else reading
+    return [_row(raw, meta | {"holdout_key": holdout_key(asked)}, reading, None)]
 
 
 def _source_meta(source: SourceConfig) -> dict[str, Any]:
@@ -62,9 +65,9 @@ def _read(record: dict[str, Any], source: SourceConfig) -> tuple[str, Reading]:
 
 def _reader(record: dict[str, Any], wanted: str) -> tuple[str, Format | None]:
     if wanted == "custom":
-        return wanted, CUSTOM
-    names = FORMATS if wanted == "auto" else (wanted,)
-    return next(((name, FORMATS[name]) for name in names if FORMATS[name].matches(record)), ("", None))
+        return wanted, CHOSEN[wanted]
+    formats = FORMATS if wanted == "auto" else {wanted: (FORMATS | CHOSEN)[wanted]}
+    return next(((name, found) for name, found in formats.items() if found.matches(record)), ("", None))
 
 
 def _rows_of_one_group(raw: bytes, meta: dict[str, Any], reading: Chats) -> list[Row]:

@@ -55,6 +55,7 @@ META_KEYS = {
     "unfinished": "true where an answer's markup says that it was cut off while being written",
     "model": "the model that answered, where the record names it",
     "tools": "the tools that the chat may call, as the record gives them",
+    "input_chars": "characters at the end of the first question that were an Alpaca record's input",
     "raw": "first 64 KiB of a record that could not be read",
     "repairs": "what the stages changed, by name and count",
 }

@@ -331,7 +331,7 @@ def test_a_template_file_takes_the_place_of_the_tokenizers_own(model: Path, tmp_
 
 def test_versions_follow_every_file_that_shapes_the_ids_and_nothing_else(model: Path, tmp_path: Path) -> None:
     before = versions(config_of(model))
-    assert set(before) == {"tokenizer", "chat_template", "jinja2", "tokenizers", "transformers"}
+    assert set(before) == {"tokenizer", "chat_template", "embeddings", "jinja2", "tokenizers", "transformers"}
     (model / "model.safetensors").write_bytes(b"weights")
     assert versions(config_of(model)) == before
     settings_file = model / "tokenizer_config.json"
