@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.cut import Chat, Example, all_rounds, build_example, chat_rounds, last_context, render_piece
 from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder
+from pipelines.left_out import torch_left_out
 from pipelines.probes import PROBE_CHATS, check_encoder, check_template
 from pipelines.storage import read_manifest
 from pipelines.templates import try_in_child
@@ -54,8 +55,9 @@ def versions(config: PipelineConfig) -> dict[str, str]:
 
 
 def prepare(config: PipelineConfig) -> Callable[[Conversation], SplitResult | Drop]:
-    """The row step. Loads the tokenizer: some seconds, once per worker. Raises as load_encoder does."""
-    return partial(split_chat, load_encoder(config), config.split)
+    """The row step. Loads the tokenizer: a second, once per worker. Raises as load_encoder does."""
+    with torch_left_out():
+        return partial(split_chat, load_encoder(config), config.split)
 
 
 def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> SplitResult | Drop:
@@ -134,7 +136,8 @@ def preflight(config: PipelineConfig) -> None:
     """
     if _proved_before(config):
         return
-    tokenizer: Any = load_tokenizer(config)
+    with torch_left_out():
+        tokenizer: Any = load_tokenizer(config)
     special_tokens = tokenizer.special_tokens_map
     try_in_child(tokenizer.chat_template, special_tokens=special_tokens, chats=PROBE_CHATS)
     encoder = build_encoder(tokenizer)
