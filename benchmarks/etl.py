@@ -19,6 +19,10 @@ from measure import Cost, run_measured
 
 from schemas.run import STAGE_FOLDERS, STAGES
 
+HEAD = (
+    "| stage | rows in | rows out | seconds | CPU s | rows/s | MB/s of input files | peak PSS MiB | dropped |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
 LIBRARIES = ("pyarrow", "polars", "tokenizers", "html-to-markdown", "fasttext-predict")
 
 
@@ -28,10 +32,7 @@ def main() -> None:
     config = write_config(options)
     num_bytes = sum(Path(path).stat().st_size for _, path in options.sources)
     print(machine(options.workers, num_bytes), "\n")
-    print(
-        "| stage | rows in | rows out | seconds | CPU s | rows/s | MB/s of input files | peak PSS MiB | dropped |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(HEAD)
     for stage in STAGES:
         print(measured(stage, config, options.run_root, num_bytes), flush=True)
 

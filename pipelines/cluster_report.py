@@ -1,10 +1,11 @@
 """The largest clusters of duplicates, with texts: written before any part is cut, so that a person can look."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from pipelines.parts import StageRun
 from pipelines.storage import check_file, file_entry, write_json
 from schemas.conversation import utf8
-from schemas.run import FileEntry, Manifest
+from schemas.run import FileEntry, Manifest, first_record
 
 NUM_CLUSTERS = 20
 NUM_SHOWN_ROWS = 3
@@ -25,7 +26,7 @@ def write_clusters(
     verdicts: pa.Table,
     folder: Path,
     before: Manifest,
-    ids_by_part: Sequence[list[str]],
+    ids_by_part: Iterable[list[str]],
 ) -> tuple[FileEntry, list[dict[str, Any]]]:
     """clusters-*.json: of each its survivor, rows, reasons, and the texts of the survivor and of two that leave."""
     clusters = largest_clusters(verdicts)
@@ -41,35 +42,47 @@ def write_clusters(
 
 def largest_clusters(verdicts: pa.Table, n: int = NUM_CLUSTERS) -> list[dict[str, Any]]:
     """Survivors and the rows dropped for them, most first; a survivor that was dropped too passes its rows on."""
-    dropped = {row["row_id"]: row for row in verdicts.to_pylist()}
-    members: dict[str, list[str]] = {}
-    for row_id in dropped:
-        members.setdefault(_last_survivor(row_id, dropped), []).append(row_id)
-    largest = sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))[:n]
-    return [_cluster(survivor, sorted(rows), dropped) for survivor, rows in largest]
+    columns = (verdicts[name].cast(pa.large_string()) for name in ("row_id", "survivor"))
+    both = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string())
+    encoded = both.combine_chunks().dictionary_encode()
+    last = _last_survivors(encoded.indices.to_numpy(), len(verdicts))
+    numbers, counts = np.unique(last, return_counts=True)
+    # The smallest that may be told are those of its size: which of them is a matter of their ids.
+    least = np.sort(counts)[-n:].min(initial=len(verdicts))
+    found = [
+        (-int(count), encoded.dictionary[number].as_py(), number)
+        for number, count in zip(numbers[counts >= least].tolist(), counts[counts >= least], strict=True)
+    ]
+    return [
+        _cluster(survivor, verdicts.take(pa.array(np.flatnonzero(last == number))))
+        for _, survivor, number in sorted(found)[:n]
+    ]
 
 
-def _last_survivor(row_id: str, dropped: dict[str, dict[str, Any]]) -> str:
-    survivor: str = dropped[row_id]["survivor"]
+def _last_survivors(numbers: npt.NDArray[np.int32], num_rows: int) -> npt.NDArray[np.int32]:
+    """Of each dropped row; `numbers` are those of the rows, then of their survivors: equal ids, equal numbers."""
+    survivor = np.arange(numbers.max(initial=-1) + 1, dtype=np.int32)
     # A row that stands in an earlier run as well is its own survivor.
-    while survivor in dropped and dropped[survivor]["survivor"] != survivor:
-        survivor = dropped[survivor]["survivor"]
-    return survivor
+    survivor[numbers[:num_rows]] = numbers[num_rows:]
+    while (survivor[survivor] != survivor).any():
+        survivor = survivor[survivor]
+    return survivor[numbers[:num_rows]]
 
 
-def _cluster(survivor: str, rows: list[str], dropped: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    shown = [row for row in rows if row != survivor][: NUM_SHOWN_ROWS - 1]
-    told = [{"row_id": row} | {name: dropped[row][name] for name in ("reason", "detail")} for row in shown]
+def _cluster(survivor: str, dropped: pa.Table) -> dict[str, Any]:
+    others = dropped.filter(pc.not_equal(dropped["row_id"], survivor)).sort_by("row_id")
+    shown = others.select(["row_id", "reason", "detail"]).slice(0, NUM_SHOWN_ROWS - 1)
+    reasons = {count["values"]: count["counts"] for count in pc.value_counts(dropped["reason"]).to_pylist()}
     return {
         "survivor": survivor,
-        "num_rows_dropped": len(rows),
-        "reasons": dict(sorted(Counter(dropped[row]["reason"] for row in rows).items())),
-        "rows": [{"row_id": survivor}, *told],
+        "num_rows_dropped": dropped.num_rows,
+        "reasons": dict(sorted(reasons.items())),
+        "rows": [{"row_id": survivor}, *shown.to_pylist()],
     }
 
 
 def _texts(
-    wanted: set[str], folder: Path, before: Manifest, ids_by_part: Sequence[list[str]]
+    wanted: set[str], folder: Path, before: Manifest, ids_by_part: Iterable[list[str]]
 ) -> dict[str, dict[str, Any]]:
     texts: dict[str, dict[str, Any]] = {}
     for part, ids in zip(before.parts, ids_by_part, strict=True):
@@ -83,7 +96,8 @@ def _texts(
         for row in table.filter(
             pc.is_in(table["row_id"], pa.array(sorted(wanted), pa.large_string()))
         ).to_pylist():
-            place = {"source": row["source"], "record": row["record"], "text": _shown(row["messages"])}
+            record = first_record(part.label) + row["record"]
+            place = {"source": row["source"], "record": record, "text": _shown(row["messages"])}
             texts.setdefault(row["row_id"], place)
     return texts
 

@@ -1,14 +1,13 @@
 """Stages 4 and 5: every row is judged beside all others, from features, then parts are cut to the verdicts."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.caps import over_cap
 from pipelines.cluster_report import write_clusters
+from pipelines.dedup_files import decide_files
 from pipelines.earlier_runs import earlier_features, earlier_manifests
 from pipelines.leak_parts import benchmark_items, items_digest, leaks_in_parts
 from pipelines.parts import (
@@ -30,7 +29,7 @@ from pipelines.storage import (
     read_table,
     write_bytes,
 )
-from pipelines.work import features_part, rows_digest, verdict_part
+from pipelines.work import features_part, packed_drops, rows_digest, verdict_part
 from schemas.conversation import Drop
 from schemas.dataset import SPLITS
 from schemas.errors import IntegrityError
@@ -49,28 +48,27 @@ def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
     if (result := run.skip(key)) is not None:
         return result
     leaks = leaks_in_parts(run, items, digest, folder, before)
-    features, files = _features(run, folder, before)
-    ids_by_part = _ids_by_part(features)
-    decision = module.decide(
-        _without(_concat(features), leaks.drops), run.config, earlier_features(earlier, module)
+    entries = _feature_entries(run, folder, before)
+    paths = [check_file(run.folder, entry.kept[0]) for entry in entries]
+    decided = decide_files(run, module, paths, leaks.drops, earlier_features(earlier))
+    clusters_file, clusters = write_clusters(
+        run, key, decided.verdicts, folder, before, decided.ids_of_parts()
     )
-    clusters_file, clusters = write_clusters(run, key, decision.verdicts, folder, before, ids_by_part)
-    drops = dict(leaks.drops) | _drops_of(decision.verdicts)
     # A part never spans sources, and its label begins with the name of its own.
     sources = [part.label.partition("/")[0] for part in before.parts]
-    drops |= over_cap(zip(sources, ids_by_part, strict=True), drops.keys(), run.config.dedup.caps)
-    seen: set[str] = set()
+    capped = decided.over_cap(sources, leaks.drops, run.config.dedup.caps)
+    drops_of_parts = decided.drops_of_parts(dict(leaks.drops) | capped)
     tasks = [
-        _verdict_task(run, folder, part, None, _drops_by_row(ids, drops, seen))
-        for part, ids in zip(before.parts, ids_by_part, strict=True)
+        _verdict_task(run, folder, part, None, drops)
+        for part, drops in zip(before.parts, drops_of_parts, strict=True)
     ]
-    entries = run.run_parts(verdict_part, tasks)
+    parts = run.run_parts(verdict_part, tasks, passes_rows=False)
     return run.finish(
         key,
-        entries,
+        parts,
         inputs=inputs,
-        files=(*files, *leaks.files, clusters_file),
-        counts=decision.counts | _cluster_counts(clusters) | dict(leaks.counts),
+        files=(*(entry.kept[0] for entry in entries), *leaks.files, clusters_file),
+        counts=decided.counts | _cluster_counts(clusters) | dict(leaks.counts),
     )
 
 
@@ -87,30 +85,11 @@ def _cluster_counts(clusters: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _without(features: pa.Table, drops: Mapping[str, Drop]) -> pa.Table:
-    """Rows that leave before: they are nobody's survivor."""
-    if not drops:
-        return features
-    return features.filter(pa.array([row_id not in drops for row_id in features["row_id"].to_pylist()]))
-
-
-def _drops_by_row(ids: list[str], drops: dict[str, Drop], seen: set[str]) -> dict[int, Drop]:
-    """Verdicts by row number. The same row id again is the same record in another file of its source."""
-    by_row = {}
-    for number, row_id in enumerate(ids):
-        if row_id in seen:
-            by_row[number] = Drop("duplicate", "same record in an earlier file of this source", row_id)
-        elif row_id in drops:
-            by_row[number] = drops[row_id]
-        seen.add(row_id)
-    return by_row
-
-
 def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     """04_deduplicated and the ledger -> 05_held_out and the ledger, grown."""
     folder, before = stage_before(run)
     ledger_path = run.config.run_root / HOLDOUT_LEDGER_NAME
-    rows_key = run.key([part.kept[0].sha256 for part in before.parts])
+    rows_key = run.key([[part.label, part.kept[0].sha256] for part in before.parts])
     made = read_manifest(run.folder) or read_manifest(run.folder, REPLACED_MANIFEST_NAME)
     ledger_digest = _given_ledger(run, rows_key, made, ledger_path)
     key = run.key(rows_key, ledger_digest)
@@ -123,10 +102,10 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     sides = dict(zip(*(decision.sides[name].to_pylist() for name in ("row_id", "side")), strict=True))
     drops = _drops_of(decision.drops)
     tasks = [
-        _verdict_task(run, folder, part, [sides.get(i) for i in ids], _drops_by_row(ids, drops, set()))
+        _verdict_task(run, folder, part, [sides.get(i) for i in ids], _drops_by_row(ids, drops))
         for part, ids in zip(before.parts, _ids_by_part(features), strict=True)
     ]
-    entries = run.run_parts(verdict_part, tasks)
+    entries = run.run_parts(verdict_part, tasks, passes_rows=False)
     run.unpublish()
     ledger_file = _write_ledger(run, decision.ledger)
     counts = {
@@ -195,12 +174,20 @@ def _publish_ledger(run: StageRun, ledger_file: FileEntry, ledger_path: Path) ->
         write_bytes(ledger_path, check_file(run.folder, ledger_file, cure=cure).read_bytes())
 
 
-def _features(run: StageRun, folder: Path, before: Manifest) -> tuple[list[pa.Table], tuple[FileEntry, ...]]:
+def _drops_by_row(ids: list[str], drops: dict[str, Drop]) -> dict[int, Drop]:
+    return {number: drops[row_id] for number, row_id in enumerate(ids) if row_id in drops}
+
+
+def _feature_entries(run: StageRun, folder: Path, before: Manifest) -> list[PartEntry]:
     tasks = [
         run.task(run.key("features", part.kept[0].sha256), part.label, (folder, part.kept[0]))
         for part in before.parts
     ]
-    entries = run.run_parts(features_part, tasks)
+    return run.run_parts(features_part, tasks)
+
+
+def _features(run: StageRun, folder: Path, before: Manifest) -> tuple[list[pa.Table], tuple[FileEntry, ...]]:
+    entries = _feature_entries(run, folder, before)
     tables = [read_arrow(check_file(run.folder, entry.kept[0])) for entry in entries]
     return tables, tuple(entry.kept[0] for entry in entries)
 
@@ -222,4 +209,4 @@ def _verdict_task(
 ) -> PartTask:
     file = part.kept[0]
     verdicts = rows_digest([*(sides or ()), *sorted(drops.items())])
-    return run.task(run.key(file.sha256, verdicts), part.label, (folder, file, sides, drops))
+    return run.task(run.key(file.sha256, verdicts), part.label, (folder, file, sides, packed_drops(drops)))

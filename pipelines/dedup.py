@@ -17,59 +17,26 @@ Rows of earlier runs come before all others and are never dropped.
 A survivor named in step 1 or 2 may itself leave in a later step: follow the names until they end.
 """
 
-import hashlib
-import json
-import re
+import os
 import unicodedata
-from array import array
-from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.grams import (
-    GRAMS_TYPE,
-    GramSets,
-    Hashes,
-    Ints,
-    compared_text,
-    concatenated,
-    folded,
-    from_column,
-    gram_sets,
-    ragged,
-    spoken,
-    taken,
-    to_column,
-)
-from pipelines.near_duplicates import Bools, PrefixIndex, greedy_survivors
-from pipelines.rules.prose import MIN_CODE_LINES, prose_of
-from schemas.conversation import Conversation, utf8
+from pipelines.dedup_features import FEATURES as FEATURES
+from pipelines.dedup_features import features as features
+from pipelines.feature_files import Features, FeatureTable
+from pipelines.grams import GramSets, Hashes, Ints, StoredSets, concatenated, from_column, ragged, taken
+from pipelines.near_duplicates import greedy_survivors
+from pipelines.overlap import Bools, Floats
+from pipelines.prefix_index import Also, PrefixIndex
 from schemas.pipeline_config import PipelineConfig
 
 STAGE_VERSION = 2
-
-FEATURES = pa.schema(
-    [
-        pa.field("row_id", pa.large_string(), nullable=False),
-        pa.field("num_chars", pa.int64(), nullable=False),  # user and assistant text, white space folded
-        pa.field("date_us", pa.int64(), nullable=False),  # since 1970, UTC; NO_DATE where the record has none
-        pa.field("source_rank", pa.int64(), nullable=False),  # 0 is the best
-        pa.field("first_prompt_key", pa.uint64(), nullable=False),  # hash of the first user turn; 0 for none
-        pa.field("answers_key", pa.uint64(), nullable=False),  # hash of all assistant turns; 0 for none
-        # Hash of the first 1, 2, ... turns: the last names the whole chat, the others its beginnings.
-        pa.field("turn_keys", pa.large_list(pa.uint64()), nullable=False),
-        # Rows that share it are never near-duplicates of each other; 0: of none.
-        pa.field("exempt_group", pa.uint64(), nullable=False),
-        pa.field("grams", GRAMS_TYPE, nullable=False),  # empty where near-duplicates are not looked for
-        pa.field("has_code", pa.bool_(), nullable=False),
-        pa.field("prose_grams", GRAMS_TYPE, nullable=False),  # of what is no code; empty where there is none
-    ]
-)
 
 VERDICTS = pa.schema(
     [
@@ -81,7 +48,9 @@ VERDICTS = pa.schema(
 )
 """One line a dropped row, by row id."""
 
-NO_DATE = -(2**63)
+_DUPLICATE, _BRANCH, _NEAR = 1, 2, 3
+_REASONS = ("stays", "duplicate", "branch_of_longer", "near_duplicate")
+_MAX_TOLD_ROWS = 2**17  # whose details stand in memory as Python strings
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
@@ -91,46 +60,11 @@ def versions(config: PipelineConfig) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class DedupDecision:
-    """verdicts: VERDICTS. counts: what else a person should know, for the manifest."""
+    """verdicts: VERDICTS. rows: of each verdict the number of its row. counts: what else to know, for the manifest."""
 
     verdicts: pa.Table
+    rows: Ints
     counts: dict[str, int]
-
-
-def features(rows: Iterable[Conversation], config: PipelineConfig) -> pa.Table:
-    """What `decide` needs of each row, in the order of the rows; schema FEATURES."""
-    ranks = {name: rank for rank, name in enumerate(config.dedup.source_rank)}
-    ids: list[str] = []
-    numbers = {name: array("q") for name in ("num_chars", "date_us", "source_rank", "num_turns")}
-    keys = {name: array("Q") for name in ("turn", "exempt_group", "first_prompt_key", "answers_key")}
-    texts, proses = [], []
-    for row in rows:
-        turns = [(message.role, spoken(message)) for message in row.messages]
-        turn_keys = _turn_keys(turns, row.meta.get("tools"))
-        ids.append(row.row_id)
-        keys["turn"].extend(turn_keys)
-        keys["exempt_group"].append(_exempt_group(row))
-        keys["first_prompt_key"].append(_texts_key([text for role, text in turns if role == "user"][:1]))
-        keys["answers_key"].append(_texts_key([text for role, text in turns if role == "assistant"]))
-        numbers["num_turns"].append(len(turn_keys))
-        numbers["num_chars"].append(sum(len(said) for role, said in turns if role in ("user", "assistant")))
-        numbers["date_us"].append(_microseconds(row.meta.get("date")))
-        numbers["source_rank"].append(ranks.get(row.source.partition("/")[0], len(ranks)))
-        is_compared = config.dedup.near and row.meta.get("near_exempt") is not True
-        texts.append(compared_text(turns) if is_compared else "")
-        proses.append(_prose_beside_code(row) if is_compared else None)
-    ends = np.cumsum(np.array(numbers.pop("num_turns"), np.int64))
-    turn_column = to_column(np.concatenate([[0], ends]), np.array(keys.pop("turn"), np.uint64))
-    columns = {
-        "row_id": pa.array(ids, pa.large_string()),
-        **{name: pa.array(np.array(values, np.int64)) for name, values in numbers.items()},
-        **{name: pa.array(np.array(values, np.uint64)) for name, values in keys.items()},
-        "turn_keys": turn_column,
-        "grams": _grams(texts),
-        "has_code": pa.array([prose is not None for prose in proses], pa.bool_()),
-        "prose_grams": _grams([prose or "" for prose in proses]),
-    }
-    return pa.table({name: columns[name] for name in FEATURES.names}, schema=FEATURES)
 
 
 def decide(features: pa.Table, config: PipelineConfig, earlier: pa.Table | None = None) -> DedupDecision:
@@ -139,101 +73,35 @@ def decide(features: pa.Table, config: PipelineConfig, earlier: pa.Table | None 
     `earlier` are features of rows of earlier runs, which may share ids with the rows and with each other.
     """
     assert pc.count_distinct(features["row_id"]).as_py() == len(features), "row ids must be different"
-    earlier = FEATURES.empty_table() if earlier is None else earlier
-    tables = [table.take(_survivor_order(table)) for table in (earlier, features)]
-    table = pa.concat_tables(tables)  # from here on, a lower number is the better row
+    tables = [features] if earlier is None else [features, earlier]
+    everything = FeatureTable(pa.concat_tables(tables))
+    present = np.ones(len(everything), bool)
+    return decide_rows(everything, config, present=present, num_ours=len(features))
+
+
+def decide_rows(
+    features: Features, config: PipelineConfig, *, present: Bools, num_ours: int
+) -> DedupDecision:
+    """The same for features that may lie on the disk: our rows first, those of earlier runs behind them.
+
+    Rows that are not `present` are looked at nowhere. Of each row some numbers stand in memory, never its grams.
+    """
+    order = _survivor_order(features, present, num_ours)  # from here on, a lower number is the better row
     chats = _Chats(
-        keys=from_column(table["turn_keys"]),
-        num_earlier=len(earlier),
-        survivor=np.full(len(table), -1, np.int64),
-        reason=np.full(len(table), "", dtype="U16"),
-        detail=np.full(len(table), "", dtype="U80"),
+        num_earlier=int((order >= num_ours).sum()),
+        survivor=np.full(len(order), -1, np.int64),
+        reason=np.zeros(len(order), np.uint8),
+        num_turns=np.zeros(len(order), np.int64),
+        jaccard=np.zeros(len(order)),
     )
+    _drop_copies(chats, taken(from_column(features.column("turn_keys")), order), config)
     counts = {}
-    if config.dedup.exact:
-        _drop_exact(chats)
-    if config.dedup.branches:
-        _drop_branches(chats)
     if config.dedup.near:
-        counts["near_largest_bucket_rows"] = _drop_near(chats, table, threshold=config.dedup.near_threshold)
-    left = table.take(pa.array(chats.left[chats.left >= len(earlier)]))
-    counts["same_first_prompt_rows"] = _num_sharing(left["first_prompt_key"])
-    counts["same_answers_rows"] = _num_sharing(left["answers_key"])
-    return DedupDecision(_verdicts(chats, table["row_id"].combine_chunks()), counts)
-
-
-# --- features ---------------------------------------------------------------------------------------------------
-
-
-def _turn_keys(turns: Iterable[tuple[str, str]], tools: Any) -> list[int]:
-    """Hash of the first 1, 2, ... turns. Tools offered and empty system prompts: as the model would see them."""
-    digest = hashlib.blake2b(digest_size=8)
-    if tools:
-        digest.update(b"tools" + json.dumps(tools, sort_keys=True).encode())
-    keys = []
-    for role, text in turns:
-        if role == "system" and not text:
-            continue
-        turn = utf8(text)
-        digest.update(f"\n{role} {len(turn)}\n".encode() + turn)
-        keys.append(int.from_bytes(digest.digest(), "little"))
-    return keys
-
-
-def _exempt_group(row: Conversation) -> int:
-    """Paths of one tree."""
-    if not row.meta.get("group"):
-        return 0
-    return int.from_bytes(
-        hashlib.blake2b(utf8(f"group {row.meta['group']}"), digest_size=8).digest(), "little"
-    )
-
-
-def _texts_key(texts: list[str]) -> int:
-    """Hash of texts, 0 where there is nothing in them."""
-    if not any(texts):
-        return 0
-    digest = hashlib.blake2b(digest_size=8)
-    for text in map(utf8, texts):
-        digest.update(f"{len(text)} ".encode() + text)
-    return int.from_bytes(digest.digest(), "little")
-
-
-# Unfenced code: lines that end in a brace or a semicolon, or are indented. A look before the slow one.
-_CODE_LINE = re.compile(r"[{};][ \t]*$|^(?: {4}|\t)", re.MULTILINE)
-
-
-def _prose_beside_code(row: Conversation) -> str | None:
-    """The user and assistant turns without code, None where there is none in them."""
-    said = [message for message in row.messages if message.role in ("user", "assistant")]
-    if not any(_holds_code(message.content) for message in said):
-        return None
-    return " ".join(folded(prose_of(message.content)) for message in said)
-
-
-def _holds_code(text: str) -> bool:
-    return "```" in text or "~~~" in text or len(_CODE_LINE.findall(text)) >= MIN_CODE_LINES
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-
-
-def _microseconds(date: Any) -> int:
-    """An ISO date as microseconds since 1970; without a zone it is UTC. Anything else is no date."""
-    try:
-        parsed = datetime.fromisoformat(str(date).strip().replace("Z", "+00:00"))
-    except ValueError:
-        return NO_DATE
-    aware = parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)
-    return (aware - _EPOCH) // timedelta(microseconds=1)
-
-
-def _grams(texts: list[str]) -> pa.LargeListArray:
-    sets = gram_sets(texts)
-    return to_column(sets.starts, sets.hashes)
-
-
-# --- decisions --------------------------------------------------------------------------------------------------
+        counts["near_largest_bucket_rows"] = _drop_near(chats, features, order, config)
+    left = order[chats.left[chats.left >= chats.num_earlier]]
+    counts["same_first_prompt_rows"] = _num_sharing(_numbers(features, "first_prompt_key")[left])
+    counts["same_answers_rows"] = _num_sharing(_numbers(features, "answers_key")[left])
+    return _decision(chats, features.column("row_id"), order, counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,111 +109,180 @@ class _Chats:
     """Rows of earlier runs, then those of this one, both in the survivor order.
 
     `survivor` is the number of the row that stands for this one, -1: it stays. Of earlier rows nobody asks.
-
-    `keys` holds the turn keys; it is no set, but has the same shape.
     """
 
-    keys: GramSets
     num_earlier: int
     survivor: Ints
-    reason: np.ndarray
-    detail: np.ndarray
+    reason: npt.NDArray[np.uint8]
+    num_turns: Ints
+    jaccard: Floats
 
     @property
     def left(self) -> Ints:
         return np.flatnonzero(self.survivor < 0)
 
-    def drop(self, rows: Ints, survivors: Ints, reason: str, details: list[str]) -> None:
-        where = np.where(survivors < self.num_earlier, ", in an earlier run", "")
-        details = [f"{detail}{said}" for detail, said in zip(details, where.tolist(), strict=True)]
-        self.survivor[rows], self.reason[rows], self.detail[rows] = survivors, reason, details
-
-    def whole_keys(self, rows: Ints) -> Hashes:
-        """The key of all turns; 0 for a chat without any."""
-        padded = np.append(self.keys.hashes, np.uint64(0))
-        last = np.where(self.keys.sizes[rows] > 0, self.keys.starts[rows + 1] - 1, len(padded) - 1)
-        return padded[last]
+    def drop(self, rows: Ints, survivors: Ints, reason: int) -> None:
+        self.survivor[rows], self.reason[rows] = survivors, reason
 
 
-def _survivor_order(features: pa.Table) -> pa.Array:
-    keys = {
+def _survivor_order(features: Features, present: Bools, num_ours: int) -> Ints:
+    columns = {
         "num_chars": "descending",
         "date_us": "descending",
         "source_rank": "ascending",
         "row_id": "ascending",
     }
-    return pc.sort_indices(features, sort_keys=list(keys.items()))
+    is_ours = pa.chunked_array([pa.array((np.arange(len(features)) < num_ours).astype(np.uint8))])
+    table = pa.table({"is_ours": is_ours} | {name: features.column(name) for name in columns})
+    order = pc.sort_indices(table, sort_keys=[("is_ours", "ascending"), *columns.items()]).to_numpy()
+    return order[present[order]].astype(np.int64)
 
 
-def _num_sharing(keys: pa.ChunkedArray) -> int:
+def _numbers(features: Features, name: str) -> npt.NDArray[np.int64]:
+    return features.column(name).to_numpy()  # type: ignore[no-any-return]
+
+
+def _num_sharing(keys: Ints) -> int:
     """How many rows have the key of another row."""
-    _, counts = np.unique(keys.to_numpy()[keys.to_numpy() != 0], return_counts=True)
+    _, counts = np.unique(keys[keys != 0], return_counts=True)
     return int(counts[counts > 1].sum())
 
 
-def _drop_exact(chats: _Chats) -> None:
+# --- copies and beginnings: keys of turns ----------------------------------------------------------------------
+
+
+def _drop_copies(chats: _Chats, keys: GramSets, config: PipelineConfig) -> None:
+    """`keys` holds the turn keys; it is no set, but has the same shape."""
+    chats.num_turns[:] = keys.sizes
+    if config.dedup.exact:
+        _drop_exact(chats, keys)
+    if config.dedup.branches:
+        _drop_branches(chats, keys)
+
+
+def _whole_keys(keys: GramSets, rows: Ints) -> Hashes:
+    """The key of all turns; 0 for a chat without any."""
+    padded = np.append(keys.hashes, np.uint64(0))
+    last = np.where(keys.sizes[rows] > 0, keys.starts[rows + 1] - 1, len(padded) - 1)
+    return padded[last]
+
+
+def _drop_exact(chats: _Chats, keys: GramSets) -> None:
     rows = chats.left
-    _, first, group = np.unique(chats.whole_keys(rows), return_index=True, return_inverse=True)
+    _, first, group = np.unique(_whole_keys(keys, rows), return_index=True, return_inverse=True)
     survivors = rows[first][group]
     copies = (survivors != rows) & (rows >= chats.num_earlier)
-    details = [f"same {num_turns} turns" for num_turns in chats.keys.sizes[rows[copies]].tolist()]
-    chats.drop(rows[copies], survivors[copies], "duplicate", details)
+    chats.drop(rows[copies], survivors[copies], _DUPLICATE)
 
 
-def _drop_branches(chats: _Chats) -> None:
+def _drop_branches(chats: _Chats, keys: GramSets) -> None:
     """Looks up each beginning of each chat among the whole chats."""
-    rows = chats.left[chats.keys.sizes[chats.left] > 0]
-    wholes, whole = np.unique(chats.whole_keys(rows), return_inverse=True)
-    num_beginnings = chats.keys.sizes[rows] - 1
+    rows = chats.left[keys.sizes[chats.left] > 0]
+    wholes, whole = np.unique(_whole_keys(keys, rows), return_inverse=True)
+    num_beginnings = keys.sizes[rows] - 1
     owner = np.repeat(np.arange(len(rows)), num_beginnings)
-    beginnings = chats.keys.hashes[ragged(chats.keys.starts[rows], num_beginnings)]
+    beginnings = keys.hashes[ragged(keys.starts[rows], num_beginnings)]
     place = np.minimum(np.searchsorted(wholes, beginnings), len(wholes) - 1)
     found = wholes[place] == beginnings
+    place, owner = place[found], owner[found]
     extended = np.zeros(len(wholes), bool)
-    extended[place[found]] = True
-    found &= ~extended[whole[owner]]
+    extended[place] = True
+    longest = ~extended[whole[owner]]
     best = np.full(len(wholes), len(rows))
-    np.minimum.at(best, place[found], owner[found])
+    np.minimum.at(best, place[longest], owner[longest])
     dropped = np.flatnonzero(extended[whole] & (rows >= chats.num_earlier))
-    survivors = rows[best[whole[dropped]]]
-    lengths = zip(chats.keys.sizes[rows[dropped]].tolist(), chats.keys.sizes[survivors].tolist(), strict=True)
-    details = [f"its {short} turns begin a chat of {long}" for short, long in lengths]
-    chats.drop(rows[dropped], survivors, "branch_of_longer", details)
+    chats.drop(rows[dropped], rows[best[whole[dropped]]], _BRANCH)
 
 
-def _drop_near(chats: _Chats, table: pa.Table, *, threshold: float) -> int:
-    """How many rows the largest bucket has."""
-    rows = chats.left
-    sets = taken(from_column(table["grams"]), rows)
-    group = table["exempt_group"].to_numpy()[rows]
-    is_earlier = rows < chats.num_earlier
+# --- near-duplicates: gram sets -----------------------------------------------------------------------------------
+
+
+def _drop_near(chats: _Chats, features: Features, order: Ints, config: PipelineConfig) -> int:
+    """How many rows the largest bucket has. Here rows are numbered as they lie in the features."""
+    rows = order[chats.left]
+    group = _numbers(features, "exempt_group")
+    is_earlier = np.zeros(len(features), bool)
+    is_earlier[order[: chats.num_earlier]] = True
+    among = np.zeros(len(features), bool)
+    among[rows] = True
 
     def wanted(left: Ints, right: Ints) -> Bools:
         return ((group[left] == 0) | (group[left] != group[right])) & ~(is_earlier[left] & is_earlier[right])
 
-    index = PrefixIndex(sets, threshold=threshold, also=_prose_sets(table, rows))
-    survivor, jaccard = greedy_survivors(index, np.arange(len(rows)), wanted=wanted)
-    dropped = np.flatnonzero(survivor >= 0)
-    details = [f"Jaccard {value:.3f}" for value in jaccard[dropped].tolist()]
-    chats.drop(rows[dropped], rows[survivor[dropped]], "near_duplicate", details)
+    with ExitStack() as stack:
+        sets = stack.enter_context(features.sets("grams"))
+        has_code = features.column("has_code").to_numpy()
+        also = None
+        if has_code.any():
+            prose = stack.enter_context(features.sets("prose_grams"))
+            also = Also(_ProseSets(has_code, sets, prose), has_code)
+        index = PrefixIndex(
+            sets,
+            threshold=config.dedup.near_threshold,
+            also=also,
+            among=among,
+            num_threads=config.engine.workers or os.cpu_count() or 1,
+        )
+        survivor, jaccard = greedy_survivors(index, rows, wanted=wanted)
+    number = np.full(len(features), -1, np.int64)
+    number[order] = np.arange(len(order))
+    dropped = rows[survivor[rows] >= 0]
+    chats.drop(number[dropped], number[survivor[dropped]], _NEAR)
+    chats.jaccard[number[dropped]] = jaccard[dropped]
     return index.largest_bucket_rows
 
 
-def _prose_sets(table: pa.Table, rows: Ints) -> GramSets | None:
-    """Grams of the rows without code; None where no row holds any."""
-    has_code = table["has_code"].to_numpy()
-    if not has_code[rows].any():
-        return None
-    both = concatenated(from_column(table["grams"]), from_column(table["prose_grams"]))
-    return taken(both, rows + np.where(has_code[rows], len(table), 0))
+@dataclass(frozen=True, slots=True)
+class _ProseSets:
+    """Grams of the rows without code."""
+
+    has_code: Bools
+    grams: StoredSets
+    prose: StoredSets
+
+    def of_rows(self, rows: Ints) -> GramSets:
+        code = self.has_code[rows]
+        both = concatenated(self.grams.of_rows(rows[~code]), self.prose.of_rows(rows[code]))
+        place = np.empty(len(rows), np.int64)
+        place[np.append(np.flatnonzero(~code), np.flatnonzero(code))] = np.arange(len(rows))
+        return taken(both, place)
 
 
-def _verdicts(chats: _Chats, row_ids: pa.Array) -> pa.Table:
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def _decision(chats: _Chats, row_ids: pa.ChunkedArray, order: Ints, counts: dict[str, int]) -> DedupDecision:
     dropped = np.flatnonzero(chats.survivor >= 0)
+    details = [
+        pa.array(_details(chats, dropped[start : start + _MAX_TOLD_ROWS]), pa.large_string())
+        for start in range(0, len(dropped), _MAX_TOLD_ROWS)
+    ]
+    reasons = pa.DictionaryArray.from_arrays(pa.array(chats.reason[dropped]), pa.array(_REASONS))
     columns = {
-        "row_id": row_ids.take(pa.array(dropped)),
-        "reason": pa.array(chats.reason[dropped].tolist(), pa.large_string()),
-        "detail": pa.array(chats.detail[dropped].tolist(), pa.large_string()),
-        "survivor": row_ids.take(pa.array(chats.survivor[dropped])),
+        "row_id": row_ids.take(pa.array(order[dropped])),
+        "reason": reasons.cast(pa.large_string()),
+        "detail": pa.chunked_array(details, pa.large_string()),
+        "survivor": row_ids.take(pa.array(order[chats.survivor[dropped]])),
     }
-    return pa.table(columns, schema=VERDICTS).sort_by("row_id")
+    table = pa.table(columns, schema=VERDICTS)
+    by_id = pc.sort_indices(table["row_id"])
+    return DedupDecision(table.take(by_id), order[dropped][by_id.to_numpy()], counts)
+
+
+def _details(chats: _Chats, rows: Ints) -> list[str]:
+    survivors = chats.survivor[rows]
+    tell = {
+        _DUPLICATE: lambda short, long, jaccard: f"same {short} turns",
+        _BRANCH: lambda short, long, jaccard: f"its {short} turns begin a chat of {long}",
+        _NEAR: lambda short, long, jaccard: f"Jaccard {jaccard:.3f}",
+    }
+    where = np.where(survivors < chats.num_earlier, ", in an earlier run", "")
+    columns = (
+        chats.reason[rows],
+        chats.num_turns[rows],
+        chats.num_turns[survivors],
+        chats.jaccard[rows],
+        where,
+    )
+    lines = zip(*(column.tolist() for column in columns), strict=True)
+    return [f"{tell[reason](short, long, jaccard)}{said}" for reason, short, long, jaccard, said in lines]

@@ -1,13 +1,15 @@
 """Rows that earlier runs kept after dedup, read from their run roots: what they say is not taken again."""
 
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.parts import StageRun
-from pipelines.storage import check_file, check_manifest, read_arrow
+from pipelines.storage import check_file, check_manifest
 from schemas.errors import InputError
 from schemas.run import STAGE_FOLDERS, Manifest
 
@@ -30,19 +32,20 @@ def earlier_manifests(run: StageRun) -> list[tuple[Path, Manifest]]:
     return found
 
 
-def earlier_features(found: list[tuple[Path, Manifest]], module: ModuleType) -> pa.Table:
-    """Features of all rows that these runs kept."""
-    tables = [module.FEATURES.empty_table()]
-    for folder, manifest in found:
-        # The first files beside the parts are their features, in the order of the parts.
-        for part, file in zip(manifest.parts, manifest.files, strict=False):
-            kept = pq.read_table(check_file(folder, part.kept[0]), columns=["row_id"])["row_id"].to_pylist()
-            table = read_arrow(check_file(folder, file))
-            stayed = set(kept)
-            tables.append(
-                table.filter(pa.array([row in stayed for row in table["row_id"].to_pylist()], pa.bool_()))
-            )
-    return pa.concat_tables(tables)
+def earlier_features(found: list[tuple[Path, Manifest]]) -> list[tuple[Path, Path]]:
+    """Files of these runs: features of parts, each with what was kept of its part."""
+    # The first files beside the parts are their features, in the order of the parts.
+    return [
+        (check_file(folder, file), check_file(folder, part.kept[0]))
+        for folder, manifest in found
+        for part, file in zip(manifest.parts, manifest.files, strict=False)
+    ]
+
+
+def kept_rows(row_ids: pa.Array | pa.ChunkedArray, part: Path) -> npt.NDArray[np.bool_]:
+    """Which of these rows a part holds."""
+    kept = pq.read_table(part, columns=["row_id"])["row_id"].cast(pa.large_string())
+    return pc.is_in(row_ids, value_set=kept).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
 def _check(run: StageRun, folder: Path, manifest: Manifest) -> None:

@@ -5,17 +5,19 @@ every version of the libraries; the hold-out ledger keeps such sets for years.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.conversation import Message, utf8
 
@@ -26,6 +28,23 @@ WORDS_IN_GRAM = 3
 GRAMS_TYPE = pa.large_list(pa.uint64())
 
 _MAX_REMEMBERED_WORDS = 2**20
+_TEXTS_AT_ONCE = 2**13
+_MIXED_AT_ONCE = 2**14  # words whose hashes stay in the cache
+
+
+class SetsOfRows(Protocol):
+    """Sets of which some can be read."""
+
+    def of_rows(self, rows: Ints) -> "GramSets": ...
+
+
+class StoredSets(SetsOfRows, Protocol):
+    """Sets that may lie on the disk: read from the first to the last in blocks, or some of them."""
+
+    def __len__(self) -> int: ...
+    @property
+    def sizes(self) -> Ints: ...
+    def blocks(self, limit: int) -> "Iterator[tuple[int, GramSets]]": ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +60,16 @@ class GramSets:
     @property
     def sizes(self) -> Ints:
         return np.diff(self.starts)
+
+    def blocks(self, limit: int) -> "Iterator[tuple[int, GramSets]]":
+        """Number of the first row and the sets of it and the next ones: together at most `limit` hashes, or one set."""
+        for first, end in runs(self.sizes, limit=limit):
+            starts = self.starts[first : end + 1]
+            yield first, GramSets(starts - starts[0], self.hashes[starts[0] : starts[-1]])
+
+    def of_rows(self, rows: Ints) -> "GramSets":
+        """The sets of these rows, in their order."""
+        return taken(self, rows)
 
 
 # Scripts written without spaces: there a "word" is a character. Han with kana, bopomofo, their punctuation and
@@ -95,9 +124,43 @@ class _WordHashes(dict[str, int]):
 
 def gram_sets(texts: Iterable[str]) -> GramSets:
     """Sets of hashed word 3-grams. A text of fewer than 3 words is one gram, one without words the empty set."""
-    hashes, num_words = hashed_words(map(words, texts))
-    num_grams = np.where(num_words > 0, np.maximum(num_words - (WORDS_IN_GRAM - 1), 1), 0)
-    return _distinct(grams_in_order(hashes, num_words, num_grams, WORDS_IN_GRAM), num_grams)
+    word_hash = _WordHashes()
+    iterator = iter(texts)
+    blocks = []
+    while block := list(itertools.islice(iterator, _TEXTS_AT_ONCE)):
+        hashes, num_words = _hashed_texts(block, word_hash)
+        num_grams = np.where(num_words > 0, np.maximum(num_words - (WORDS_IN_GRAM - 1), 1), 0)
+        blocks.append(_distinct(grams_in_order(hashes, num_words, num_grams, WORDS_IN_GRAM), num_grams))
+    sizes = np.concatenate([np.empty(0, np.int64), *(sets.sizes for sets in blocks)])
+    hashes = np.concatenate([np.empty(0, np.uint64), *(sets.hashes for sets in blocks)])
+    return GramSets(starts=np.concatenate([[0], np.cumsum(sizes)]), hashes=hashes)
+
+
+def _hashed_texts(texts: list[str], word_hash: "_WordHashes") -> tuple[Hashes, Ints]:
+    """As hashed_words of their words, in half the time: Arrow splits, and finds each different word once."""
+    spaced = [_spaced_words(text) for text in texts]
+    try:
+        column = pa.array(spaced, pa.large_string())
+    except UnicodeEncodeError:  # lone surrogates
+        return hashed_words(map(words, texts))
+    lists = pc.split_pattern(column, " ")
+    found = lists.values.dictionary_encode()
+    vocabulary = np.fromiter(
+        map(word_hash.__getitem__, found.dictionary.to_pylist()), np.uint64, len(found.dictionary)
+    )
+    is_empty = pc.equal(column, "").to_numpy(zero_copy_only=False)
+    num_words = np.diff(lists.offsets.to_numpy())
+    places = found.indices.to_numpy()
+    if is_empty.any():  # it is split into one empty word
+        places, num_words = places[np.repeat(~is_empty, num_words)], np.where(is_empty, 0, num_words)
+    return vocabulary[places], num_words.astype(np.int64)
+
+
+def _spaced_words(text: str) -> str:
+    lower = text.lower()
+    if lower.isascii() or not HAS_UNSPACED.search(lower):
+        return " ".join(lower.split())
+    return " ".join(WORD.findall(lower))
 
 
 def hashed_words(texts: Iterable[list[str]]) -> tuple[Hashes, Ints]:
@@ -114,12 +177,26 @@ def grams_in_order(hashes: Hashes, num_words: Ints, num_grams: Ints, words_in_gr
     """The first `num_grams` grams of each text, in their order; words behind the end of a text count as 0."""
     text_ends = np.cumsum(num_words)
     first = ragged(text_ends - num_words, num_grams)
-    end = np.repeat(text_ends, num_grams)
-    grams = np.zeros(len(first), np.uint64)
-    padded = np.append(hashes, np.uint64(0))
+    grams = _grams_of_all(hashes, words_in_gram)[first]
+    short = np.flatnonzero(first + words_in_gram > np.repeat(text_ends, num_grams))
+    end = np.repeat(text_ends, num_grams)[short]
+    cut = np.zeros(len(short), np.uint64)
     for step in range(words_in_gram):
-        word = np.where(first + step < end, padded[np.minimum(first + step, len(hashes))], np.uint64(0))
-        grams = mixed(grams + word)
+        place = first[short] + step
+        word = np.where(place < end, hashes[np.minimum(place, len(hashes) - 1)], np.uint64(0))
+        cut = mixed(cut + word)
+    grams[short] = cut
+    return grams
+
+
+def _grams_of_all(hashes: Hashes, words_in_gram: int) -> Hashes:
+    """The gram that begins at each word, whatever text the words are of."""
+    grams = np.zeros(len(hashes), np.uint64)
+    padded = np.append(hashes, np.zeros(words_in_gram, np.uint64))
+    for start in range(0, len(hashes), _MIXED_AT_ONCE):
+        block = grams[start : start + _MIXED_AT_ONCE]
+        for step in range(words_in_gram):
+            block[:] = mixed(block + padded[start + step : start + step + len(block)])
     return grams
 
 

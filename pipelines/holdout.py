@@ -50,7 +50,8 @@ from pipelines.holdout_sides import (
     kept_nodes,
     sides_of_keys,
 )
-from pipelines.near_duplicates import Bools, Pairs, PrefixIndex
+from pipelines.overlap import Bools
+from pipelines.prefix_index import Pairs, PrefixIndex
 from schemas.conversation import Conversation
 from schemas.dataset import SPLITS
 from schemas.errors import InputError, IntegrityError
@@ -153,8 +154,8 @@ def _holdout_key(row: Conversation) -> str:
     key = row.meta.get("holdout_key")
     if not key:
         raise InputError(
-            f"row {row.row_id} ({row.source} record {row.record}) has no meta.holdout_key, expected the one that "
-            "merge writes: run the stages again from merge"
+            f"row {row.row_id} ({row.source}) has no meta.holdout_key, expected the one that merge writes: run the "
+            "stages again from merge"
         )
     return str(key)
 

@@ -9,15 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.grams import GramSets, Ints
-from pipelines.near_duplicates import (
-    Bools,
-    Pairs,
-    PrefixIndex,
-    greedy_survivors,
-    joined,
-    near_pairs,
-    pairs_between,
-)
+from pipelines.near_duplicates import greedy_survivors, joined, near_pairs, pairs_between
+from pipelines.overlap import Bools
+from pipelines.prefix_index import Pairs, PrefixIndex
 from schemas.conversation import blake2b_128
 from schemas.dataset import SPLITS
 from schemas.pipeline_config import HoldoutConfig

@@ -24,7 +24,7 @@ from pipelines.storage import (
 from schemas.conversation import Conversation, Drop
 from schemas.dataset import DROPS, ROWS, SPLITS
 from schemas.errors import WorkerError
-from schemas.run import FileEntry, PartEntry
+from schemas.run import FileEntry, PartEntry, first_record
 
 Dropped = list[tuple[Conversation, Drop]]
 
@@ -61,11 +61,12 @@ def features_part(task: PartTask) -> PartEntry:
 
 
 def verdict_part(task: PartTask) -> PartEntry:
-    """Rows -> sides and drops. Payload: (input folder, FileEntry, sides, drops by row number).
+    """Rows -> sides and drops. Payload: (input folder, FileEntry, sides, packed_drops).
 
     `sides` is None (all stay) or one side a row, None where dropped; no row is parsed on the way.
     """
-    folder, entry, sides, drops = task.payload
+    folder, entry, sides, packed = task.payload
+    drops = _unpacked_drops(packed)
     table = read_table(check_file(folder, entry))
     kept = tuple(
         _write_table(task, side, _on_side(table, sides, drops, side))
@@ -77,17 +78,36 @@ def verdict_part(task: PartTask) -> PartEntry:
     return _entry(task, files, dropped, table.num_rows, Counter(drop.reason for drop in drops.values()))
 
 
+def packed_drops(drops: Mapping[int, Drop]) -> pa.Table:
+    """Drops by row number as columns: tasks of millions of them wait at the same time."""
+    rows = sorted(drops)
+    columns = {
+        "row": pa.array(rows, pa.int64()),
+        "reason": pa.array([drops[row].reason for row in rows], pa.large_string()),
+        "detail": pa.array([drops[row].detail for row in rows], pa.large_string()),
+        "survivor": pa.array([drops[row].survivor for row in rows], pa.large_string()),
+    }
+    return pa.table(columns)
+
+
+def _unpacked_drops(packed: pa.Table) -> dict[int, Drop]:
+    names = ("row", "reason", "detail", "survivor")
+    lines = zip(*(packed[name].to_pylist() for name in names), strict=True)
+    return {row: Drop(reason, detail, survivor) for row, reason, detail, survivor in lines}
+
+
 def split_part(task: PartTask) -> PartEntry:
     """Rows of one side -> examples. Payload: (input folder, FileEntry, side)."""
     from pipelines.shards import examples_to_batch
 
     folder, entry, side = task.payload
-    step = prepared(task)
+    rows = list(read_rows(check_file(folder, entry)))
+    step = prepared(task).proved_on(rows)  # type: ignore[attr-defined]
     examples: list[Any] = []
     dropped: Dropped = []
     counts: Counter[str] = Counter()
     num_pieces_cut = 0
-    for row in read_rows(check_file(folder, entry)):
+    for row in rows:
         result = _apply(step, row, task)
         if isinstance(result, Drop):
             dropped.append((row, result))
@@ -125,8 +145,9 @@ def _apply(step: Callable[[Conversation], Any], row: Conversation, task: PartTas
     try:
         return step(row)
     except Exception as error:
+        place = f"{row.source} record {first_record(task.label) + row.record}"
         raise WorkerError(
-            f"{task.stage}: row {row.row_id} ({row.source} record {row.record}): {type(error).__name__}: {error}"
+            f"{task.stage}: row {row.row_id} ({place}): {type(error).__name__}: {error}"
         ) from error
 
 

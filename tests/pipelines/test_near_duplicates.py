@@ -2,7 +2,8 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from unittest import mock
 
@@ -11,21 +12,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import near_duplicates
+from pipelines import near_duplicates, overlap, prefix_index, prefixes
 from pipelines.grams import GramSets, Ints, gram_sets
-from pipelines.near_duplicates import (
-    Bools,
-    Pairs,
-    PrefixIndex,
-    greedy_survivors,
-    joined,
-    near_pairs,
-    pairs_between,
-)
+from pipelines.near_duplicates import greedy_survivors, joined, near_pairs, pairs_between
+from pipelines.overlap import Bools
+from pipelines.prefix_index import Pairs, PrefixIndex
 
 small_sets = st.lists(st.sets(st.integers(0, 14), max_size=10), max_size=14)
 thresholds = st.sampled_from([0.05, 0.3, 0.5, 0.55, 0.7, 0.8, 0.9, 1.0])
-tiny_blocks = mock.patch.multiple(near_duplicates, _MAX_BLOCK_ROWS=3, _MAX_BLOCK_GRAMS=12, _MAX_EXPANDED=7)
+
+
+@contextmanager
+def tiny_blocks() -> Iterator[None]:
+    """Many blocks, chunks and passes where there is one otherwise."""
+    with (
+        mock.patch.multiple(
+            near_duplicates,
+            _MAX_BLOCK_ROWS=3,
+            _MAX_BLOCK_GRAMS=12,
+            _MAX_GROWN_ROWS=5,
+            _MAX_INSIDE_MEETINGS=3,
+        ),
+        mock.patch.multiple(prefix_index, _MAX_EXPANDED=7),
+        mock.patch.multiple(prefixes, _MAX_READ_GRAMS=12, _MAX_PASS_ENTRIES=9),
+        mock.patch.multiple(overlap, _MAX_COUNTED=20),
+    ):
+        yield
 
 
 def gram_sets_of(sets: list[set[int]]) -> GramSets:
@@ -75,7 +87,7 @@ def brute_survivors(sets: list[set[int]], order: list[int], threshold: float) ->
 
 @given(small_sets, thresholds)
 def test_pairs_are_those_of_brute_force(sets: list[set[int]], threshold: float) -> None:
-    with tiny_blocks:
+    with tiny_blocks():
         assert found_pairs(gram_sets_of(sets), threshold) == brute_pairs(sets, threshold)
     assert found_pairs(gram_sets_of(sets), threshold) == brute_pairs(sets, threshold)
 
@@ -86,7 +98,7 @@ def test_survivors_are_those_of_a_walk_in_order(
 ) -> None:
     order = list(range(len(sets)))
     shuffler.shuffle(order)
-    with tiny_blocks:
+    with tiny_blocks():
         index = PrefixIndex(gram_sets_of(sets), threshold=threshold)
         survivor, jaccard = greedy_survivors(index, np.array(order, np.int64))
     assert survivor.tolist() == brute_survivors(sets, order, threshold)
@@ -102,7 +114,7 @@ def test_pairs_inside_a_cluster_are_left_out_and_no_others(
 ) -> None:
     group = [chance.randrange(4) for _ in sets]  # 0: no cluster
     members = [np.array([row for row, g in enumerate(group) if g == number], np.int64) for number in range(4)]
-    with tiny_blocks:
+    with tiny_blocks():
         index = PrefixIndex(gram_sets_of(sets), threshold=threshold)
         found = as_dict(near_pairs(index, members[0], clusters=members[1:]))
         between = as_dict(pairs_between(index, members[1], members[2]))
