@@ -95,6 +95,8 @@ def decide_rows(
         jaccard=np.zeros(len(order)),
     )
     _drop_copies(chats, taken(from_column(features.column("turn_keys")), order), config)
+    # Arrow keeps what it has freed: a hundred bytes of each row by now.
+    pa.default_memory_pool().release_unused()
     counts = {}
     if config.dedup.near:
         counts["near_largest_bucket_rows"] = _drop_near(chats, features, order, config)
