@@ -29,6 +29,8 @@ PROBE_TOOL = {
         },
     },
 }
+_ENDS_OF_CALLS = {"<|eom_id|>", "<|call|>"}
+"""Tokens that end a turn behind a call alone: Llama 3.1's and gpt-oss's. Others close the call and not the turn."""
 _CALL_ID = "abcde1234"
 """Nine letters and digits: what Mistral's templates ask for."""
 
@@ -76,6 +78,20 @@ def _closings(template: ChatTemplate) -> Iterator[str]:
         tail = skeleton.segments[-1]
         if skeleton.slots and (token := template.control_pattern.search(tail)):
             yield tail[: token.end()]
+    yield from _closing_between_turns(template)
+
+
+def _closing_between_turns(template: ChatTemplate) -> Iterator[str]:
+    """Some end the chat with another token: the one that stands behind every text, also where none follows."""
+    skeleton = _skeleton(template, *map(_said, ("user", "assistant", "user", "assistant")))
+    if skeleton is None or [slot.message for slot in skeleton.slots] != [0, 1, 2, 3]:
+        return
+    found = [template.control_pattern.match(text) for text in skeleton.segments[1:4]]
+    tokens = {match.group() if match else "" for match in found}
+    token = tokens.pop()
+    asked = _skeleton(template, _said("user"))
+    if token and not tokens and asked is not None and asked.segments[-1].startswith(token):
+        yield token
 
 
 def _generation_prompt(template: ChatTemplate) -> str:
@@ -164,12 +180,7 @@ def _with_calls(source: str, template: ChatTemplate) -> ChatTemplate:
             continue
         found = list(template.control_pattern.finditer(tail))
         ends = template.end_tokens
-        if (
-            found
-            and not any(match.group() in ends for match in found)
-            and not tail[found[-1].end() :].strip()
-        ):
-            ends |= {found[-1].group()}  # a token of its own behind calls, as <|eom_id|> and <|call|>
+        ends |= {match.group() for match in found} & _ENDS_OF_CALLS
         if not any(match.group() in ends for match in found):
             return template
         leads = {**template.other_leads, **_other_lead(tried, *turns, tools=tools)}

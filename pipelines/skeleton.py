@@ -176,7 +176,7 @@ def _problem(
 ) -> tuple[str, int]:
     """What keeps a skeleton from proving anything, and how often reasoning was left out."""
     written: dict[tuple[int, Kind, int], int] = {}
-    for slot in slots:
+    for slot in (slot for turn in turns for slot in slots[turn.first : turn.end]):
         place = (slot.message, slot.kind, slot.call)
         written[place] = written.get(place, 0) + 1
     num_left_out = 0
@@ -219,7 +219,15 @@ def _turns(
     turns: list[TurnPlace] = []
     first = 0
     for number, slot in enumerate(slots):
-        if number + 1 < len(slots) and slots[number + 1].message == slot.message:
+        following = slots[number + 1] if number + 1 < len(slots) else None
+        if (
+            following is not None
+            and following.message == slot.message
+            and not _is_again(slots[first : number + 1], following)
+        ):
+            continue
+        if slots[first].kind == "call" and any(turn.message == slot.message for turn in turns):
+            first = number + 1  # the name of a function, written again where its result stands
             continue
         after, matches = segments[number + 1], controls[number + 1]
         is_answer = chat.turns[slot.message].role == "assistant"
@@ -230,6 +238,11 @@ def _turns(
         turns.append(TurnPlace(slot.message, first, number + 1, is_answer, lead, *closing))
         first = number + 1
     return turns
+
+
+def _is_again(run: Sequence[Slot], slot: Slot) -> bool:
+    """Whether a call is named that was named in the same turn."""
+    return slot.kind == "call" and any(other.kind == "call" and other.call >= slot.call for other in run)
 
 
 def _lead(template: ChatTemplate, before: str, kind: Kind) -> int:

@@ -197,6 +197,31 @@ def test_reasoning_text_and_calls_of_one_turn_are_told_apart() -> None:
     assert text[span.closing_start : span.end] == "<|im_end|>"
 
 
+OTHER_END = (
+    "{%- set ns = namespace(name='') %}"
+    "{%- for m in messages %}{%- if m.role == 'assistant' and m.tool_calls %}{%- set call = m.tool_calls[0].function %}"
+    "{%- set ns.name = call.name %}{{- '<|user|>assistant to=' + call.name + '<|system|>' + call.arguments | tojson }}"
+    "{{- '<|eom_id|>' }}{%- elif m.role == 'assistant' %}"
+    "{{- '<|user|>assistant<|system|>' + m.content + ('<|end_of_turn|>' if loop.last else '<|end|>') }}"
+    "{%- elif m.role == 'tool' %}{{- '<|user|>' + ns.name + ' to=assistant<|system|>' + m.content + '<|end|>' }}"
+    "{%- else %}{{- '<|user|>' + m.role + '<|system|>' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|user|>assistant' }}{%- endif %}"
+)
+
+
+def test_answers_end_with_one_token_inside_a_chat_another_at_its_end_and_a_third_behind_calls() -> None:
+    """As gpt-oss, which also writes the function's name again where its result stands."""
+    tokenizer = tiny_tokenizer("byte_level_bpe", OTHER_END)
+    tokenizer.backend_tokenizer.add_special_tokens(["<|eom_id|>"])
+    rendered = render(build_encoder(tokenizer).template, [*WITH_CALL, asked(), Message("assistant", "b")])
+    assert isinstance(rendered, Rendered), rendered
+    assert trained_texts(rendered) == [
+        ' to=weather<|system|>{"city": "Lima"}<|eom_id|>',
+        "<|system|>It is sunny.<|end|>",
+        "<|system|>b<|end_of_turn|>",
+    ]
+
+
 # Nothing is left out without a word ---------------------------------------------------------------------------
 
 LEFT_OUT = {
