@@ -9,21 +9,19 @@ the process tree, read every 50 ms: pages that processes share count once.
 import argparse
 import json
 import platform
-import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+from measure import Cost, run_measured
 
 from schemas.run import STAGE_FOLDERS, STAGES
 
-MIB = 2**20
 HEAD = (
-    "| stage | rows in | rows out | seconds | rows/s | MB/s of input files | peak PSS MiB | dropped |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| stage | rows in | rows out | seconds | CPU s | rows/s | MB/s of input files | peak PSS MiB | dropped |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 LIBRARIES = ("pyarrow", "polars", "tokenizers", "html-to-markdown", "fasttext-predict")
 
@@ -66,40 +64,16 @@ def write_config(options: argparse.Namespace) -> Path:
 
 
 def measured(stage: str, config: Path, run_root: Path, num_bytes: int) -> str:
-    started = time.monotonic()
-    command = [str(Path(sys.executable).parent / "sft-pipeline"), "step", stage, str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = watch_memory(psutil.Process(process.pid))
-    seconds = time.monotonic() - started
-    if process.wait() != 0:
-        raise SystemExit(f"{stage} failed: {' '.join(command)}")
+    cost = run_measured([str(Path(sys.executable).parent / "sft-pipeline"), "step", stage, str(config)])
     manifest = json.loads((run_root / "run" / STAGE_FOLDERS[stage] / "manifest.json").read_text())
-    return row(stage, manifest, seconds, peak, num_bytes)
+    return row(stage, manifest, cost, num_bytes)
 
 
-def watch_memory(process: psutil.Process) -> int:
-    peak = 0
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        peak = max(peak, tree_pss(process))
-        time.sleep(0.05)
-    return peak
-
-
-def tree_pss(process: psutil.Process) -> int:
-    total = 0
-    try:
-        for member in [process, *process.children(recursive=True)]:
-            total += member.memory_full_info().pss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0  # a member ended while being read; the next look sees the rest
-    return total
-
-
-def row(stage: str, manifest: dict[str, Any], seconds: float, peak: int, num_bytes: int) -> str:
+def row(stage: str, manifest: dict[str, Any], cost: Cost, num_bytes: int) -> str:
     drops = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest["drops"].items())) or "none"
     numbers = (
-        f"{manifest['num_rows_in']:,} | {manifest['num_rows_out']:,} | {seconds:.1f} | "
-        f"{manifest['num_rows_in'] / seconds:,.0f} | {num_bytes / 1e6 / seconds:.1f} | {peak / MIB:,.0f}"
+        f"{manifest['num_rows_in']:,} | {manifest['num_rows_out']:,} | {cost.seconds:.1f} | {cost.cpu_seconds:.1f} | "
+        f"{manifest['num_rows_in'] / cost.seconds:,.0f} | {num_bytes / 1e6 / cost.seconds:.1f} | {cost.peak_mib:,.0f}"
     )
     return f"| {stage} | {numbers} | {drops} |"
 

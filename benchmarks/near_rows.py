@@ -79,7 +79,7 @@ def _part(run_root: Path, start: int, texts: list[str]) -> PartEntry:
     num_rows = write_rows(path, (_chat(start + number, text) for number, text in enumerate(texts)))
     return PartEntry(
         key=blake2b_128(str(start).encode()),
-        label=f"texts/{start}",
+        label=f"texts/file.jsonl:{start}",
         kept=(file_entry(path, folder=folder, num_rows=num_rows),),
         dropped=None,
         num_rows_in=num_rows,

@@ -237,6 +237,7 @@ def show(
     config: Path | None = None,
     run_root: Path | None = None,
     shards: int | None = None,
+    html: Path | None = None,
     color: bool | None = None,
 ) -> None:
     """Follow a row through the stages, or show what is trained.
@@ -251,12 +252,14 @@ def show(
         Run root to look at, in place of --config.
     shards
         Show so many training examples, what is trained in colour or between [[ and ]].
+    html
+        Write the examples into one HTML page; 50 of them, if --shards says no other number.
     color
         Colour; default: only on a terminal, and never with NO_COLOR.
     """
     from flows.show import show_command
 
-    show_command(row, config=config, run_root=run_root, num_examples=shards, color=color)
+    show_command(row, config=config, run_root=run_root, num_examples=shards, color=color, html=html)
 
 
 @app.command(group=MACHINE)

@@ -5,6 +5,8 @@ with SmolLM2's tokenizer: the smallest on pages of HTML, of which cleaning leave
 Chinese instructions, three bytes a character and up to two tokens. `docs/operations.md` prints the table.
 """
 
+import bz2
+import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,6 +135,10 @@ def _unpacked_sample(head: bytes) -> tuple[int, int] | None:
         return _gunzip_sample(head)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         return _unzstd_sample(head)
+    if head.startswith(b"BZh"):
+        return _sample_in_bites(head, bz2.BZ2Decompressor())
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return _sample_in_bites(head, lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=256 << 20))
     return None
 
 
@@ -143,6 +149,20 @@ def _gunzip_sample(head: bytes) -> tuple[int, int]:
     except zlib.error:
         return 1, 1
     return len(head) - len(member.unused_data) - len(member.unconsumed_tail), given
+
+
+def _sample_in_bites(head: bytes, stream: bz2.BZ2Decompressor | lzma.LZMADecompressor) -> tuple[int, int]:
+    taken = given = 0
+    try:
+        while (
+            given < SAMPLE_BUDGET_BYTES and not stream.eof and (taken < len(head) or not stream.needs_input)
+        ):
+            bite = head[taken : taken + (1 << 12)] if stream.needs_input else b""
+            given += len(stream.decompress(bite, 1 << 20))
+            taken += len(bite)
+    except (OSError, lzma.LZMAError):
+        return 1, 1
+    return max(1, taken - len(stream.unused_data)), given
 
 
 def _unzstd_sample(head: bytes) -> tuple[int, int]:

@@ -3,8 +3,10 @@
 Only the first megabytes of a file are read, so a folder of large dumps takes seconds.
 """
 
+import bz2
 import gzip
 import io
+import lzma
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from schemas.pipeline_config import PipelineConfig, SourceConfig
 HEAD_BYTES = 4 << 20
 MAX_RECORDS = 500
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_BZIP, _XZ = b"BZh", b"\xfd7zXZ\x00"
 _ZIP, _ARROW_FILE = (b"PK\x03\x04", b"PK\x05\x06"), b"ARROW1\0\0"
 
 
@@ -105,7 +108,7 @@ def _head(path: Path, copy: Path) -> tuple[Path, str, bool]:
         magic = file.read(8)
         if magic.startswith(_PARQUET):  # its index is at the end; parts are planned from that alone
             return path, name, False
-        is_packed = magic.startswith((_GZIP, _ZSTD, *_ZIP))
+        is_packed = magic.startswith((_GZIP, _ZSTD, _BZIP, _XZ, *_ZIP))
         if path.stat().st_size <= HEAD_BYTES and not is_packed:
             return path, name, False
         # Behind its magic an Arrow file is a stream, which can be read without its index at the end.
@@ -139,6 +142,10 @@ def _first_member(path: Path) -> tuple[str, bytes]:
 def _unpacked(file: BinaryIO, magic: bytes) -> BinaryIO:
     if magic.startswith(_GZIP):
         return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+    if magic.startswith(_BZIP):
+        return bz2.BZ2File(file)  # type: ignore[return-value]
+    if magic.startswith(_XZ):
+        return lzma.LZMAFile(file)  # type: ignore[return-value]
     if magic.startswith(_ZSTD):
         import zstandard
 
@@ -156,7 +163,7 @@ def _read(stream: BinaryIO, num_bytes: int) -> bytes:
     try:
         while len(head) < num_bytes and (chunk := stream.read(min(1 << 16, num_bytes - len(head)))):
             head += chunk
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         if not head:
             raise InputError(f"can't be unpacked: {error}") from None
     return bytes(head)

@@ -37,6 +37,7 @@ def stage_line(result: StageResult) -> str:
         words.append(f"({reasons_text(manifest.drops)})")
     if result.num_parts_reused:
         words.append(f"{result.num_parts_reused} of {len(manifest.parts)} parts unchanged")
+        words.append(f"{result.num_rows_run:,} rows worked on")
     return f"{manifest.stage:<10} {'  '.join(words)}  {result.seconds:.1f} s"
 
 

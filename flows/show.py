@@ -16,15 +16,20 @@ from schemas.config_file import load_config
 from schemas.conversation import Conversation
 from schemas.dataset import SPLITS
 from schemas.errors import ConfigError, InputError
-from schemas.run import STAGE_FOLDERS, FileEntry, Manifest
+from schemas.pipeline_config import PipelineConfig
+from schemas.run import STAGE_FOLDERS, FileEntry, Manifest, first_record
 
 NUM_CANDIDATES_SHOWN = 5
+PAGE_EXAMPLES = 50
 ROW_STAGES = ("merge", "clean", "filter", "dedup", "holdout")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A row in one stage: kept, with its messages, or dropped. `where` is a file in the stage's folder."""
+    """A row in one stage: kept, with its messages, or dropped. `where` is a file in the stage's folder.
+
+    `row.record` is the number in the source's file.
+    """
 
     stage: str
     where: str
@@ -41,14 +46,13 @@ def show_command(
     run_root: Path | None,
     num_examples: int | None,
     color: bool | None,
+    html: Path | None = None,
 ) -> None:
     """What `sft-pipeline show` prints. Raises ConfigError, InputError."""
-    if num_examples is not None:
+    if num_examples is not None or html is not None:
         if config is None:
             raise ConfigError("show --shards needs --config: the tokenizer that its model section names")
-        from flows.show_examples import print_examples
-
-        print_examples(load_config(config), num_examples=num_examples, color=wants_color(color))
+        _show_shards(load_config(config), num_examples=num_examples, color=color, html=html)
         return
     if row is None:
         raise ConfigError("show needs the id of a row, or --shards with a number of examples")
@@ -59,6 +63,18 @@ def show_command(
     row_id = find_row(root, row)
     for line in story(follow(root, row_id), row_id):
         print(line)
+
+
+def _show_shards(
+    config: PipelineConfig, *, num_examples: int | None, color: bool | None, html: Path | None
+) -> None:
+    from flows.show_examples import print_examples, write_page
+
+    if html is None:
+        print_examples(config, num_examples=num_examples or 0, color=wants_color(color))
+        return
+    write_page(config, html, num_examples=PAGE_EXAMPLES if num_examples is None else num_examples)
+    print(f"written: {html}")
 
 
 def find_row(run_root: Path, prefix: str) -> str:
@@ -115,11 +131,15 @@ def _verdict(place: Place) -> str:
 
 def _places(folder: Path, manifest: Manifest, row_id: str) -> Iterator[Place]:
     for part in manifest.parts:
+        places: list[Place] = []
         if manifest.stage in ROW_STAGES:
             for file in part.kept:
-                yield from _kept(folder, file, manifest.stage, row_id)
+                places += _kept(folder, file, manifest.stage, row_id)
         if part.dropped is not None:
-            yield from _dropped(folder, part.dropped, manifest.stage, row_id)
+            places += _dropped(folder, part.dropped, manifest.stage, row_id)
+        for place in places:
+            place.row.record += first_record(part.label)
+        yield from places
 
 
 def _kept(folder: Path, file: FileEntry, stage: str, row_id: str) -> Iterator[Place]:

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pyarrow as pa
 
 from pipelines.containers import RawRecord, read_range
 from pipelines.formats.custom import value_at
 from pipelines.merge import plan_parts
+from pipelines.parse import parse_record
+from schemas.conversation import Drop
 from schemas.errors import InputError
 from schemas.pipeline_config import BenchmarkConfig, PipelineConfig
 
@@ -71,14 +72,10 @@ def _records(benchmark: BenchmarkConfig, config: PipelineConfig) -> Iterator[tup
 
 def _record(raw: RawRecord, place: str) -> dict[str, Any]:
     # Never skipped: what is not read is not looked for.
-    if raw.reason:
-        raise InputError(f"{place} can't be read ({raw.reason}: {raw.detail}): mend or remove it")
-    try:
-        record = orjson.loads(raw.raw)
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"{place} is not valid JSON ({error}): mend or remove it") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{place} is {type(record).__name__}, expected an object with keys")
+    parsed = Drop(raw.reason, raw.detail) if raw.reason else parse_record(raw.raw)
+    if isinstance(parsed, Drop):
+        raise InputError(f"{place} can't be read ({parsed.reason}: {parsed.detail}): mend or remove it")
+    record, _ = parsed
     return record
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipelines.parts import StageRun
 from pipelines.storage import check_file, file_entry, write_json
 from schemas.conversation import utf8
-from schemas.run import FileEntry, Manifest
+from schemas.run import FileEntry, Manifest, first_record
 
 NUM_CLUSTERS = 20
 NUM_SHOWN_ROWS = 3
@@ -96,7 +96,8 @@ def _texts(
         for row in table.filter(
             pc.is_in(table["row_id"], pa.array(sorted(wanted), pa.large_string()))
         ).to_pylist():
-            place = {"source": row["source"], "record": row["record"], "text": _shown(row["messages"])}
+            record = first_record(part.label) + row["record"]
+            place = {"source": row["source"], "record": record, "text": _shown(row["messages"])}
             texts.setdefault(row["row_id"], place)
     return texts
 

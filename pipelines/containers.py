@@ -41,9 +41,16 @@ RAW_HEAD_BYTES = 64 << 10
 def plan_file(
     path: Path, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig, notes: list[str]
 ) -> list[PartRange]:
-    """The parts of one file, which is unpacked into `spool_path` where it is not plain. Empty: no records.
+    """The parts of one file; see iter_parts."""
+    return list(iter_parts(path, source=source, file=file, spool_path=spool_path, config=config, notes=notes))
 
-    Of an archive, the parts of all its files, each under its own name; what is ignored goes to `notes`.
+
+def iter_parts(
+    path: Path, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig, notes: list[str]
+) -> Iterator[PartRange]:
+    """The parts of one file, each as soon as its end is found. None: no records.
+
+    A file that is not plain is unpacked into `spool_path` first. Of an archive, the parts of all its files, each under its own name; what is ignored goes to `notes`.
     Raises InputError for a file that can't be read, is of a foreign kind or unpacks to too much.
     """
     ratio = config.max_decompressed_ratio
@@ -51,26 +58,28 @@ def plan_file(
     spool = Spool(path, max(MIN_BUDGET_BYTES, ratio * path.stat().st_size))
     with plain.path.open("rb") as handle:
         if not archives.is_zip(handle):
-            return _plan_plain(plain, spool, source=source, file=file, spool_path=spool_path, config=config)
+            yield from _plan_plain(
+                plain, spool, source=source, file=file, spool_path=spool_path, config=config
+            )
+            return
         draft = Draft(source.name, file, str(plain.path), "values", config.part_bytes)
         try:
             found, ignored = archives.members(
                 plain.path, spool_path, max_ratio=ratio, is_wanted=lambda name: has_known_suffix(name, source)
             )
         except archives.BadArchive as error:
-            return _one_break(draft, handle, "invalid_zip", f"not a whole zip archive: {error}")
+            yield from _one_break(draft, handle, "invalid_zip", f"not a whole zip archive: {error}")
+            return
     if ignored:
         notes.append(f"source {source.name}: ignored {len(ignored)} files in {file}, such as {ignored[0]}")
-    parts: list[PartRange] = []
     for number, member in enumerate(found):
         name, member_spool = f"{file}/{member.name}", Path(f"{spool_path}.{number}.")
-        parts += _plan_member(member, source=source, file=name, spool_path=member_spool, config=config)
-    return parts
+        yield from _plan_member(member, source=source, file=name, spool_path=member_spool, config=config)
 
 
 def _plan_member(
     member: archives.Member, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig
-) -> list[PartRange]:
+) -> Iterator[PartRange]:
     ratio, path = config.max_decompressed_ratio, member.plain.path
     plain = unpack(path, spool_path, max_ratio=ratio, encoding=source.encoding)
     plain = Plain(plain.path, member.plain.damage or plain.damage)
@@ -83,7 +92,7 @@ def _plan_member(
 
 def _plan_plain(
     plain: Plain, spool: Spool, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig
-) -> list[PartRange]:
+) -> Iterator[PartRange]:
     with plain.path.open("rb") as handle:
         layout = find_layout(handle, file, source)
     lines = Lines(plain.path, plain.damage, {})
@@ -97,12 +106,12 @@ def _plan_plain(
     with lines.path.open("rb") as handle:
         draft = Draft(source.name, file, str(lines.path), container, config.part_bytes)
         if container == "parquet":
-            return _plan_parquet(draft, handle, config)
-        _plan_json(draft, handle, lines, config)
-    return draft.finish()
+            yield from _plan_parquet(draft, handle, config)
+        else:
+            yield from _plan_json(draft, handle, lines, config)
 
 
-def _plan_json(draft: Draft, handle: BinaryIO, lines: Lines, config: MergeConfig) -> None:
+def _plan_json(draft: Draft, handle: BinaryIO, lines: Lines, config: MergeConfig) -> Iterator[PartRange]:
     start, size = text_start(handle), handle.seek(0, 2)
     scanner = _scanner(handle, start, size, draft.container, 0, config.max_record_bytes)
     says_so = False
@@ -110,14 +119,16 @@ def _plan_json(draft: Draft, handle: BinaryIO, lines: Lines, config: MergeConfig
         if (why := lines.broken.get(segment.start)) is not None:
             segment = Segment(segment.start, segment.end, None, *why)
         draft.add(segment, scanner.depth, handle)
+        yield from draft.full()
         says_so = segment.reason == "truncated_file" or (segment.raw is None and segment.end == size)
     # One drop says that the file is cut off: the last record's break, or one of no bytes.
     if (lines.damage or scanner.depth) and not says_so:
         detail = lines.damage or f"the file ends at byte {size} inside an array"
         draft.add(Segment(size, size, None, "truncated_file", detail), scanner.depth, handle)
+    yield from draft.finish()
 
 
-def _plan_parquet(draft: Draft, handle: BinaryIO, config: MergeConfig) -> list[PartRange]:
+def _plan_parquet(draft: Draft, handle: BinaryIO, config: MergeConfig) -> Iterator[PartRange]:
     path, size = Path(draft.path), handle.seek(0, 2)
     try:
         ranges = parquet_rows.plan_row_ranges(
@@ -125,20 +136,19 @@ def _plan_parquet(draft: Draft, handle: BinaryIO, config: MergeConfig) -> list[P
         )
     except (OSError, pa.ArrowException) as error:
         detail = f"not a whole Parquet file of {size} bytes: {error}"
-        return _one_break(draft, handle, "invalid_parquet", detail)
-    return [
-        PartRange(
+        yield from _one_break(draft, handle, "invalid_parquet", detail)
+        return
+    for start, end, digest in ranges:
+        yield PartRange(
             draft.source_name, draft.file, draft.path, "parquet", start, end, start, end - start, digest
         )
-        for start, end, digest in ranges
-    ]
 
 
-def _one_break(draft: Draft, handle: BinaryIO, reason: str, detail: str) -> list[PartRange]:
+def _one_break(draft: Draft, handle: BinaryIO, reason: str, detail: str) -> Iterator[PartRange]:
     """A file that is one record, which can't be read."""
     draft.container = "values"  # of which the break is all
     draft.add(Segment(0, handle.seek(0, 2), None, reason, detail), 0, handle)
-    return draft.finish()
+    yield from draft.finish()
 
 
 def read_range(part: PartRange) -> Iterator[RawRecord]:

@@ -62,7 +62,7 @@ def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
         _verdict_task(run, folder, part, None, drops)
         for part, drops in zip(before.parts, drops_of_parts, strict=True)
     ]
-    parts = run.run_parts(verdict_part, tasks)
+    parts = run.run_parts(verdict_part, tasks, passes_rows=False)
     return run.finish(
         key,
         parts,
@@ -89,7 +89,7 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     """04_deduplicated and the ledger -> 05_held_out and the ledger, grown."""
     folder, before = stage_before(run)
     ledger_path = run.config.run_root / HOLDOUT_LEDGER_NAME
-    rows_key = run.key([part.kept[0].sha256 for part in before.parts])
+    rows_key = run.key([[part.label, part.kept[0].sha256] for part in before.parts])
     made = read_manifest(run.folder) or read_manifest(run.folder, REPLACED_MANIFEST_NAME)
     ledger_digest = _given_ledger(run, rows_key, made, ledger_path)
     key = run.key(rows_key, ledger_digest)
@@ -105,7 +105,7 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
         _verdict_task(run, folder, part, [sides.get(i) for i in ids], _drops_by_row(ids, drops))
         for part, ids in zip(before.parts, _ids_by_part(features), strict=True)
     ]
-    entries = run.run_parts(verdict_part, tasks)
+    entries = run.run_parts(verdict_part, tasks, passes_rows=False)
     run.unpublish()
     ledger_file = _write_ledger(run, decision.ledger)
     counts = {

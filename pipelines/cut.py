@@ -5,128 +5,24 @@ piece is rendered and proved as a chat of its own, with the chat's system messag
 """
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
-from pipelines.encode import ChatEncoder, Encoded, trained_tokens
-from pipelines.render import Rendered, render
+from pipelines.pieces import Chat, Piece, num_leading_system, render_piece
 from pipelines.segments import KnownGaps, encode_again, learn
-from schemas.conversation import Conversation, Drop, Message, utf8
-from schemas.pipeline_config import SplitConfig
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One row of schemas.dataset.SHARD; the arrays are int32, weights float32."""
-
-    input_ids: np.ndarray
-    span_starts: np.ndarray
-    span_ends: np.ndarray
-    span_weights: np.ndarray
-    num_tokens: int
-    num_trained_tokens: int
-    num_trained_bytes: int
-    row_id: str
-    piece: int
-    first_message: int
-    end_message: int
-    source: str
-    language: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Chat:
-    """A row on its way to examples; `trained_messages` are the numbers of the answers to train."""
-
-    encoder: ChatEncoder
-    config: SplitConfig
-    row: Conversation
-    trained_messages: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """Messages [first, end) of the row, rendered after `num_repeated` system messages of its beginning."""
-
-    first: int
-    end: int
-    num_repeated: int
-    num_rounds: int
-    rendered: Rendered
-    encoded: Encoded
-
-    def message_of_row(self, message_of_piece: int) -> int:
-        """The number in the row of a rendered message."""
-        return message_of_piece - self.num_repeated + self.first
-
-
-def render_piece(
-    chat: Chat,
-    first: int,
-    end: int,
-    *,
-    encode_with: Callable[[Rendered], Encoded | Drop],
-    num_rounds: int = 0,
-) -> Piece | Drop:
-    """Messages [first, end) as a chat of their own."""
-    messages = chat.row.messages
-    num_repeated = _num_leading_system(messages) if first > 0 and chat.config.repeat_system else 0
-    rendered = render(chat.encoder.template, [*messages[:num_repeated], *messages[first:end]])
-    if isinstance(rendered, Drop):
-        return rendered
-    encoded = encode_with(rendered)
-    return (
-        encoded
-        if isinstance(encoded, Drop)
-        else Piece(first, end, num_repeated, num_rounds, rendered, encoded)
-    )
-
-
-def build_example(chat: Chat, piece: Piece, *, number: int, counts: Counter[str]) -> Example | None:
-    """The example of a piece, None where no token is trained; adds to `counts`."""
-    spans = tuple(
-        span
-        for span in piece.rendered.spans
-        if piece.message_of_row(span.message_index) in chat.trained_messages
-    )
-    tokens = trained_tokens(piece.encoded, spans)
-    num_wanted = sum(1 for message in chat.trained_messages if piece.first <= message < piece.end)
-    counts["trained_spans"] += len(spans)
-    counts["straddled_spans"] += tokens.num_straddled_spans
-    counts["straddling_tokens"] += tokens.num_straddling_tokens
-    counts["turns_without_end_token"] += sum(1 for span in spans if not span.has_end)
-    counts["blank_answers_not_located"] += num_wanted - len(spans)
-    if not len(tokens.starts):
-        return None
-    places = [piece.rendered.message_spans[span.message_index] for span in spans]
-    languages = chat.row.meta.get("language") or [["und", 1.0]]
-    return Example(
-        input_ids=piece.encoded.ids,
-        span_starts=tokens.starts,
-        span_ends=tokens.ends,
-        span_weights=np.ones(len(tokens.starts), np.float32),
-        num_tokens=len(piece.encoded.ids),
-        num_trained_tokens=int(np.sum(tokens.ends - tokens.starts)),
-        num_trained_bytes=sum(len(utf8(piece.rendered.text[slice(*place)])) for place in places if place),
-        row_id=chat.row.row_id,
-        piece=number,
-        first_message=piece.first,
-        end_message=piece.end,
-        source=chat.row.source,
-        language=str(languages[0][0]),
-    )
-
+from pipelines.windows import windows
+from schemas.conversation import Drop, Message
 
 # Rounds -----------------------------------------------------------------------------------------------------
 
 
-def chat_rounds(messages: list[Message]) -> list[tuple[int, int]]:
+def chat_rounds(messages: Sequence[Message]) -> list[tuple[int, int]]:
     """Rounds as [first, end) of the messages; the system messages at the beginning stand in the first."""
     starts = [0]
-    for number in range(_num_leading_system(messages) + 1, len(messages)):
+    for number in range(num_leading_system(messages) + 1, len(messages)):
         asks = messages[number].role in ("system", "user")
         if asks and messages[number - 1].role in ("assistant", "tool"):
             starts.append(number)
@@ -134,12 +30,14 @@ def chat_rounds(messages: list[Message]) -> list[tuple[int, int]]:
 
 
 def all_rounds(chat: Chat, whole: Piece, counts: Counter[str]) -> list[Piece] | Drop:
-    """Cut greedily from the first round on, as many rounds in a piece as fit; too long rounds are left out."""
+    """Cut greedily from the first round on, as many rounds in a piece as fit; too long rounds are cut or left out."""
     cutter = _cutter(chat, whole)
     pieces: list[Piece] = []
     first = 0
     while first < len(cutter.rounds):
-        piece = _longest_from(cutter, first)
+        piece = _after_overlap(cutter, first)
+        if piece is None and chat.config.overlong_round == "cut":
+            piece = _in_windows(cutter, first, counts)
         if isinstance(piece, Drop):
             return piece
         if piece is None:
@@ -154,10 +52,12 @@ def all_rounds(chat: Chat, whole: Piece, counts: Counter[str]) -> list[Piece] | 
 def last_context(chat: Chat, whole: Piece, counts: Counter[str]) -> list[Piece] | Drop:
     """The round of the last answer, after as many of the rounds before it as fit."""
     cutter = _cutter(chat, whole)
-    answer = max(chat.trained_messages)
+    answer = max(chat.weights.trained)
     end = 1 + next(n for n, (first, end) in enumerate(cutter.rounds) if first <= answer < end)
     counts["rounds_untrained"] += len(cutter.rounds) - end
     piece = _longest_to(cutter, end)
+    if piece is None and chat.config.overlong_round == "cut":
+        piece = _in_windows(cutter, end - 1, counts)
     if isinstance(piece, Drop):
         return piece
     counts["rounds_before_context"] += end - (piece.num_rounds if piece else 1)
@@ -180,18 +80,18 @@ class _Cutter:
 def _cutter(chat: Chat, whole: Piece) -> _Cutter:
     gaps = KnownGaps(chat.encoder)
     learn(gaps, whole.rendered, whole.encoded)
-    rounds = chat_rounds(chat.row.messages)
+    rounds = chat_rounds(chat.messages)
     return _Cutter(chat, rounds, _round_costs(whole, rounds), gaps)
 
 
 def _round_costs(whole: Piece, rounds: list[tuple[int, int]]) -> list[int]:
     """Tokens of each round in the whole chat: the first with the system message, about right for the others."""
-    answers = {span.message_index: span.end for span in whole.rendered.spans}
+    places = zip(whole.numbers, whole.rendered.message_spans, strict=True)
+    ends = {number: place[1] for number, place in places if place is not None}
+    ends |= {whole.numbers[span.message_index]: span.end for span in whole.rendered.spans}
     chars: list[int] = []
     for _, end in rounds:
-        place = whole.rendered.message_spans[end - 1]
-        before = chars[-1] if chars else 0
-        chars.append(answers.get(end - 1, place[1] if place else before))
+        chars.append(ends.get(end - 1, chars[-1] if chars else 0))
     chars[-1] = len(whole.rendered.text)
     tokens = np.searchsorted(whole.encoded.starts, np.array([0, *chars], np.int32), side="left")
     return [max(0, int(cost)) for cost in np.diff(tokens)]  # a template may write messages in another order
@@ -201,18 +101,42 @@ NEAR_TOKENS = 16
 """Costs are about right: a round that would pass the limit by less is measured before it is left to another piece."""
 
 
-def _longest_from(cutter: _Cutter, first: int) -> Piece | Drop | None:
-    """The longest piece that begins with a round; None where that round alone is too long."""
+def _after_overlap(cutter: _Cutter, first: int) -> Piece | Drop | None:
+    """The longest piece from a round on, after as many rounds of context as asked for, fewer where these don't fit."""
+    for num_context in range(min(first, cutter.chat.config.overlap_rounds), 0, -1):
+        start = first - num_context
+        if sum(cutter.costs[start : first + 1]) > _limit(cutter, start) + NEAR_TOKENS:
+            continue
+        piece = _longest_from(cutter, first, num_context)
+        if piece is not None:
+            return piece
+    return _longest_from(cutter, first)
+
+
+def _in_windows(cutter: _Cutter, first: int, counts: Counter[str]) -> Piece | Drop:
+    """A round that is too long alone, cut inside."""
+    piece = _measured(cutter, first, first + 1)
+    if isinstance(piece, Drop):
+        return piece
+    found = windows(piece.encoded, piece.rendered.text, max_tokens=cutter.chat.config.max_tokens)
+    counts["rounds_cut"] += 1
+    counts["windows"] += len(found)
+    return replace(piece, windows=found)
+
+
+def _longest_from(cutter: _Cutter, first: int, num_context: int = 0) -> Piece | Drop | None:
+    """The longest piece that begins with a round, after rounds of context; None where that round alone is too long."""
     end = too_far = len(cutter.rounds) + 1
     found: Piece | None = None
     while found is None and end > first + 1:
-        end = min(end - 1, first + _num_that_fit(cutter.costs[first : end - 1], _limit(cutter, first)))
-        piece = _measured(cutter, first, end)
+        limit = _limit(cutter, first - num_context) - sum(cutter.costs[first - num_context : first])
+        end = min(end - 1, first + _num_that_fit(cutter.costs[first : end - 1], limit))
+        piece = _measured(cutter, first, end, num_context)
         if isinstance(piece, Drop):
             return piece
         found, too_far = (piece, too_far) if _fits(cutter, piece) else (None, end)
     while found is not None and end + 1 < too_far and _near(cutter, found, cutter.costs[end]):
-        longer = _measured(cutter, first, end + 1)
+        longer = _measured(cutter, first, end + 1, num_context)
         if isinstance(longer, Drop) or not _fits(cutter, longer):
             break
         found, end = longer, end + 1
@@ -242,12 +166,18 @@ def _near(cutter: _Cutter, piece: Piece, cost: int) -> bool:
     return len(piece.encoded.ids) + cost <= cutter.chat.config.max_tokens + NEAR_TOKENS
 
 
-def _measured(cutter: _Cutter, first: int, end: int) -> Piece | Drop:
-    messages = (cutter.rounds[first][0], cutter.rounds[end - 1][1])
-    encode_with = partial(encode_again, cutter.gaps)
-    piece = render_piece(cutter.chat, *messages, encode_with=encode_with, num_rounds=end - first)
-    if first > 0 and isinstance(piece, Piece):
-        cutter.extra = len(piece.encoded.ids) - sum(cutter.costs[first:end])
+def _measured(cutter: _Cutter, first: int, end: int, num_context: int = 0) -> Piece | Drop:
+    start = first - num_context
+    piece = render_piece(
+        cutter.chat,
+        cutter.rounds[start][0],
+        cutter.rounds[end - 1][1],
+        encode_with=partial(encode_again, cutter.gaps),
+        trained_from=cutter.rounds[first][0],
+        num_rounds=end - first,
+    )
+    if start > 0 and isinstance(piece, Piece):
+        cutter.extra = len(piece.encoded.ids) - sum(cutter.costs[start:end])
     return piece
 
 
@@ -263,7 +193,3 @@ def _num_that_fit(costs: list[int], limit: int) -> int:
     """How many of the first costs add up to at most `limit`; at least one."""
     totals = np.cumsum(costs)
     return max(1, int(np.searchsorted(totals, limit, side="right")))
-
-
-def _num_leading_system(messages: list[Message]) -> int:
-    return next((n for n, message in enumerate(messages) if message.role != "system"), len(messages))

@@ -8,8 +8,9 @@ other, and everything else (prefix spaces, stripping, normalisation between cont
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipelines.render import Rendered, TrainedSpan, compile_template
+from pipelines.fast_encoding import FastBackend, fast_backend
+from pipelines.habits import compile_template
+from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
-from pipelines.tokenizer_files import load_tokenizer
-from schemas.conversation import Drop
+from pipelines.tokenizer_files import load_tokenizer, num_embeddings
+from schemas.conversation import Drop, utf8
 from schemas.errors import RefusedError
 from schemas.pipeline_config import PipelineConfig
 
@@ -30,15 +33,21 @@ class ChatEncoder:
     """A tokenizer and its template, ready to encode.
 
     `tokenizer` is the transformers object; `backend` is a copy of what it runs, without the post-processor,
-    which would trim offsets. `is_control` is bool [ids].
+    which would trim offsets. `is_control` is bool [ids]. `num_embeddings` is how many ids the model knows, None
+    where that is not known. `tokenised` counts the bytes that were given to the tokenizer. `fast` gives the same as
+    `backend` for texts on which that was proved, and `uses_fast` says so.
     """
 
     tokenizer: Any
     backend: Tokenizer
+    fast: FastBackend | None
     template: ChatTemplate
     control_ids: Mapping[str, int]
     is_control: np.ndarray
     unknown_id: int | None
+    num_embeddings: int | None = None
+    uses_fast: bool = False
+    tokenised: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,20 +65,29 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSpans:
-    """Trained tokens [start, end), int32 [spans], ascending, not touching; empty ones are left out.
+    """Trained tokens [start, end), int32 [spans], ascending, with their weights, float32; empty ones are left out.
 
-    A token that also stands for characters outside its span is not trained: `num_straddling_tokens`.
+    They touch only where weights differ. A token that also stands for characters outside its span is not trained:
+    `straddling` has their number for each span that was asked for.
     """
 
     starts: np.ndarray
     ends: np.ndarray
-    num_straddled_spans: int
-    num_straddling_tokens: int
+    weights: np.ndarray
+    straddling: tuple[int, ...]
+
+    @property
+    def num_straddled_spans(self) -> int:
+        return sum(1 for number in self.straddling if number)
+
+    @property
+    def num_straddling_tokens(self) -> int:
+        return sum(self.straddling)
 
 
 def load_encoder(config: PipelineConfig) -> ChatEncoder:
     """Load tokenizer and template. Raises ConfigError, InputError, RefusedError."""
-    return build_encoder(load_tokenizer(config))
+    return replace(build_encoder(load_tokenizer(config)), num_embeddings=num_embeddings(config))
 
 
 def build_encoder(tokenizer: Any) -> ChatEncoder:
@@ -91,16 +109,44 @@ def build_encoder(tokenizer: Any) -> ChatEncoder:
     # A unigram model knows its unknown token by number only, which Python is not shown.
     unknown = getattr(backend.model, "unk_token", None)
     unknown_id = tokenizer.unk_token_id if unknown is None else backend.token_to_id(unknown)
-    return ChatEncoder(tokenizer, backend, template, control_ids, is_control, unknown_id)
+    fast = None if backend.encode_special_tokens else fast_backend(backend)
+    return ChatEncoder(tokenizer, backend, fast, template, control_ids, is_control, unknown_id)
+
+
+def proved_on(encoder: ChatEncoder, texts: Iterable[str]) -> ChatEncoder:
+    """The encoder as it may encode texts like these: by `fast` if that gives the same for them, else without."""
+    num_equal = 0
+    for text in texts if encoder.fast else ():
+        fast = _run_fast(encoder, text)
+        if fast is None:
+            continue
+        slow = _run(encoder.backend, text)
+        if isinstance(slow, Drop) or not _same(fast, slow):
+            return replace(encoder, uses_fast=False)
+        num_equal += 1 if text else 0
+    return replace(encoder, uses_fast=num_equal > 0)
 
 
 def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     """Ids of a rendered chat. Without control strings in it: those of the tokenizer's `apply_chat_template`.
 
-    Drops: `not_unicode` (lone surrogates), `tokenizer_fails`, and two that no real text reaches:
-    `reserved_characters`, `control_string_stays`.
+    Drops: `not_unicode` (lone surrogates), `tokenizer_fails`, `id_without_embedding`, and two that no real text
+    reaches: `reserved_characters`, `control_string_stays`.
     """
-    plain = _run(encoder.backend, rendered.text)
+    encoded = _encoded(encoder, rendered)
+    if isinstance(encoded, Drop) or encoder.num_embeddings is None or not len(encoded.ids):
+        return encoded
+    if (largest := int(encoded.ids.max())) >= encoder.num_embeddings:
+        token = encoder.backend.id_to_token(largest)
+        about = f"the token {token!r} has the id {largest}, the model knows {encoder.num_embeddings} ids"
+        return Drop("id_without_embedding", about)
+    return encoded
+
+
+def _encoded(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
+    encoder.tokenised["bytes"] += len(utf8(rendered.text))
+    fast = _run_fast(encoder, rendered.text) if encoder.uses_fast else None
+    plain = fast or _run(encoder.backend, rendered.text)
     if isinstance(plain, Drop):
         return plain
     expected = np.array([encoder.control_ids[token] for token in rendered.control_tokens], np.int32)
@@ -108,28 +154,29 @@ def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
     return encoded if encoded is not None else _encode_aliased(encoder, rendered, expected)
 
 
-def trained_tokens(encoded: Encoded, spans: tuple[TrainedSpan, ...]) -> TokenSpans:
+def trained_tokens(encoded: Encoded, spans: Sequence[TrainedSpan]) -> TokenSpans:
     """Tokens that stand for characters of the spans and no others. Spans ascend and do not overlap."""
     # int32 as the offsets are: searchsorted copies the whole array when the types differ.
     borders = np.array([(span.start, span.end) for span in spans], np.int32).reshape(-1, 2)
     firsts = np.searchsorted(encoded.starts, borders[:, 0], side="left").tolist()
     ends = np.searchsorted(encoded.starts, borders[:, 1], side="left").tolist()
-    tokens: list[tuple[int, int]] = []
+    tokens: list[tuple[int, int, float]] = []
     straddling = []
-    for first, end, (start_char, end_char) in zip(firsts, ends, borders.tolist(), strict=True):
+    for first, end, span in zip(firsts, ends, spans, strict=True):
+        start_char, end_char, weight = span.start, span.end, span.weight
         num_straddling = int(first > 0 and encoded.ends[first - 1] > start_char)
         while end > first and encoded.ends[end - 1] > end_char:
             end -= 1
             num_straddling += 1
         straddling.append(num_straddling)
         first = max(first, 1)  # nothing stands before token 0 that could predict it
-        if tokens and tokens[-1][1] == first and end > first:
-            tokens[-1] = (tokens[-1][0], end)  # a template that writes nothing between two answers
+        if tokens and tokens[-1][1:] == (first, weight) and end > first:
+            tokens[-1] = (tokens[-1][0], end, weight)  # a template that writes nothing between two answers
         elif end > first:
-            tokens.append((first, end))
-    table = np.array(tokens, np.int32).reshape(-1, 2)
-    num_straddled = sum(1 for number in straddling if number)
-    return TokenSpans(table[:, 0], table[:, 1], num_straddled, sum(straddling))
+            tokens.append((first, end, weight))
+    table = np.array([pair[:2] for pair in tokens], np.int32).reshape(-1, 2)
+    weights = np.array([weight for *_, weight in tokens], np.float32)
+    return TokenSpans(table[:, 0], table[:, 1], weights, tuple(straddling))
 
 
 # Control strings --------------------------------------------------------------------------------------------
@@ -174,6 +221,7 @@ def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarr
     for token, (start, end) in zip(rendered.control_tokens, rendered.control_spans.tolist(), strict=True):
         pieces += (text[position:start], twin.aliases[token])
         position = end
+    encoder.tokenised["bytes"] += len(utf8(text))
     aliased = _run(twin.backend, "".join([*pieces, text[position:]]))
     if isinstance(aliased, Drop):
         return aliased
@@ -246,6 +294,15 @@ def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[st
 
 
 # The tokenizers library -------------------------------------------------------------------------------------
+
+
+def _same(one: Encoded, other: Encoded) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "starts", "ends"))
+
+
+def _run_fast(encoder: ChatEncoder, text: str) -> Encoded | None:
+    columns = encoder.fast.encode(text) if encoder.fast else None
+    return Encoded(*columns) if columns else None
 
 
 def _run(backend: Tokenizer, text: str) -> Encoded | Drop:

@@ -10,20 +10,25 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import connection, reduction
 from typing import Any, TypeVar
 
 from pipelines.disk_errors import is_disk_error, storage_error
+from pipelines.without_pandas import keep_pandas_out
 from schemas.errors import SftPipelineError, WorkerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 MAX_POOL_REBUILDS = 3
+# So many tasks a worker are handed over before the first has ended: none waits for the next, and waiting for one of
+# them costs the same however many there are.
+_TASKS_AHEAD = 8
 END_SECONDS = 10.0
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -36,25 +41,26 @@ ONE_THREAD = {
 
 def run_tasks(
     function: Callable[[Task], Result],
-    tasks: Sequence[Task],
+    tasks: Iterable[Task],
     *,
     num_workers: int,
     label: Callable[[Task], str],
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result], None, None]:
     """Yield (index, result) as tasks end, in any order. `function` must be importable by name.
 
+    Tasks that are made one after another (an iterator) are made while workers work on the first of them.
     A worker that dies takes the pool with it: the pool is rebuilt and only unfinished tasks run again.
     Raises WorkerError naming the task, or the error of our own tree that the task raised.
     """
     workers = num_workers or os.cpu_count() or 1
-    if workers == 1 or len(tasks) <= 1:
+    if workers == 1 or (isinstance(tasks, Sequence) and len(tasks) <= 1):
         for index, task in enumerate(tasks):
             yield index, _call(function, task, label)
         return
-    waiting = dict(enumerate(tasks))
+    coming, waiting = enumerate(tasks), dict[int, Task]()
     for attempt in range(MAX_POOL_REBUILDS + 1):
         try:
-            yield from _drain(function, waiting, workers, label)
+            yield from _drain(function, waiting, coming, workers, label)
             return
         except BrokenProcessPool:
             close_workers()
@@ -90,12 +96,22 @@ def close_workers() -> None:
 
 
 def _drain(
-    function: Callable[[Task], Result], waiting: dict[int, Task], workers: int, label: Callable[[Task], str]
+    function: Callable[[Task], Result],
+    waiting: dict[int, Task],
+    coming: Iterator[tuple[int, Task]],
+    workers: int,
+    label: Callable[[Task], str],
 ) -> Iterator[tuple[int, Result]]:
+    """`waiting`: what was taken from `coming` and has not ended, here or in a pool that broke."""
     pool = _pool(workers)
     running: dict[Future[Result], int] = {pool.submit(function, task): i for i, task in waiting.items()}
     try:
-        while running:
+        while True:
+            for index, task in islice(coming, max(0, _TASKS_AHEAD * workers - len(running))):
+                waiting[index] = task
+                running[pool.submit(function, task)] = index
+            if not running:
+                return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 index = running.pop(future)
                 result = _result(future, label(waiting[index]))
@@ -175,6 +191,7 @@ class _Inherited:
 
 def _start_worker(inherited: _Inherited) -> None:
     os.environ.update(ONE_THREAD)
+    keep_pandas_out()
     # Ctrl-C reaches the whole group: the parent tells of it, a worker ends without a traceback of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -7,8 +7,10 @@ costs more comes later: languages, tokens, a quality score.
 from collections.abc import Callable
 from importlib.metadata import version
 
+from pipelines.formats.document import is_document
 from pipelines.rules import answers, languages, length, models, quality, repetition, shares, turns, words
 from pipelines.rules.language_policy import with_languages
+from pipelines.rules.prose import proses_kept
 from pipelines.tokenizer_files import load_tokenizer, tokenizer_versions
 from schemas.conversation import Conversation, Drop
 from schemas.pipeline_config import FilterConfig, PipelineConfig
@@ -46,7 +48,8 @@ def prepare(config: PipelineConfig) -> Callable[[Conversation], Conversation | D
     score = quality.load_score(settings) if settings.quality else None
 
     def step(conversation: Conversation) -> Conversation | Drop:
-        return judge(conversation, settings, detector=detector, num_tokens=num_tokens, score=score)
+        with proses_kept():
+            return judge(conversation, settings, detector=detector, num_tokens=num_tokens, score=score)
 
     return step
 
@@ -76,8 +79,10 @@ def judge(
     """A copy of the chat in order and with its languages, or the one reason why it is dropped."""
     if (drop := turns.empty_drop(conversation, settings)) is not None:
         return drop
-    outcome = turns.in_order(conversation, settings)
-    if isinstance(outcome, Conversation):
+    # A document has no roles to be in order, and no questions to its answer.
+    is_chat = not is_document(conversation)
+    outcome = turns.in_order(conversation, settings) if is_chat else conversation
+    if is_chat and isinstance(outcome, Conversation):
         outcome = answers.without_bad_answers(turns.first_round(outcome, settings), settings)
     if isinstance(outcome, Conversation):
         outcome = _first_drop(outcome, settings) or _in_languages(outcome, settings, detector=detector)

@@ -154,8 +154,8 @@ def _holdout_key(row: Conversation) -> str:
     key = row.meta.get("holdout_key")
     if not key:
         raise InputError(
-            f"row {row.row_id} ({row.source} record {row.record}) has no meta.holdout_key, expected the one that "
-            "merge writes: run the stages again from merge"
+            f"row {row.row_id} ({row.source}) has no meta.holdout_key, expected the one that merge writes: run the "
+            "stages again from merge"
         )
     return str(key)
 

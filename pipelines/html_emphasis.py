@@ -43,9 +43,7 @@ def readable(text: str, fragments: Fragments, mark: Callable[[str], str], budget
 
 def tidy(text: str, marks: Marks) -> str:
     """Blanks kept out of emphasis; emphasis around nothing and between two equal ones taken out."""
-    before = ""
-    while before != text:
-        before = text
+    while marks.untidy.search(text):
         for opener, closer in marks.tags.values():
             text = text.replace(closer + opener, "").replace(opener + closer, "")
         text = marks.blanks_behind_opener.sub(r"\2\1", text)
@@ -71,10 +69,11 @@ def _candidates(text: str, marked: str, fragments: Fragments, mark: Callable[[st
 def _tricky(marks: Marks) -> re.Pattern[str]:
     """Two delimiters side by side, or one that doesn't stand between a blank and a letter, or ASCII punctuation."""
     either, ascii_marks = marks.openers + marks.closers, re.escape("!\"#$%&'(),-./:;<=>?@[\\]^{|}")
+    # Each place begins with the delimiter, though it asks for what is before it: so the search is for one of six signs.
     return re.compile(
-        f"[{either}]{{2}}"
-        f"|[^\\s{ascii_marks}][{marks.openers}]|[{marks.closers}][^\\s{ascii_marks}]"
-        f"|[{ascii_marks}][{marks.openers}](?![^\\W_])|(?<![^\\W_])[{marks.closers}][{ascii_marks}]"
+        f"[{either}](?:(?=[{either}])"
+        f"|(?<=[{marks.openers}])(?:(?<=[^\\s{ascii_marks}].)|(?<=[{ascii_marks}].)(?![^\\W_]))"
+        f"|(?<=[{marks.closers}])(?:(?=[^\\s{ascii_marks}])|(?<![^\\W_].)(?=[{ascii_marks}])))"
     )
 
 

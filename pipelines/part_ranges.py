@@ -6,6 +6,7 @@ records added to or taken from a file change the parts that hold them and leave 
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
@@ -15,6 +16,8 @@ from schemas.conversation import blake2b_128
 Container: TypeAlias = Literal["values", "lines", "parquet"]
 
 _CHUNK_BYTES = 1 << 20
+_RECORD_BYTES = 256
+"""What a record costs beside its bytes: millions of tiny ones are shared out too."""
 
 
 class Break(NamedTuple):
@@ -78,7 +81,7 @@ class Draft:
 
     def add(self, segment: Segment, depth: int, handle: BinaryIO) -> None:
         """Put in the next segment, with `depth` arrays open around it."""
-        num_bytes = segment.end - segment.start
+        num_bytes = segment.end - segment.start + _RECORD_BYTES
         if self._num_records and self._num_bytes + num_bytes > 4 * self.part_bytes:
             self._close()
         if not self._num_records:
@@ -90,16 +93,22 @@ class Draft:
             self._breaks.append(Break(segment.start, segment.end, segment.reason, segment.detail))
         self._end, self._num_records = segment.end, self._num_records + 1
         self._num_bytes += num_bytes
-        # A record is a border by its bytes alone, as often as it is long: parts of part_bytes on average.
-        is_border = int(record_hash[:16], 16) * self.part_bytes < num_bytes << 64
-        if is_border and self._num_bytes * 4 >= self.part_bytes:
+        # A record is a border by its bytes alone, as often as it is long, and at half the size at least: parts of
+        # part_bytes on average, few much larger, since it is the large ones that a change mostly falls into.
+        is_border = int(record_hash[:16], 16) * self.part_bytes < num_bytes << 65
+        if is_border and self._num_bytes * 2 >= self.part_bytes:
             self._close()
 
-    def finish(self) -> list[PartRange]:
-        """All parts."""
+    def full(self) -> Iterator[PartRange]:
+        """The parts that have become full since the last time."""
+        while self._parts:
+            yield self._parts.pop(0)
+
+    def finish(self) -> Iterator[PartRange]:
+        """All parts that are left."""
         if self._num_records:
             self._close()
-        return self._parts
+        yield from self.full()
 
     def _close(self) -> None:
         part = PartRange(

@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class StageResult:
     num_parts_run: int
     num_parts_reused: int
     seconds: float
+    num_rows_run: int = 0
+    """Rows that really passed through the stage's own functions."""
+    num_rows_reused: int = 0
+    """Rows of parts that were taken over."""
 
     @property
     def skipped(self) -> bool:
@@ -109,6 +113,8 @@ class StageRun:
     dry: bool = False
     num_parts_run: int = 0
     num_parts_reused: int = 0
+    num_rows_run: int = 0
+    num_rows_reused: int = 0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -136,28 +142,39 @@ class StageRun:
             return None  # the damaged part is made again; see run_parts
         if not self.dry:
             sweep(self.folder, manifest)
-        return StageResult(manifest, 0, len(manifest.parts), time.monotonic() - self.started)
+        seconds = time.monotonic() - self.started
+        return StageResult(manifest, 0, len(manifest.parts), seconds, 0, manifest.num_rows_in)
 
-    def run_parts(self, work: Callable[[PartTask], PartEntry], tasks: Sequence[PartTask]) -> list[PartEntry]:
-        """Entries in the order of the tasks; finished ones are taken over, the others worked on."""
-        entries = self._finished_parts(tasks)
+    def run_parts(
+        self, work: Callable[[PartTask], PartEntry], tasks: Iterable[PartTask], *, passes_rows: bool = True
+    ) -> list[PartEntry]:
+        """Entries in the order of the tasks; finished ones are taken over, the others worked on.
+
+        An iterator's tasks are made while the first of them are worked on; what a sequence has finished is known
+        before. `passes_rows`: whether rows pass through the stage's own functions, or parts are only cut to verdicts.
+        """
+        entries: dict[int, PartEntry] = {}
+        todo: list[int] = []
+        unfinished: Iterable[PartTask] = self._unfinished(tasks, entries, todo)
+        if isinstance(tasks, Sequence):
+            unfinished = list(unfinished)
         if self.dry:
-            raise PartsToRun(len(tasks) - len(entries), len(entries))
+            raise PartsToRun(len(todo), len(entries))
         check_free_disk(self.config)
-        self.num_parts_reused += len(entries)
-        todo = [index for index in range(len(tasks)) if index not in entries]
-        self._report(entries, len(tasks))
+        num_rows_done = sum(entry.num_rows_in for entry in entries.values())
+        self._report(len(entries), len(entries) + len(todo), num_rows_done)
         results = executors.run_tasks(
-            work,
-            [tasks[index] for index in todo],
-            num_workers=self.config.engine.workers,
-            label=part_label,
+            work, unfinished, num_workers=self.config.engine.workers, label=part_label
         )
+        num_rows_run = num_parts_run = 0
         for done, entry in results:
             entries[todo[done]] = entry
-            self.num_parts_run += 1
-            self._report(entries, len(tasks))
-        return [entries[index] for index in range(len(tasks))]
+            num_parts_run += 1
+            num_rows_run += entry.num_rows_in
+            num_parts = len(entries) + len(todo) - num_parts_run
+            self._report(len(entries), num_parts, num_rows_done + num_rows_run)
+        self._count(entries, num_parts_run, num_rows_run if passes_rows else None)
+        return [entry for _, entry in sorted(entries.items())]
 
     def finish(
         self, key: str, parts: Sequence[PartEntry], *, inputs: dict[str, str], **extra: Any
@@ -186,7 +203,14 @@ class StageRun:
         seconds = time.monotonic() - self.started
         self._write_timing(seconds)
         sweep(self.folder, manifest)
-        return StageResult(manifest, self.num_parts_run, self.num_parts_reused, seconds)
+        return StageResult(
+            manifest,
+            self.num_parts_run,
+            self.num_parts_reused,
+            seconds,
+            self.num_rows_run,
+            self.num_rows_reused,
+        )
 
     def unpublish(self) -> None:
         """Before a file is rewritten under its old name: from here to `finish` the folder does not exist."""
@@ -194,14 +218,26 @@ class StageRun:
             os.replace(self.folder / MANIFEST_NAME, self.folder / REPLACED_MANIFEST_NAME)
             sync_folder(self.folder)
 
-    def _finished_parts(self, tasks: Sequence[PartTask]) -> dict[int, PartEntry]:
+    def _unfinished(
+        self, tasks: Iterable[PartTask], entries: dict[int, PartEntry], todo: list[int]
+    ) -> Iterator[PartTask]:
+        """The tasks that are to be worked on, their numbers put into `todo`; the others' entries into `entries`."""
         known = self._known_entries()
-        entries: dict[int, PartEntry] = {}
         for index, task in enumerate(tasks):
             entry = known.get(task.key[:32]) or read_sidecar(self.folder, task.key)
             if entry is not None and is_whole(self.folder, entry):
-                entries[index] = entry
-        return entries
+                # The same part may begin at another record of its file now.
+                entries[index] = entry.model_copy(update={"label": task.label})
+            else:
+                todo.append(index)
+                yield task
+
+    def _count(self, entries: dict[int, PartEntry], num_parts_run: int, num_rows_run: int | None) -> None:
+        self.num_parts_run += num_parts_run
+        self.num_parts_reused += len(entries) - num_parts_run
+        if num_rows_run is not None:
+            self.num_rows_run += num_rows_run
+            self.num_rows_reused += sum(entry.num_rows_in for entry in entries.values()) - num_rows_run
 
     def _known_entries(self) -> dict[str, PartEntry]:
         manifest = read_manifest(self.folder) or read_manifest(self.folder, REPLACED_MANIFEST_NAME)
@@ -211,10 +247,9 @@ class StageRun:
         known = {Path(file.path).stem: feature_entry(Path(file.path).stem, "", file) for file in features}
         return known | {part.key[:32]: part for part in manifest.parts}
 
-    def _report(self, entries: dict[int, PartEntry], num_parts: int) -> None:
+    def _report(self, num_parts_done: int, num_parts: int, num_rows_done: int) -> None:
         if self.progress is not None:
-            num_rows = sum(entry.num_rows_in for entry in entries.values())
-            self.progress(StageProgress(self.name, len(entries), num_parts, num_rows))
+            self.progress(StageProgress(self.name, num_parts_done, num_parts, num_rows_done))
 
     def _write_timing(self, seconds: float) -> None:
         # Beside the manifest, not in it: the manifest is byte-equal for equal work.
@@ -224,6 +259,8 @@ class StageRun:
             "host": socket.gethostname(),
             "parts_run": self.num_parts_run,
             "parts_reused": self.num_parts_reused,
+            "rows_run": self.num_rows_run,
+            "rows_reused": self.num_rows_reused,
         }
         write_json(self.folder / TIMING_NAME, timing)
 

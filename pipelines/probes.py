@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.encode import ChatEncoder, Encoded, encode, trained_tokens
-from pipelines.render import PLAIN_CHAT, Rendered, render
+from pipelines.habits import PLAIN_CHAT
+from pipelines.policy import arranged
+from pipelines.render import Rendered, render
 from pipelines.templates import ChatTemplate
 from schemas.conversation import Drop, Message
 from schemas.errors import RefusedError
+from schemas.pipeline_config import SplitConfig
 
 _SYSTEM = Message("system", "Be brief.")
 PROBE_CHATS: tuple[tuple[Message, ...], ...] = (
@@ -27,21 +30,28 @@ PROBE_CHATS: tuple[tuple[Message, ...], ...] = (
     ),
 )
 """Every template must be proved on these; only the system turn may be refused."""
+_DEFAULT = SplitConfig()
 
 
-def check_template(template: ChatTemplate) -> None:
+def probe_chats(config: SplitConfig) -> list[list[Message]]:
+    """The probe chats as the template gets them."""
+    return [arranged(config, chat, range(len(chat)))[0] for chat in PROBE_CHATS]
+
+
+def check_template(template: ChatTemplate, config: SplitConfig = _DEFAULT) -> None:
     """Refuse a template whose spans can't be proved on plain chats, or that never ends an answer.
 
     Raises RefusedError with the smallest chat that shows it.
     """
-    proved = [(chat, render(template, chat)) for chat in PROBE_CHATS]
+    proved = [(chat, render(template, chat)) for chat in probe_chats(config)]
     rendered = [result for _, result in proved if isinstance(result, Rendered)]
     for chat, result in proved:
         refused_system = isinstance(result, Drop) and result.reason == "template_refuses" and rendered
         if isinstance(result, Drop) and not refused_system:
+            other_way = "split.system to merge_into_user or drop, or " if chat[0].role == "system" else ""
             raise RefusedError(
-                f"the chat template can't be proved on {_chat_text(chat)}: {result.reason}: {result.detail}; "
-                "set split.chat_template to a template that writes each message once, as it is"
+                f"the chat template can't be proved on {_chat_text(chat)}: {result.reason}: {result.detail}; set "
+                f"{other_way}split.chat_template to a template that writes each message once, as it is"
             )
     if not any(span.has_end for result in rendered for span in result.spans):
         text = rendered[0].text
@@ -56,13 +66,13 @@ def _chat_text(chat: Sequence[Message]) -> str:
     return json.dumps([[message.role, message.content] for message in chat], ensure_ascii=False)
 
 
-def check_encoder(encoder: ChatEncoder, *, max_straddle_share: float) -> None:
+def check_encoder(encoder: ChatEncoder, *, max_straddle_share: float, config: SplitConfig = _DEFAULT) -> None:
     """Compare text and ids of the probe chats with the tokenizer's own, and put control strings in every message.
 
     Raises RefusedError with the text that shows the difference.
     """
     num_spans, num_straddled = 0, 0
-    for chat in PROBE_CHATS:
+    for chat in probe_chats(config):
         rendered = render(encoder.template, chat)
         if isinstance(rendered, Drop):
             continue  # only a refused system turn: check_template has seen to it
@@ -82,6 +92,11 @@ def _checked_ids(encoder: ChatEncoder, chat: Sequence[Message], rendered: Render
     if rendered.text != own_text and "strftime_now" not in encoder.tokenizer.chat_template:
         raise RefusedError(f"the chat template wrote {rendered.text!r}, transformers writes {own_text!r}")
     encoded = encode(encoder, rendered)
+    if isinstance(encoded, Drop) and encoded.reason == "id_without_embedding":
+        raise RefusedError(
+            f"the chat template can't be trained with this model: {encoded.detail}; take a template of tokens that "
+            "the model knows (split.chat_template), or resize its embeddings first"
+        )
     own_ids = encoder.tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
     if isinstance(encoded, Drop) or encoded.ids.tolist() != own_ids:
         raise RefusedError(f"{rendered.text!r} is encoded differently from the tokenizer's own ids {own_ids}")

@@ -3,8 +3,9 @@
 from typing import Any
 
 from pipelines.containers import RAW_HEAD_BYTES, RawRecord
+from pipelines.formats import document
 from pipelines.formats.custom import named
-from pipelines.formats.families import CUSTOM, FORMATS, Format
+from pipelines.formats.families import CHOSEN, FORMATS, Format
 from pipelines.formats.turns import Chats, Reading
 from pipelines.parse import parse_record, record_meta
 from schemas.conversation import Conversation, Drop, Message, content_id, holdout_key
@@ -13,8 +14,8 @@ from schemas.pipeline_config import SourceConfig
 Row = tuple[Conversation, Drop | None]
 
 
-def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int, *, group: str) -> list[Row]:
-    """At least one row; ids and places are the caller's. Several chats of one record share `group`."""
+def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int) -> list[Row]:
+    """At least one row; ids, places and what several chats of one record have in `group` are the caller's."""
     raw = raw_record.raw
     meta = _source_meta(source) | {"record_hash": raw_record.hash, "content_id": raw_record.hash}
     if raw_record.reason:
@@ -34,8 +35,10 @@ def read_rows(raw_record: RawRecord, source: SourceConfig, max_record_bytes: int
         return [_unreadable(raw, meta, reading)]
     meta["format"] = name
     if isinstance(reading, Chats):
-        return _rows_of_one_group(raw, meta, reading, group)
-    return [_row(raw, meta | {"holdout_key": holdout_key(reading)}, reading, None)]
+        return _rows_of_one_group(raw, meta, reading)
+    # A document has no question: its side of the hold-out hangs on all of its text.
+    asked = [Message("user", reading[0].content)] if name == document.NAME else reading
+    return [_row(raw, meta | {"holdout_key": holdout_key(asked)}, reading, None)]
 
 
 def _source_meta(source: SourceConfig) -> dict[str, Any]:
@@ -62,17 +65,17 @@ def _read(record: dict[str, Any], source: SourceConfig) -> tuple[str, Reading]:
 
 def _reader(record: dict[str, Any], wanted: str) -> tuple[str, Format | None]:
     if wanted == "custom":
-        return wanted, CUSTOM
-    names = FORMATS if wanted == "auto" else (wanted,)
-    return next(((name, FORMATS[name]) for name in names if FORMATS[name].matches(record)), ("", None))
+        return wanted, CHOSEN[wanted]
+    formats = FORMATS if wanted == "auto" else {wanted: (FORMATS | CHOSEN)[wanted]}
+    return next(((name, found) for name, found in formats.items() if found.matches(record)), ("", None))
 
 
-def _rows_of_one_group(raw: bytes, meta: dict[str, Any], reading: Chats, group: str) -> list[Row]:
+def _rows_of_one_group(raw: bytes, meta: dict[str, Any], reading: Chats) -> list[Row]:
     repairs = meta.get("repairs", {}) | reading.meta.get("repairs", {})
     meta = {key: value for key, value in meta.items() if key != "repairs"}
     said = {key: value for key, value in reading.meta.items() if key != "repairs"}
     # One side for all, though edited first questions differ: that of the first chat.
-    meta = said | meta | _newer(said) | {"group": group, "holdout_key": holdout_key(reading.chats[0][0])}
+    meta = said | meta | _newer(said) | {"group": "", "holdout_key": holdout_key(reading.chats[0][0])}
     rows = [_row(raw, meta, messages, drop) for messages, drop in reading.chats]
     if repairs:  # of the record, so they are counted once, with a row that is kept if there is one
         first = next((row for row, drop in rows if drop is None), rows[0][0])

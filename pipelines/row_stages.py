@@ -3,13 +3,13 @@
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from pipelines.part_ranges import PartRange
 from pipelines.parts import PartTask, StageResult, StageRun, inputs_from, stage_before
-from pipelines.storage import json_digest
+from pipelines.storage import json_digest, read_manifest
 from pipelines.work import merge_part, row_ids, step_part
 from schemas.run import SPOOL_FOLDER, PartEntry
 
@@ -21,19 +21,28 @@ def run_merge(run: StageRun, module: ModuleType) -> StageResult:
     spool = Path(tempfile.mkdtemp()) if run.dry else config.run_root / SPOOL_FOLDER
     try:
         sources = sorted(config.sources, key=lambda source: source.name)
-        parts = [
-            part
-            for source in sources
-            for part in module.plan_parts(source, config=config, spool_folder=spool)
-        ]
+        coming, parts = module.iter_parts(sources, config=config, spool_folder=spool), list[PartRange]()
+        tasks: Iterable[PartTask] = (_merge_task(run, part, {}) for part in _noted(coming, parts))
+        entries = None
+        if run.dry or read_manifest(run.folder) is not None:
+            tasks = list(tasks)
+        else:  # nothing that could be unchanged: parts are worked on while the next are being found
+            entries = run.run_parts(merge_part, tasks)
         inputs = _merge_inputs(parts)
         key = run.key(inputs, [source.model_dump(exclude={"path"}) for source in sources])
-        if (result := run.skip(key)) is not None:
-            return result
-        entries = run.run_parts(merge_part, [_merge_task(run, part, {}) for part in parts])
+        if entries is None:
+            if (result := run.skip(key)) is not None:
+                return result
+            entries = run.run_parts(merge_part, tasks)
         return run.finish(key, _renumber(run, module, parts, entries), inputs=inputs)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
+
+
+def _noted(coming: Iterable[PartRange], parts: list[PartRange]) -> Iterator[PartRange]:
+    for part in coming:
+        parts.append(part)
+        yield part
 
 
 def _merge_inputs(parts: Sequence[PartRange]) -> dict[str, str]:
@@ -45,7 +54,8 @@ def _merge_inputs(parts: Sequence[PartRange]) -> dict[str, str]:
 
 def _merge_task(run: StageRun, part: PartRange, offsets: dict[str, int]) -> PartTask:
     source = next(s for s in run.config.sources if s.name == part.source_name)
-    identity = [part.file, part.first_record, part.num_records, part.digest, sorted(offsets.items())]
+    # Not where the part begins: records added before it leave it as it is.
+    identity = [part.file, part.num_records, part.digest, sorted(offsets.items())]
     key = run.key(source.model_dump(exclude={"path"}), identity)
     label = f"{part.source_name}/{part.file}:{part.first_record}"
     return run.task(key, label, (part, offsets))
@@ -80,7 +90,7 @@ def run_row_step(run: StageRun, module: ModuleType) -> StageResult:
     tasks = [
         run.task(run.key(part.kept[0].sha256), part.label, (folder, part.kept[0])) for part in before.parts
     ]
-    key = run.key([task.key for task in tasks])
+    key = run.key([[task.key, task.label] for task in tasks])
     if (result := run.skip(key)) is not None:
         return result
     entries = run.run_parts(step_part, tasks)

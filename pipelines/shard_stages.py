@@ -1,10 +1,12 @@
 """Stages 6 and 7: rows become examples in shards, and shards get a packing plan."""
 
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import pyarrow as pa
+import numpy as np
 
+from pipelines.formats.document import document_sources
 from pipelines.parts import (
     PartsToRun,
     StageResult,
@@ -14,11 +16,11 @@ from pipelines.parts import (
     stage_before,
     sum_counts,
 )
-from pipelines.storage import check_file, file_entry, read_arrow, write_arrow
+from pipelines.plans import Split, plan_split, read_examples
+from pipelines.storage import check_file, check_manifest, file_entry, read_arrow, write_arrow
 from pipelines.work import split_part
-from schemas.dataset import PLAN, SPLITS
-from schemas.pipeline_config import PackConfig
-from schemas.run import FileEntry, Manifest, PartEntry
+from schemas.dataset import SPLITS
+from schemas.run import STAGE_FOLDERS, FileEntry, Manifest, PartEntry
 
 
 def run_split(run: StageRun, module: ModuleType) -> StageResult:
@@ -33,7 +35,7 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
         run.task(run.key(side, file.sha256), f"{side} {part.label}", (folder, file, side))
         for side, part, file in sides
     ]
-    key = run.key([task.key for task in tasks])
+    key = run.key([[task.key, task.label] for task in tasks])
     if (result := run.skip(key)) is not None:
         return result
     entries = run.run_parts(split_part, tasks)
@@ -45,7 +47,12 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
         ]
         for side in SPLITS
     }
-    module.check_counts(sum_counts(entry.counts for entry in entries), run.config.split)
+    module.check_hand_over(
+        sum_counts(entry.counts for entry in entries),
+        sum_counts(entry.drops for entry in entries),
+        num_rows=sum(entry.num_rows_in for entry in entries),
+        config=run.config.split,
+    )
     run.unpublish()
     paths = write_dataset(run.folder, tables, batch_rows=run.config.split.shard_rows)
     files = tuple(file_entry(path, folder=run.folder, num_rows=rows) for path, rows in paths)
@@ -58,7 +65,7 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
     config = run.config
     capacity = config.pack.capacity or config.split.max_tokens
     epochs = {"train": config.train.epochs, "validation": 1, "test": 1}
-    key = run.key(before.key, capacity, epochs)
+    key = run.key(before.key, capacity, epochs, sorted(document_sources(config)))
     if (result := run.skip(key)) is not None:
         return result
     if run.dry:
@@ -67,14 +74,15 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
     files: list[FileEntry] = []
     counts: dict[str, int] = {}
     for side in SPLITS:
-        table = _open_split(folder, before, side)
-        plans = [_plan(module, config.pack, table, side, epoch, capacity) for epoch in range(epochs[side])]
-        for epoch, plan in enumerate(plans):
+        split = _split(run, folder, before, side, capacity)
+        for epoch in range(epochs[side]):
+            plan = plan_split(module, config.pack, split, epoch)
             path = run.folder / f"{side}-epoch-{epoch:04d}.arrow"
             files.append(file_entry(path, folder=run.folder, num_rows=write_arrow(path, plan)))
-        summary = module.packing_summary(plans[0], capacity)
-        counts |= {f"{side}_bins": int(summary["num_bins"]), f"{side}_tokens": int(summary["num_tokens"])}
-    run.num_parts_run = len(files)
+            if epoch == 0:
+                summary = module.packing_summary(plan, capacity)
+                counts |= {f"{side}_{shown}": int(summary[name]) for name, shown in _COUNTED.items()}
+    run.num_parts_run, run.num_rows_run = len(files), before.num_rows_out
     part = PartEntry(
         key=key,
         label="plan",
@@ -87,23 +95,34 @@ def run_pack(run: StageRun, module: ModuleType) -> StageResult:
     return run.finish(key, [part], inputs=inputs_from(before), files=tuple(files), counts=counts)
 
 
-def _plan(
-    module: ModuleType, config: PackConfig, table: pa.Table, side: str, epoch: int, capacity: int
-) -> pa.Table:
-    lengths, keys = table["num_tokens"].to_numpy(), module.row_keys(table)
-    # Held-out sides are measured as they are: weights are for training alone.
-    weights = config.weights if side == "train" else {}
-    names = [str(source).split("/", 1)[0] for source in table["source"].to_pylist()]
-    examples, keys = module.weighted_examples(names, keys, weights, seed=config.seed, epoch=epoch)
-    plan = module.plan_epoch(lengths[examples], keys, capacity=capacity, seed=config.seed, epoch=epoch)
-    chosen = pa.array(examples[plan["example"].to_numpy()], pa.int32())
-    return plan.set_column(plan.schema.get_field_index("example"), "example", chosen).cast(PLAN)
+_COUNTED = {"num_bins": "bins", "num_tokens": "tokens", "fewest_bins": "fewest_bins"}
 
 
-def _open_split(folder: Path, manifest: Manifest, side: str) -> pa.Table:
-    from pipelines.shards import open_split
+def _split(run: StageRun, folder: Path, manifest: Manifest, side: str, capacity: int) -> Split:
+    from pipelines.shards import open_files, open_split
 
     for file in manifest.files:
         if file.path.startswith(f"{side}/"):
             check_file(folder, file)
-    return open_split(folder, side)
+    return Split(
+        examples=read_examples(open_files(folder, side)),
+        is_trained=side == "train",
+        capacity=capacity,
+        open_table=partial(open_split, folder, side),
+        read_scores=partial(_read_scores, run, folder, side),
+        document_sources=document_sources(run.config),
+    )
+
+
+def _read_scores(run: StageRun, folder: Path, side: str) -> np.ndarray:
+    """A number from the meta of the row of each example, float64 [examples]."""
+    from pipelines.scores import read_scores
+    from pipelines.shards import open_split
+
+    rows = run.config.run_root / STAGE_FOLDERS["holdout"]
+    files = [
+        check_file(rows, file)
+        for part in check_manifest(rows, stage="holdout").parts
+        for file in side_files(part, side)
+    ]
+    return read_scores(files, open_split(folder, side)["row_id"], run.config.pack.score)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.cut import Example
+from pipelines.pieces import Example
 from pipelines.storage import (
     durable_file,
     file_sha256,
@@ -64,10 +64,14 @@ def open_split(folder: Path, split: str) -> pa.Table:
 
     Raises InputError when there is no such split, IntegrityError for a file without its end or with other columns.
     """
+    return pa.concat_tables(list(open_files(folder, split)))
+
+
+def open_files(folder: Path, split: str) -> Iterator[pa.Table]:
+    """The same, one file after the other."""
     state = read_json(folder / split / "state.json")
-    paths = [folder / split / file["filename"] for file in state["_data_files"]]
-    tables = [_open(path) for path in paths]
-    return pa.concat_tables(tables)
+    for file in state["_data_files"]:
+        yield _open(folder / split / file["filename"])
 
 
 def examples_to_batch(examples: Sequence[Example]) -> pa.RecordBatch:

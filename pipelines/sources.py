@@ -11,7 +11,8 @@ from schemas.errors import InputError
 from schemas.pipeline_config import SourceConfig
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".zip")
-"""What a folder or glob is searched for, also with .gz or .zst behind it."""
+"""What a folder or glob is searched for, also with the suffix of a compression behind it."""
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".tex", ".rst")
 """Searched for too where the source says that its files are texts: folders of dumps have readmes beside them."""
 _MAX_STATE_BYTES = 16 << 20
@@ -39,7 +40,8 @@ def nothing_found(source: SourceConfig, where: str, num_others: int) -> InputErr
     """The error of a source without a file that is read."""
     wanted = ", ".join(_suffixes(source))
     what = f"{num_others} files of other kinds" if num_others else "nothing"
-    return InputError(f"source {source.name}: found {what} at {where}, expected files {wanted} (.gz, .zst)")
+    packed = ", ".join(COMPRESSED_SUFFIXES)
+    return InputError(f"source {source.name}: found {what} at {where}, expected files {wanted} ({packed})")
 
 
 def ignored_note(source: SourceConfig, ignored: list[str]) -> list[str]:
@@ -54,7 +56,9 @@ def is_dump(name: str) -> bool:
 
 def unpacked_name(name: str) -> str:
     """In lower case, without the suffix of a compression."""
-    return name.lower().removesuffix(".gz").removesuffix(".zst")
+    for suffix in COMPRESSED_SUFFIXES:
+        name = name.lower().removesuffix(suffix)
+    return name
 
 
 def files_below(folder: Path) -> list[Path]:

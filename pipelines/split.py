@@ -1,25 +1,35 @@
 """Stage 6, one row: a chat becomes one training example, or several where it is longer than split.max_tokens."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipelines.cut import Chat, Example, all_rounds, build_example, chat_rounds, last_context, render_piece
-from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder
+import numpy as np
+
+from pipelines.cut import all_rounds, chat_rounds, last_context
+from pipelines.documents import check_end_token, encode_document
+from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder, proved_on
+from pipelines.formats.document import is_document
+from pipelines.pieces import Chat, Example, Piece, build_examples, render_piece
+from pipelines.policy import message_weights, prepared_messages
 from pipelines.probes import PROBE_CHATS, check_encoder, check_template
+from pipelines.render import Rendered, render
 from pipelines.storage import read_manifest
 from pipelines.templates import try_in_child
-from pipelines.tokenizer_files import load_tokenizer, tokenizer_versions
-from schemas.conversation import Conversation, Drop, Message
+from pipelines.tokenizer_files import load_tokenizer, num_embeddings, tokenizer_versions
+from schemas.conversation import Conversation, Drop, utf8
 from schemas.errors import LimitError
 from schemas.pipeline_config import PipelineConfig, SplitConfig
 from schemas.run import STAGE_FOLDERS
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
-MIN_STRADDLED_SPANS = 10
+NUM_PROVED_ROWS = 32
+"""Rows of a part on which the fast encoder is compared with tokenizers before it is used for the others."""
+
+MIN_BAD_SHOWN = 10
 """Fewer are an accident of single texts, whatever their share in a small data set."""
 
 COUNTS = {
@@ -28,11 +38,24 @@ COUNTS = {
     "trained_spans": "answers that are trained",
     "straddled_spans": "of these, answers that begin or end inside a token",
     "straddling_tokens": "tokens left untrained because they reach over the border of an answer",
+    "straddling_prompt_tokens": "the same for trained texts that are no answers",
     "turns_without_end_token": "trained answers after which the template wrote no end token",
     "blank_answers_not_located": "blank answers that the template writes in another way, not trained",
+    "documents": "plain texts, of any length, in examples of their own",
+    "answers_of_other_parts": "answers that are only reasoning or tool calls where these are not trained",
+    "reasoning_dropped": "turns whose reasoning split.reasoning took out",
+    "reasoning_left_out": "turns whose reasoning the template left out, as it does before the last question",
+    "system_turns_moved": "system turns that split.system moved into the user turn after them",
+    "system_turns_dropped": "system turns that split.system left out",
+    "weighted_tokens": "of the trained tokens, those of another weight than 1",
+    "rendered_bytes": "UTF-8 bytes of the chats as the template writes them",
+    "tokenised_bytes": "UTF-8 bytes given to the tokenizer, pieces of cut chats included",
     "chats_cut": "chats longer than max_tokens",
     "rounds": "rounds of the chats that were cut",
     "rounds_kept": "of these, rounds that stand in an example",
+    "rounds_cut": "of the rounds kept, rounds longer than max_tokens alone, cut inside",
+    "windows": "pieces of these",
+    "windows_untrained": "of these, pieces without anything to train, left out",
     "rounds_overlong": "of these, rounds longer than max_tokens alone, left out",
     "rounds_untrained": "of these, rounds in pieces without anything to train, left out",
     "rounds_before_context": "train_on last: of these, rounds too far before the trained answer, left out",
@@ -53,50 +76,94 @@ def versions(config: PipelineConfig) -> dict[str, str]:
     return tokenizer_versions(config)
 
 
-def prepare(config: PipelineConfig) -> Callable[[Conversation], SplitResult | Drop]:
-    """The row step. Loads the tokenizer: some seconds, once per worker. Raises as load_encoder does."""
-    return partial(split_chat, load_encoder(config), config.split)
+@dataclass(frozen=True, slots=True)
+class RowSplitter:
+    """The row step."""
+
+    encoder: ChatEncoder
+    config: SplitConfig
+
+    def __call__(self, row: Conversation) -> SplitResult | Drop:
+        return split_chat(self.encoder, self.config, row)
+
+    def proved_on(self, rows: Sequence[Conversation]) -> "RowSplitter":
+        """The step for these rows: with the fast encoder where it gives the same on a sample of them."""
+        sample = rows[:: max(1, len(rows) // NUM_PROVED_ROWS)]
+        texts = (text for row in sample if (text := self._text(row)) is not None)
+        return RowSplitter(proved_on(self.encoder, texts), self.config)
+
+    def _text(self, row: Conversation) -> str | None:
+        if is_document(row):
+            return row.messages[0].content
+        rendered = render(self.encoder.template, row.messages)
+        return rendered.text if isinstance(rendered, Rendered) else None
+
+
+def prepare(config: PipelineConfig) -> RowSplitter:
+    """The row step. Loads the tokenizer: some seconds, once per worker.
+
+    Raises as load_encoder does.
+    """
+    encoder = load_encoder(config)
+    check_end_token(config, encoder)
+    return RowSplitter(encoder, config.split)
 
 
 def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> SplitResult | Drop:
     """Examples of one chat.
 
-    Drops beside those of render and encode: `nothing_to_train`, `overlong`, `content_beside_text`.
+    Drops beside those of render and encode: `nothing_to_train`, `bad_weight`, `overlong`.
     """
-    if (message := _with_content_beside_text(row.messages)) is not None:
-        return Drop("content_beside_text", f"message {message} has tool calls or reasoning beside its text")
-    answers = [number for number, message in enumerate(row.messages) if message.role == "assistant"]
-    if not answers:
-        return Drop("nothing_to_train", "no assistant message")
-    wanted = answers if config.train_on == "assistant" else answers[-1:]
-    trained = frozenset(number for number in wanted if not _has_no_weight(row.messages[number]))
-    if not trained:
-        return Drop("nothing_to_train", f"{len(answers)} answers, all of weight 0")
-    chat = Chat(encoder, config, row, trained)
+    if is_document(row):
+        return _split_document(encoder, row)
+    counts: Counter[str] = Counter()
+    before = encoder.tokenised["bytes"]
+    weights = message_weights(config, row.messages)
+    if isinstance(weights, Drop):
+        return weights
+    chat = Chat(encoder, config, row, prepared_messages(encoder.template, config, row, counts), weights)
     whole = render_piece(chat, 0, len(row.messages), encode_with=partial(encode, encoder))
     if isinstance(whole, Drop):
         return whole
-    counts: Counter[str] = Counter()
+    _count_whole(chat, whole, counts)
+    pieces: list[Piece] | Drop = [whole]
     if len(whole.encoded.ids) > config.max_tokens:
-        find_pieces = last_context if config.train_on == "last" else all_rounds
+        find_pieces = last_context if config.train_on == ["last"] else all_rounds
         counts.update(chats_cut=1, rounds=len(chat_rounds(row.messages)))
         pieces = find_pieces(chat, whole, counts)
-    else:
-        pieces = [whole]
+    counts["tokenised_bytes"] = encoder.tokenised["bytes"] - before
     return pieces if isinstance(pieces, Drop) else _result(chat, pieces, counts)
 
 
-def _result(chat: Chat, pieces: list[Any], counts: Counter[str]) -> SplitResult | Drop:
+def _count_whole(chat: Chat, whole: Piece, counts: Counter[str]) -> None:
+    counts["rendered_bytes"] = len(utf8(whole.rendered.text))
+    counts["reasoning_left_out"] = whole.rendered.num_reasoning_left_out
+    if chat.config.system != "keep":
+        name = "system_turns_moved" if chat.config.system == "merge_into_user" else "system_turns_dropped"
+        counts[name] = len(chat.messages) - len(whole.numbers)
+
+
+def _split_document(encoder: ChatEncoder, row: Conversation) -> SplitResult | Drop:
+    """One example, however long it is: the plan cuts it."""
+    example = encode_document(encoder, row)
+    if isinstance(example, Drop):
+        return example
+    counts = {"tokens": example.num_tokens, "trained_tokens": example.num_trained_tokens, "documents": 1}
+    return SplitResult([example], counts)
+
+
+def _result(chat: Chat, pieces: list[Piece], counts: Counter[str]) -> SplitResult | Drop:
     examples: list[Example] = []
     for piece in pieces:
-        example = build_example(chat, piece, number=len(examples), counts=counts)
+        built = build_examples(chat, piece, number=len(examples), counts=counts)
         if counts["chats_cut"]:
-            counts["rounds_kept" if example else "rounds_untrained"] += piece.num_rounds
-        examples += [example] if example else []
+            counts["rounds_kept" if built else "rounds_untrained"] += piece.num_rounds
+        examples += built
     if examples:
         counts["tokens"] = sum(example.num_tokens for example in examples)
         counts["trained_tokens"] = sum(example.num_trained_tokens for example in examples)
-        return SplitResult(examples, dict(counts))
+        counts["weighted_tokens"] = sum(map(_num_weighted, examples))
+        return SplitResult(examples, {name: number for name, number in counts.items() if number})
     if counts["rounds_overlong"]:
         limit = chat.config.max_tokens
         return Drop(
@@ -109,18 +176,8 @@ def _result(chat: Chat, pieces: list[Any], counts: Counter[str]) -> SplitResult 
     )
 
 
-CONTENT_EXTRAS = ("function_call", "reasoning_content", "reasoning", "thinking", "tool_calls")
-
-
-def _with_content_beside_text(messages: list[Message]) -> int | None:
-    """The first message with content that a template may write and that `content` does not hold."""
-    return next((n for n, m in enumerate(messages) if any(m.extras.get(key) for key in CONTENT_EXTRAS)), None)
-
-
-def _has_no_weight(message: Message) -> bool:
-    """As OpenAI's and other formats mark answers that are context only; answers that paths of a tree share, too."""
-    weights = (message.extras.get("weight"), message.extras.get("loss_weight"), message.extras.get("train"))
-    return any(isinstance(weight, (int, float)) and not weight for weight in weights)
+def _num_weighted(example: Example) -> int:
+    return int(np.sum((example.span_ends - example.span_starts)[example.span_weights != 1]))
 
 
 # Before and after the work ----------------------------------------------------------------------------------
@@ -137,9 +194,9 @@ def preflight(config: PipelineConfig) -> None:
     tokenizer: Any = load_tokenizer(config)
     special_tokens = tokenizer.special_tokens_map
     try_in_child(tokenizer.chat_template, special_tokens=special_tokens, chats=PROBE_CHATS)
-    encoder = build_encoder(tokenizer)
-    check_template(encoder.template)
-    check_encoder(encoder, max_straddle_share=config.split.max_straddle_share)
+    encoder = replace(build_encoder(tokenizer), num_embeddings=num_embeddings(config))
+    check_template(encoder.template, config.split)
+    check_encoder(encoder, max_straddle_share=config.split.max_straddle_share, config=config.split)
 
 
 def _proved_before(config: PipelineConfig) -> bool:
@@ -152,28 +209,28 @@ def _proved_before(config: PipelineConfig) -> bool:
     )
 
 
-def check_counts(counts: Mapping[str, int], config: SplitConfig) -> None:
-    """Raises LimitError when more answers than allowed began or ended inside a token."""
+def check_hand_over(
+    counts: Mapping[str, int], drops: Mapping[str, int], *, num_rows: int, config: SplitConfig
+) -> None:
+    """Refuse shards that would not teach what their chats say. `counts` and `drops` are sums over all `num_rows`.
+
+    Raises LimitError when answers never end, when more of them than allowed begin or end inside a token, or when
+    more rows than allowed have nothing to train.
+    """
     spans, straddled = counts.get("trained_spans", 0), counts.get("straddled_spans", 0)
-    if straddled >= MIN_STRADDLED_SPANS and straddled > config.max_straddle_share * spans:
+    if spans and counts.get("turns_without_end_token", 0) == spans:
+        raise LimitError(
+            f"split: none of {spans} trained answers ends with an end token, so the model would never learn to "
+            "stop: set split.chat_template to a template that writes one after each answer"
+        )
+    if straddled >= MIN_BAD_SHOWN and straddled > config.max_straddle_share * spans:
         raise LimitError(
             f"split: {straddled} of {spans} answers begin or end inside a token, split.max_straddle_share allows "
             f"{config.max_straddle_share:.2%}: strip white space around answers, or use another chat template"
         )
-
-
-def colour_spans(tokenizer: Any, example: Any) -> list[tuple[str, bool]]:
-    """The text of an example in order, in pieces that are trained (True) or not.
-
-    `tokenizer` is a transformers tokenizer; `example` has input_ids, span_starts and span_ends.
-    """
-    ids = [int(token) for token in example.input_ids]
-    spans = zip(example.span_starts, example.span_ends, strict=True)
-    borders = [int(border) for span in spans for border in span]
-    pieces, shown = [], ""
-    for number, end in enumerate([*borders, len(ids)]):
-        # From the beginning each time: decoders strip the blank before the first word of what they are given.
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((text[len(shown) :], number % 2 == 1))
-        shown = text
-    return [(text, trained) for text, trained in pieces if text]
+    untrained = drops.get("nothing_to_train", 0)
+    if untrained >= MIN_BAD_SHOWN and untrained > config.max_untrained_share * num_rows:
+        raise LimitError(
+            f"split: {untrained} of {num_rows} rows have nothing to train, split.max_untrained_share allows "
+            f"{config.max_untrained_share:.2%}: look at the drops of 06_shards, or raise the limit"
+        )

@@ -1,6 +1,6 @@
 """Jinja chat templates, compiled as transformers does it, less what would make texts depend on the day or on chance.
 
-A template is foreign code: it runs in Jinja's sandbox and sees roles and texts only. The sandbox does not keep it
+A template is foreign code: it runs in Jinja's sandbox and sees the chat and its tools only. The sandbox does not keep it
 from using up memory and time, so an unknown one is first tried in a child process (`python -m pipelines.templates`).
 """
 
@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,22 @@ from schemas.conversation import Message
 from schemas.errors import RefusedError
 
 
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template wants tool calls: arguments as a JSON text, and no content (None) where there is no text."""
+
+    as_text: bool
+    without_content: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatTemplate:
-    """A compiled template, and what probe chats taught about it.
+    """A compiled template, and what probe chats taught about it (see pipelines.habits).
 
-    `lead` is the white space between the generation prompt and an assistant's content; `end_tokens` are the
-    control tokens that may close an assistant turn.
+    `end_tokens` are the control tokens that may close an assistant turn, `closings` what the template writes
+    behind an answer up to such a token. `prompt` is the generation prompt; `lead` the white space between it and
+    an assistant's content, `other_leads` all that stands there before reasoning and calls. `reasoning_key` is the key of a message whose text it writes as reasoning, `call_form`
+    is None where it does not write tool calls, `reads` are further keys of messages that it may read.
     """
 
     compiled: jinja2.Template
@@ -40,6 +50,14 @@ class ChatTemplate:
     control_pattern: re.Pattern[str]
     end_tokens: frozenset[str] = frozenset()
     lead: str = ""
+    closings: tuple[str, ...] = ()
+    prompt: str = ""
+    other_leads: Mapping[str, str] = field(default_factory=dict)
+    reasoning_key: str | None = None
+    call_form: CallForm | None = None
+    writes_tools: bool = False
+    reads_input: bool = False
+    reads: tuple[str, ...] = ()
 
 
 def compile_bare(
@@ -55,16 +73,29 @@ def compile_bare(
         compiled = _environment().from_string(source)
     except jinja2.TemplateError as error:
         raise RefusedError(f"the chat template is not valid Jinja ({error}): repair it") from error
-    return ChatTemplate(compiled, special_tokens, pattern)
+    reads = tuple(key for key in ("name", "tool_call_id") if key in source)
+    return ChatTemplate(compiled, special_tokens, pattern, reads=reads)
 
 
 def render_text(
     template: ChatTemplate, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
-    """What the tokenizer's `apply_chat_template(tokenize=False)` gives. Raises one of TEMPLATE_ERRORS."""
+    """What the tokenizer's `apply_chat_template(tokenize=False)` gives for texts alone. Raises as render_given."""
+    given = [{"role": message.role, "content": message.content} for message in messages]
+    return render_given(template, given, add_generation_prompt=add_generation_prompt)
+
+
+def render_given(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """What the template writes for messages in its own form. Raises one of TEMPLATE_ERRORS."""
     return template.compiled.render(
-        messages=[{"role": message.role, "content": message.content} for message in messages],
-        tools=None,
+        messages=messages,
+        tools=tools,
         documents=None,
         add_generation_prompt=add_generation_prompt,
         **template.special_tokens,
@@ -129,6 +160,10 @@ def _child() -> None:
         template = compile_bare(source, special_tokens=special_tokens, control_tokens=())
     except RefusedError:
         return  # the parent refuses it with the same words
+    from pipelines.habits import compile_template
+
+    # What is tried later to learn how it takes tools, calls and reasoning.
+    compile_template(source, special_tokens=special_tokens, control_tokens=())
     for chat in chats:
         with contextlib.suppress(*TEMPLATE_ERRORS):
             render_text(template, [Message(role, content) for role, content in chat])

@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.built_in_templates import template_bytes, template_for
 from schemas.conversation import blake2b_128
 from schemas.errors import ConfigError, InputError, RefusedError
-from schemas.pipeline_config import PipelineConfig
+from schemas.pipeline_config import BUILT_IN_TEMPLATES, PipelineConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,15 +49,19 @@ def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerFast":
 
 
 def chat_template(tokenizer: Any, config: PipelineConfig) -> str:
-    """The template's source: the file split.chat_template, else the tokenizer's own. Raises ConfigError."""
+    """The template's source: what split.chat_template names, else the tokenizer's own.
+
+    Raises ConfigError, RefusedError (no token to end answers with).
+    """
     if config.split.chat_template is not None:
-        return _template_file(config).decode()
+        return template_for(config.split.chat_template, tokenizer)
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
         raise ConfigError(
             f"the tokenizer {tokenizer_name(config)} has no chat template: set split.chat_template to a Jinja "
-            "file (a base model has none; take that of the chat model it shall become)"
+            "file (a base model has none; take that of the chat model it shall become) or to one of "
+            f"{', '.join(BUILT_IN_TEMPLATES)}"
         ) from None
 
 
@@ -67,12 +72,27 @@ def tokenizer_versions(config: PipelineConfig) -> dict[str, str]:
     """
     template = "of the tokenizer"
     if config.split.chat_template is not None:
-        template = hashlib.sha256(_template_file(config)).hexdigest()
+        template = hashlib.sha256(template_bytes(config.split.chat_template)).hexdigest()
     return {
         "tokenizer": _folder_digest(tokenizer_folder(config)),
         "chat_template": template,
+        "embeddings": str(num_embeddings(config)),
         **{library: version(library) for library in ("jinja2", "tokenizers", "transformers")},
     }
+
+
+def num_embeddings(config: PipelineConfig) -> int | None:
+    """How many ids the model knows, by its config.json; None where there is none to read yet."""
+    if config.model is None or not Path(config.model.path).is_dir():
+        return None
+    path = Path(config.model.path) / "config.json"
+    try:
+        settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): take the model's own") from error
+    text_settings = settings.get("text_config") or {}
+    number = settings.get("vocab_size", text_settings.get("vocab_size"))
+    return number if isinstance(number, int) else None
 
 
 def tokenizer_name(config: PipelineConfig) -> str:
@@ -103,16 +123,6 @@ def _cached_snapshot(name: str, revision: str | None) -> Path:
             f"tokenizer {name!r} is neither a folder nor in the local hub cache; download it once "
             f"with `hf download {name}` or give a folder"
         ) from None
-
-
-def _template_file(config: PipelineConfig) -> bytes:
-    path = Path(config.split.chat_template or "")
-    try:
-        source = path.read_bytes()
-        source.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"split.chat_template: {path} is not a readable UTF-8 file ({error})") from error
-    return source
 
 
 def _folder_digest(folder: Path) -> str:

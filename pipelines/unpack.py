@@ -1,12 +1,14 @@
-"""Decompresses gzip and Zstandard, decodes other encodings than UTF-8, into a spool file, within a budget of bytes.
+"""Decompresses gzip, Zstandard, bzip2 and xz, decodes other encodings than UTF-8, into a spool file, within a budget of bytes.
 
 What a file is, is told by its first bytes, never by its name.
 """
 
+import bz2
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
@@ -17,10 +19,9 @@ MIN_BUDGET_BYTES = 64 << 20  # small files may grow to this whatever their ratio
 
 # A Zstandard block of 4 bytes can hold 128 KiB: 1 KiB of input is at most 32 MiB of output at once.
 _ZSTD_READ_BYTES = 1 << 10
+_XZ_MEMORY_BYTES = 256 << 20  # xz -9 asks for 65 MiB; a header may ask for 4 GiB
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _FOREIGN = {
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
     b"7z\xbc\xaf": "a 7z archive",
     b"\x89PNG": "a picture",
     b"%PDF": "a PDF",
@@ -51,15 +52,15 @@ def unpack(path: Path, spool_path: Path, *, max_ratio: int, encoding: str = "aut
         raise InputError(f"{path} can't be opened ({error.strerror}): make it readable") from None
     spool = Spool(path, max(MIN_BUDGET_BYTES, max_ratio * num_bytes))
     plain = Plain(path)
-    if head.startswith((_GZIP, _ZSTD)):
-        plain = spool.write(_gunzip if head.startswith(_GZIP) else _unzstd, path, spool_path)
+    if (decompress := _decompressor(head)) is not None:
+        plain = spool.write(decompress, path, spool_path)
         head = _head(spool_path)
-        if head.startswith((_GZIP, _ZSTD)):
+        if _decompressor(head) is not None:
             raise InputError(f"{path} is compressed twice: decompress it once")
     for magic, kind in _FOREIGN.items():
         if head.startswith(magic):
             raise InputError(
-                f"{path} holds {kind}; expected JSON, CSV, Parquet, Arrow or text, plain, .gz or .zst, or a zip of these"
+                f"{path} holds {kind}; expected JSON, CSV, Parquet, Arrow or text, plain, .gz, .zst, .bz2 or .xz, or a zip of these"
             )
     found = None if head.startswith(_BINARY) else find_encoding(head, encoding)
     if found is None:
@@ -104,6 +105,10 @@ def _head(path: Path) -> bytes:
         return file.read(16)
 
 
+def _decompressor(head: bytes) -> Callable[[BinaryIO], Iterator[bytes]] | None:
+    return next((chunks for magic, chunks in _DECOMPRESSORS.items() if head.startswith(magic)), None)
+
+
 def _gunzip(file: BinaryIO) -> Iterator[bytes]:
     """Members one after another; zeros behind the first are padding."""
     data = file.read(READ_BYTES)
@@ -141,3 +146,37 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
                 ) from None
             data = b""
         data = frame.unused_data
+
+
+def _in_bites(file: BinaryIO, kind: str, start: Callable[[], Any]) -> Iterator[bytes]:
+    """bzip2 and xz: streams one after another; zeros behind the first are padding."""
+    data = file.read(READ_BYTES)
+    while data:
+        stream = start()
+        while not stream.eof:
+            if stream.needs_input and not data and not (data := file.read(READ_BYTES)):
+                raise BrokenText(f"the {kind} data ends early, at its byte {file.tell()}")
+            try:
+                # What is not needed yet stays inside: no bite becomes more than 1 MiB at once.
+                chunk = stream.decompress(data if stream.needs_input else b"", 1 << 20)
+            except (OSError, lzma.LZMAError) as error:
+                raise BrokenText(
+                    f"the {kind} data is broken before its byte {file.tell()} ({error})"
+                ) from None
+            data = b""
+            yield chunk
+        data = stream.unused_data.lstrip(b"\x00")
+        while not data and (more := file.read(READ_BYTES)):
+            data = more.lstrip(b"\x00")
+
+
+def _unbzip(file: BinaryIO) -> Iterator[bytes]:
+    return _in_bites(file, "bzip2", bz2.BZ2Decompressor)
+
+
+def _unxz(file: BinaryIO) -> Iterator[bytes]:
+    return _in_bites(file, "xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES))
+
+
+_DECOMPRESSORS = {_GZIP: _gunzip, _ZSTD: _unzstd, b"BZh": _unbzip, b"\xfd7zXZ\x00": _unxz}
+"""By the first bytes."""

@@ -24,7 +24,7 @@ from pipelines.storage import (
 from schemas.conversation import Conversation, Drop
 from schemas.dataset import DROPS, ROWS, SPLITS
 from schemas.errors import WorkerError
-from schemas.run import FileEntry, PartEntry
+from schemas.run import FileEntry, PartEntry, first_record
 
 Dropped = list[tuple[Conversation, Drop]]
 
@@ -101,12 +101,13 @@ def split_part(task: PartTask) -> PartEntry:
     from pipelines.shards import examples_to_batch
 
     folder, entry, side = task.payload
-    step = prepared(task)
+    rows = list(read_rows(check_file(folder, entry)))
+    step = prepared(task).proved_on(rows)  # type: ignore[attr-defined]
     examples: list[Any] = []
     dropped: Dropped = []
     counts: Counter[str] = Counter()
     num_pieces_cut = 0
-    for row in read_rows(check_file(folder, entry)):
+    for row in rows:
         result = _apply(step, row, task)
         if isinstance(result, Drop):
             dropped.append((row, result))
@@ -144,8 +145,9 @@ def _apply(step: Callable[[Conversation], Any], row: Conversation, task: PartTas
     try:
         return step(row)
     except Exception as error:
+        place = f"{row.source} record {first_record(task.label) + row.record}"
         raise WorkerError(
-            f"{task.stage}: row {row.row_id} ({row.source} record {row.record}): {type(error).__name__}: {error}"
+            f"{task.stage}: row {row.row_id} ({place}): {type(error).__name__}: {error}"
         ) from error
 
 

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from schemas.errors import ConfigError
-from schemas.pipeline_config import PipelineConfig, names_function
+from schemas.pipeline_config import BUILT_IN_TEMPLATES, PipelineConfig, names_function
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -171,8 +171,9 @@ def _resolve(config: PipelineConfig, folder: Path) -> PipelineConfig:
                 "tokenizer": _model_path(folder, model.tokenizer),
             }
         )
-    if config.split.chat_template is not None:
-        template = _absolute(folder, config.split.chat_template)
+    template = config.split.chat_template
+    if template is not None and template not in BUILT_IN_TEMPLATES:
+        template = _absolute(folder, template)
         updates["split"] = config.split.model_copy(update={"chat_template": template})
     if config.filter.quality and not names_function(config.filter.quality):
         quality = _absolute(folder, config.filter.quality)

@@ -26,7 +26,8 @@ class Message:
 class Conversation:
     """One chat on its way from a source record to a training example.
 
-    `source` is "<source name>/<file path inside the source>"; `record` counts from 0 inside that file.
+    `source` is "<source name>/<file path inside the source>"; `record` counts from 0 inside its part, so that
+    records added before the part change nothing in it; `schemas.run.first_record` tells where the part begins.
     `meta` is JSON-able; the keys that stages rely on are in `META_KEYS`.
     """
 
@@ -45,7 +46,7 @@ META_KEYS = {
     "holdout_key": "blake2b-128 of the first user turn as merged, white space folded",
     "date": "ISO date in the record, where it had one",
     "set": "'train' where a record may never be held out",
-    "group": "place of the record that this chat and others are paths of; absent for a record of one chat",
+    "group": "row id of the first chat of the record that this one is a path of; absent for a record of one chat",
     "near_exempt": "true where the rows of a source are alike on purpose and never near-duplicates",
     "answers": "what the source says of its assistant turns: auto, html or text; text once they are cleaned",
     "language": "languages of the chat by share of letters, largest first: [['en', 0.93], ...]",
@@ -54,6 +55,7 @@ META_KEYS = {
     "unfinished": "true where an answer's markup says that it was cut off while being written",
     "model": "the model that answered, where the record names it",
     "tools": "the tools that the chat may call, as the record gives them",
+    "input_chars": "characters at the end of the first question that were an Alpaca record's input",
     "raw": "first 64 KiB of a record that could not be read",
     "repairs": "what the stages changed, by name and count",
 }

@@ -13,7 +13,9 @@ MESSAGE = pa.struct(
 _ROW_FIELDS = [
     pa.field("row_id", pa.large_string(), nullable=False),
     pa.field("source", pa.large_string(), nullable=False),  # <source name>/<file>
-    pa.field("record", pa.int64(), nullable=False),  # number in that file, from 0
+    pa.field(
+        "record", pa.int64(), nullable=False
+    ),  # number in its part, from 0; the part's label has its first
     pa.field("messages", pa.large_list(MESSAGE), nullable=False),
     pa.field("meta", pa.large_string(), nullable=False),  # JSON object, keys in conversation.META_KEYS
 ]
@@ -40,7 +42,7 @@ SPLITS = ("train", "validation", "test")
 SHARD = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32())),
-        # Trained token spans, half-open, ascending, not touching; one weight a span.
+        # Trained token spans, half-open, ascending; one weight a span, touching only where weights differ.
         pa.field("span_starts", pa.list_(pa.int32())),
         pa.field("span_ends", pa.list_(pa.int32())),
         pa.field("span_weights", pa.list_(pa.float32())),
@@ -65,6 +67,15 @@ PLAN = pa.schema(
         pa.field("example", pa.int32()),  # row number in the split
         pa.field("offset", pa.int32()),  # first token's place in the bin
         pa.field("num_tokens", pa.int32()),
+        pa.field(
+            "first_token", pa.int32()
+        ),  # tokens [first, first + num_tokens) of the example; 0 but in documents
+        pa.field("num_trained_tokens", pa.int32()),  # of these
+        pa.field(
+            "weight_sum", pa.float64()
+        ),  # sum of their weights: a step's loss is divided by that of its bins
     ]
 )
-"""Folder 07_plan, `<split>-epoch-<nnnn>.arrow`: sorted by (bin, offset); bins in the order of training."""
+"""Folder 07_plan, `<split>-epoch-<nnnn>.arrow`: sorted by (bin, offset); bins in the order of training.
+
+The first token of a piece is never a target."""

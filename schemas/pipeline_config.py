@@ -34,6 +34,7 @@ FormatName = Literal[
     "moss",
     "dialogue",
     "text",
+    "document",
     "custom",
 ]
 
@@ -55,6 +56,20 @@ EncodingName = Literal[
     "euc-jp",
     "euc-kr",
 ]
+
+
+BUILT_IN_TEMPLATES = (
+    "alpaca",
+    "chatml",
+    "gemma",
+    "llama-3",
+    "mistral",
+    "phi",
+    "plain",
+    "vicuna-v1.1",
+    "zephyr",
+)
+"""Chat templates that split.chat_template may name."""
 
 
 class FieldPaths(Section):
@@ -118,7 +133,7 @@ class SourceConfig(Section):
     encoding: EncodingName = "auto"
     """How text is written: auto knows UTF-8, UTF-16 and UTF-32; name any other. A byte order mark outdoes it."""
     format: FormatName = "auto"
-    """auto looks at each record; custom reads it by fields."""
+    """auto looks at each record; custom reads it by fields; text makes rounds of a plain text, document trains it as it is."""
     fields: FieldPaths | None = None
     """Where things stand in a record, with format: custom."""
     tree_paths: Literal["all", "best"] = "all"
@@ -187,8 +202,8 @@ class BenchmarkConfig(Section):
 class MergeConfig(Section):
     max_record_bytes: int = Field(default=64 * 2**20, gt=0)
     """A longer record is dropped as record_too_large, unparsed."""
-    part_bytes: int = Field(default=8 * 2**20, gt=0)
-    """Aimed size of the raw bytes of a part; borders are content-defined."""
+    part_bytes: int = Field(default=2**20, gt=0)
+    """Aimed size of the raw bytes of a part; borders are content-defined. A change to a file costs one or two parts."""
     max_decompressed_ratio: int = Field(default=200, gt=0)
     """A compressed file that grows by more than this factor is refused as a bomb."""
 
@@ -351,27 +366,74 @@ class HoldoutConfig(Section):
 class SplitConfig(Section):
     max_tokens: int = Field(default=2048, gt=8)
     """Longest example, in tokens of the rendered chat."""
-    overlong_round: Literal["drop"] = "drop"
-    """What happens to a single round that is longer than max_tokens."""
+    overlong_round: Literal["drop", "cut"] = "drop"
+    """What happens to a single round that is longer than max_tokens: left out, or cut inside at paragraphs."""
     repeat_system: bool = True
     """Each piece of a cut chat starts with the chat's system message."""
-    train_on: Literal["assistant", "last"] = "assistant"
-    """Which turns are trained: all assistant turns, or only the last one."""
+    overlap_rounds: int = Field(default=0, ge=0)
+    """How many rounds before it a later piece of a cut chat begins with, as context that is not trained."""
+    train_on: list[Role | Literal["last"]] = Field(default=["assistant"], min_length=1)
+    """Roles whose turns are trained, or last: the last assistant turn alone. A message's own weight or train: false
+    counts too."""
+    train_reasoning: bool = True
+    """Whether the reasoning of trained turns is trained."""
+    train_tool_calls: bool = True
+    """Whether the tool calls of trained turns are trained."""
+    prompt_weight: float = Field(default=0, ge=0, le=1000)
+    """Weight of the texts of all other turns in the loss, without what the template writes around them."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """drop takes reasoning out of the data, for templates that can't write it."""
+    system: Literal["keep", "merge_into_user", "drop"] = "keep"
+    """System prompts stay, go into the user turn that follows them, or are left out, for templates that refuse them."""
     chat_template: LocalPath | None = None
-    """Path of a Jinja file to use in place of the tokenizer's own template."""
+    """In place of the tokenizer's own template: a Jinja file, or alpaca, chatml, gemma, llama-3, mistral, phi, plain,
+    vicuna-v1.1 or zephyr."""
     shard_rows: int = Field(default=8192, gt=0)
     """Rows in a record batch of the shards."""
     max_straddle_share: float = Field(default=0.001, ge=0, le=1)
     """Refuse when more spans than this begin or end inside a token."""
+    max_untrained_share: float = Field(default=0.05, ge=0, le=1)
+    """Refuse when more rows than this have nothing to train."""
+
+    @field_validator("train_on", mode="before")
+    @classmethod
+    def _one_role_is_a_list(cls, roles: object) -> object:
+        return [roles] if isinstance(roles, str) else roles
+
+    @field_validator("train_on")
+    @classmethod
+    def _last_stands_alone(cls, roles: list[str]) -> list[str]:
+        if "last" in roles and len(roles) > 1:
+            raise ValueError("last stands alone: it is the last assistant turn and no other")
+        return roles
 
 
 class PackConfig(Section):
+    mode: Literal["packed", "unpacked", "token_budget"] = "packed"
+    """packed: bins as full as can be; unpacked: a bin for each example; token_budget: examples of like length, as many
+    as would fit into capacity when each is padded to the longest."""
     capacity: int | None = Field(default=None, gt=8)
     """Tokens in a bin; default: split.max_tokens."""
     seed: int = 0
     """Another seed gives another order of the bins."""
     weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(default_factory=dict)
-    """Source name: how often each of its training examples stands in an epoch. 3 is thrice, 0.2 every fifth; default 1."""
+    """Source name: how often each of its training examples stands in an epoch. 3 is thrice; 0.2 is a fifth of them, another
+    fifth in the next epoch; default 1."""
+    temperature: float = Field(default=1.0, ge=1, le=100)
+    """Above 1, small sources stand more often in an epoch and large ones less: with T their shares are as their weighted
+    numbers of examples to the power 1/T. The epoch keeps its length."""
+    order: Literal["shuffled", "length", "source", "score"] = "shuffled"
+    """Of the bins of an epoch: shuffled; short examples first; as the sources and their files have them; or low scores
+    first, see score."""
+    score: str = "quality"
+    """With order: score, the number in the meta of each row to order by."""
+    descending: bool = False
+    """Turns an order around: long examples or high scores first."""
+    documents: Literal["blocks", "window"] = "blocks"
+    """Of sources with format: document. blocks: joined and cut into bins of exactly capacity tokens; window: in each epoch
+    another stretch of window_tokens tokens of each document."""
+    window_tokens: int | None = Field(default=None, gt=8)
+    """With documents: window; default: the capacity."""
 
 
 class EngineConfig(Section):

@@ -58,7 +58,7 @@ class PartEntry(_Record):
     """
 
     key: str
-    label: str = Field(description="for people: source, file and first record of the part")
+    label: str = Field(description="source, file and number of the part's first record: chats/a.json:204")
     kept: tuple[FileEntry, ...]
     dropped: FileEntry | None
     num_rows_in: int
@@ -66,6 +66,11 @@ class PartEntry(_Record):
     num_pieces_cut: int = Field(default=0, description="extra rows made by cutting long chats")
     drops: dict[str, int] = Field(description="reason -> rows")
     counts: dict[str, int] = Field(default_factory=dict, description="anything else worth counting, by name")
+
+
+def first_record(label: str) -> int:
+    """How many records of its file lie before a part, by its label: `record` of its rows counts from there."""
+    return int(label.rpartition(":")[2])
 
 
 class Manifest(_Record):

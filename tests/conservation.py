@@ -12,8 +12,9 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,16 +48,24 @@ def check_rows(run_root: Path, folders: Sequence[str]) -> tuple[dict[str, dict[s
 
 def further_rows(folder: Path) -> int:
     """Rows of 01_merged beyond one a record."""
-    places: Counter[tuple[str, int]] = Counter()
-    for path in sorted(folder.rglob("*.parquet")):
-        table = pq.read_table(path, columns=["source", "record"])
-        places.update(zip(table["source"].to_pylist(), table["record"].to_pylist(), strict=True))
+    places: Counter[tuple[str, int]] = Counter(
+        (row["source"], row["record"]) for row in rows_with_records(folder, "source", "record")
+    )
     numbers: dict[str, set[int]] = {}
     for source, record in places:
         numbers.setdefault(source, set()).add(record)
     for source, found in numbers.items():
         assert found == set(range(len(found))), f"{source}: records are missing below {max(found)}"
     return places.total() - len(places)
+
+
+def rows_with_records(folder: Path, *columns: str) -> Iterator[dict[str, Any]]:
+    """Kept and dropped rows of a stage; `record` is the number in the file: a part's label names its first."""
+    for part in json.loads((folder / "manifest.json").read_text())["parts"]:
+        first_record = int(part["label"].rpartition(":")[2])
+        for file in (*part["kept"], *([part["dropped"]] if part["dropped"] else [])):
+            for row in pq.read_table(folder / file["path"], columns=list(columns)).to_pylist():
+                yield row | {"record": first_record + row["record"]}
 
 
 def parquet_ids(folder: Path, prefix: str) -> Counter[str]:

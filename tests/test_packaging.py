@@ -35,7 +35,7 @@ def test_the_wheel_holds_every_file_of_the_four_rooms_and_nothing_else(wheel: Pa
         path.relative_to(ROOT).as_posix()
         for room in ROOMS
         for path in (ROOT / room).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".j2", ".jinja") or path.name == "py.typed"
     }
     assert names == expected
 

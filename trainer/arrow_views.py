@@ -16,7 +16,7 @@ def joined(batches: list[pa.RecordBatch], column: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
 
-_NUMPY_TYPES = {pa.int32(): np.int32, pa.float32(): np.float32}
+_NUMPY_TYPES = {pa.int32(): np.int32, pa.float32(): np.float32, pa.float64(): np.float64}
 
 
 def view(array: pa.Array) -> np.ndarray:
@@ -34,4 +34,5 @@ def view(array: pa.Array) -> np.ndarray:
 
 def column_view(table: pa.Table, name: str) -> np.ndarray:
     chunks = [view(chunk) for chunk in table.column(name).chunks]
-    return chunks[0] if len(chunks) == 1 else np.concatenate([np.zeros(0, np.int32), *chunks])
+    none = np.zeros(0, _NUMPY_TYPES[table.schema.field(name).type])
+    return chunks[0] if len(chunks) == 1 else np.concatenate([none, *chunks])

@@ -1,11 +1,10 @@
-"""Shards and plans as tensors: memory-mapped examples, bins of documents, packed micro-batches.
+"""Plans and shards as tensors: bins of documents, packed micro-batches.
 
 Everything about a step is known before it runs: which examples, how many tokens, and the sum of weights that
 its loss is divided by. No sampler state exists; a cursor is enough to resume.
 """
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,120 +16,9 @@ import torch
 
 from pipelines import storage
 from schemas.errors import InputError, IntegrityError
-from schemas.run import STAGE_FOLDERS, FileEntry, Manifest
-from trainer.arrow_views import column_view, joined, list_views
-
-# Examples ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One document. The arrays are views into the mapped shard: don't write to them.
-
-    `input_ids` int32 [tokens]; trained spans are half-open token ranges with one weight each.
-    """
-
-    row: int
-    input_ids: np.ndarray
-    span_starts: np.ndarray
-    span_ends: np.ndarray
-    span_weights: np.ndarray
-
-
-class ShardReader:
-    """Random access to one split of the shards folder, memory-mapped.
-
-    Each file's digest and rows are checked against the folder's manifest before its first use.
-    `num_tokens`, `num_trained_tokens`, `num_trained_bytes` are int64 [rows]; `weight_sums` is float64 [rows],
-    the sum of the weights of the tokens that a document trains.
-    Raises InputError when there is no such split, IntegrityError when a file is not the one written.
-    """
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder = folder
-        self.split = split
-        manifest = storage.check_manifest(folder, stage="split")
-        paths = [storage.check_file(folder, entry) for entry in _split_entries(folder, split, manifest)]
-        tables = [storage.read_arrow(path) for path in paths]
-        batches = [batch for table in tables for batch in table.to_batches() if batch.num_rows]
-        self._columns = [_MappedBatch(batch) for batch in batches]
-        self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self.num_rows = int(self._first_rows[-1])
-        self.num_tokens = joined(batches, "num_tokens")
-        self.num_trained_tokens = joined(batches, "num_trained_tokens")
-        self.num_trained_bytes = joined(batches, "num_trained_bytes")
-        self.weight_sums = np.concatenate(
-            [np.zeros(0), *(columns.weight_sums() for columns in self._columns)]
-        )
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def example(self, row: int) -> Example:
-        """The document in that row of the split."""
-        batch, place = self._locate(row)
-        return self._columns[batch].example(place, row)
-
-    def value(self, row: int, column: str) -> str | int:
-        """One cell, such as "row_id", "source" or "language"."""
-        batch, place = self._locate(row)
-        cell: str | int = self._batches[batch].column(column)[place].as_py()
-        return cell
-
-    def _locate(self, row: int) -> tuple[int, int]:
-        if not 0 <= row < self.num_rows:
-            raise IndexError(f"row {row} of {self.split}, which has {self.num_rows}")
-        batch = bisect_right(self._first_rows, row) - 1
-        return batch, row - int(self._first_rows[batch])
-
-
-class _MappedBatch:
-    """numpy views of one record batch's lists."""
-
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self._input_ids = list_views(batch.column("input_ids"))
-        self._starts = list_views(batch.column("span_starts"))
-        self._ends = list_views(batch.column("span_ends"))
-        self._weights = list_views(batch.column("span_weights"))
-
-    def example(self, place: int, row: int) -> Example:
-        lists = (self._input_ids, self._starts, self._ends, self._weights)
-        input_ids, starts, ends, weights = (
-            values[offsets[place] : offsets[place + 1]] for offsets, values in lists
-        )
-        return Example(row, input_ids, starts, ends, weights)
-
-    def weight_sums(self) -> np.ndarray:
-        """float64 [rows]; a span's first token counts only where a token stands before it."""
-        offsets, starts = self._starts
-        per_span = (self._ends[1] - np.maximum(starts, 1)) * self._weights[1].astype(np.float64)
-        running = np.concatenate([[0.0], np.cumsum(per_span)])
-        sums: np.ndarray = running[offsets[1:]] - running[offsets[:-1]]
-        return sums
-
-
-def _split_entries(folder: Path, split: str, manifest: Manifest) -> list[FileEntry]:
-    """The split's Arrow files in the order of its state.json, each as the manifest names it."""
-    state = folder / split / "state.json"
-    if not state.is_file():
-        raise InputError(f"{folder} has no split {split!r} ({state} is missing); run the stage 'split' again")
-    known = {entry.path: entry for entry in _all_entries(manifest)}
-    if f"{split}/state.json" not in known:
-        raise IntegrityError(f"{state} is not in the manifest of {folder}; run 'split' again")
-    files = storage.read_json(storage.check_file(folder, known[f"{split}/state.json"]))["_data_files"]
-    names = [f"{split}/{file['filename']}" for file in files]
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise IntegrityError(f"{folder / missing[0]} is not in the manifest of {folder}; run 'split' again")
-    return [known[name] for name in names]
-
-
-def _all_entries(manifest: Manifest) -> Iterator[FileEntry]:
-    yield from manifest.files
-    for part in manifest.parts:
-        yield from part.kept
-
+from schemas.run import STAGE_FOLDERS
+from trainer.arrow_views import column_view
+from trainer.shard_reader import Example, ShardReader, all_entries
 
 # Plans ------------------------------------------------------------------------------------------------------
 
@@ -139,22 +27,27 @@ def _all_entries(manifest: Manifest) -> Iterator[FileEntry]:
 class Plan:
     """The packing of one split for one epoch: bins in the order of training.
 
-    `examples` [documents] are row numbers, bin after bin; `bin_starts` [bins + 1] cuts them into bins.
+    `examples` [documents] are row numbers, bin after bin; `bin_starts` [bins + 1] cuts them into bins. Of each
+    document tokens [first_token, first_token + num_tokens) stand in the bin, mostly all of it; they train
+    `num_trained_tokens`, whose weights add up to `weight_sums`.
     """
 
     split: str
     epoch: int
     examples: np.ndarray
     num_tokens: np.ndarray
+    first_tokens: np.ndarray
+    num_trained_tokens: np.ndarray
+    weight_sums: np.ndarray
     bin_starts: np.ndarray
 
     @property
     def num_bins(self) -> int:
         return len(self.bin_starts) - 1
 
-    def rows(self, first_bin: int, end_bin: int) -> np.ndarray:
-        """Row numbers of the documents in bins [first_bin, end_bin)."""
-        return self.examples[self.bin_starts[first_bin] : self.bin_starts[end_bin]]
+    def documents(self, first_bin: int, end_bin: int) -> slice:
+        """Places of the documents in bins [first_bin, end_bin)."""
+        return slice(int(self.bin_starts[first_bin]), int(self.bin_starts[end_bin]))
 
 
 def plan_name(split: str, epoch: int) -> str:
@@ -166,7 +59,7 @@ def read_plan(run_root: Path, split: str, epoch: int) -> Plan:
     folder = run_root / STAGE_FOLDERS["pack"]
     manifest = storage.check_manifest(folder, stage="pack")
     name = plan_name(split, epoch)
-    entry = next((entry for entry in _all_entries(manifest) if entry.path == name), None)
+    entry = next((entry for entry in all_entries(manifest) if entry.path == name), None)
     if entry is None:
         raise InputError(
             f"{folder} has no plan {name}; run the stage 'pack' again with train.epochs > {epoch}"
@@ -176,24 +69,30 @@ def read_plan(run_root: Path, split: str, epoch: int) -> Plan:
 
 def plan_from_table(table: pa.Table, *, split: str, epoch: int) -> Plan:
     """A plan from the columns of schemas.dataset.PLAN. Raises IntegrityError when its bins are not in order."""
-    columns = {name: column_view(table, name) for name in ("bin", "example", "num_tokens")}
-    bins = columns["bin"]
-    jumps = np.diff(bins, prepend=-1)
-    if not np.isin(jumps, (0, 1)).all():
+    bins, *columns = (column_view(table, name) for name in _PLAN_COLUMNS)
+    jumps = np.diff(bins, prepend=np.int32(-1))
+    if not ((jumps == 0) | (jumps == 1)).all():
         raise IntegrityError(f"the plan of {split} epoch {epoch} is not sorted by bin; run 'pack' again")
-    bin_starts = np.append(np.flatnonzero(jumps), len(bins))
-    return Plan(split, epoch, columns["example"], columns["num_tokens"], bin_starts)
+    return Plan(split, epoch, *columns, bin_starts=np.append(np.flatnonzero(jumps), len(bins)))
 
 
-def check_plan(plan: Plan, reader: ShardReader) -> None:
-    """Raises IntegrityError when the plan was made for other shards."""
-    rows = plan.examples
-    fits = len(rows) == 0 or (rows.min() >= 0 and rows.max() < reader.num_rows)
-    if not fits or not np.array_equal(reader.num_tokens[rows], plan.num_tokens):
-        raise IntegrityError(
-            f"the plan of {plan.split} epoch {plan.epoch} was made for other shards than {reader.folder}; "
-            "run the stage 'pack' again"
-        )
+_PLAN_COLUMNS = ("bin", "example", "num_tokens", "first_token", "num_trained_tokens", "weight_sum")
+
+
+def check_plan(run_root: Path) -> None:
+    """Raises IntegrityError when the plans were made for other shards; each document is compared when it is used."""
+    shards, plans = (run_root / STAGE_FOLDERS[stage] for stage in ("split", "pack"))
+    made_for = storage.check_manifest(plans, stage="pack").inputs.get(shards.name)
+    if made_for != storage.check_manifest(shards, stage="split").key:
+        raise IntegrityError(f"the plans in {plans} were made for other shards; run the stage 'pack' again")
+
+
+def trained_bytes(plan: Plan, reader: ShardReader) -> np.ndarray:
+    """Bytes of trained text of each document of the plan, float64: of a piece, by its share of trained tokens."""
+    is_whole = plan.num_tokens == reader.num_tokens[plan.examples]
+    tokens_of_whole = np.maximum(reader.num_trained_tokens[plan.examples], 1)
+    shares = np.where(is_whole, 1.0, plan.num_trained_tokens / tokens_of_whole)
+    return reader.num_trained_bytes[plan.examples] * shares
 
 
 # Micro-batches ----------------------------------------------------------------------------------------------
@@ -303,8 +202,20 @@ def micro_batch(
     plan: Plan, reader: ShardReader, first_bin: int, end_bin: int, *, pad_multiple: int | None = None
 ) -> MicroBatch:
     """Bins [first_bin, end_bin) as one row, on the CPU."""
-    rows = plan.rows(first_bin, end_bin)
-    examples = [example for row in rows if len((example := reader.example(int(row))).input_ids)]
+    examples = [example for example in _documents(plan, reader, first_bin, end_bin) if len(example.input_ids)]
     num_tokens = sum(len(example.input_ids) for example in examples)
     pad_to = -(-num_tokens // pad_multiple) * pad_multiple if pad_multiple else None
     return collate(examples, pad_to)
+
+
+def _documents(plan: Plan, reader: ShardReader, first_bin: int, end_bin: int) -> Iterator[Example]:
+    here = plan.documents(first_bin, end_bin)
+    columns = (plan.examples[here], plan.first_tokens[here], plan.num_tokens[here])
+    for row, first_token, num_tokens in zip(*(column.tolist() for column in columns), strict=True):
+        found = reader.example(row).piece(first_token, num_tokens) if row < reader.num_rows else None
+        if found is None or len(found.input_ids) != num_tokens:
+            raise IntegrityError(
+                f"the plan of {plan.split} epoch {plan.epoch} has {num_tokens} tokens of example {row}, which are not "
+                f"in {reader.folder}; run the stage 'pack' again"
+            )
+        yield found

@@ -225,7 +225,7 @@ def _examples_table(held_out: HeldOut, measured: Measured) -> pa.Table:
         "source": held_out.sources.tolist(),
         "language": held_out.languages.tolist(),
         "num_trained_tokens": measured.num_trained_tokens,
-        "num_trained_bytes": held_out.reader.num_trained_bytes,
+        "num_trained_bytes": held_out.num_trained_bytes,
         "nats_base": measured.nats["base"],
         "nats_incumbent": measured.nats.get("incumbent", [None] * num_rows),
         "nats_candidate": measured.nats["candidate"],
@@ -239,7 +239,7 @@ def _modelreport(label: Label, held_out: HeldOut, measured: Measured) -> ModelRe
         return held_out_loss(
             measured.nats[label][chosen],
             measured.num_trained_tokens[chosen],
-            held_out.reader.num_trained_bytes[chosen],
+            held_out.num_trained_bytes[chosen],
         )
 
     return ModelReport(

@@ -19,8 +19,9 @@ from schemas.evaluation import HeldOutLoss
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS
 from trainer.attention import unwrapped, use_packed_attention
-from trainer.data import Plan, ShardReader, check_plan, micro_batches, read_plan
+from trainer.data import Plan, check_plan, micro_batches, read_plan, trained_bytes
 from trainer.loss import token_losses
+from trainer.shard_reader import ShardReader
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -31,6 +32,7 @@ class HeldOut:
 
     reader: ShardReader
     plan: Plan
+    num_trained_bytes: NDArray[np.int64]
     row_ids: list[str]
     pieces: list[int]
     sources: NDArray[np.str_]
@@ -46,16 +48,18 @@ def read_held_out(config: PipelineConfig) -> HeldOut:
             f"{reader.num_rows} examples with 0 bytes of trained text are in the held-out side {split!r}, expected "
             f"some: raise holdout.{split} (now {getattr(config.holdout, split)}), add data, or set evaluate.split"
         )
+    check_plan(config.run_root)
     plan = read_plan(config.run_root, split, 0)
-    check_plan(plan, reader)
-    if not np.array_equal(np.sort(plan.examples), np.arange(reader.num_rows)):
+    named = np.unique(plan.examples)
+    if not np.array_equal(named, np.arange(reader.num_rows)):
         raise IntegrityError(
-            f"the plan of {split} names {len(plan.examples)} of {reader.num_rows} examples; run 'pack' again"
+            f"the plan of {split} names {len(named)} of {reader.num_rows} examples; run 'pack' again"
         )
     rows = range(reader.num_rows)
     return HeldOut(
         reader=reader,
         plan=plan,
+        num_trained_bytes=np.rint(_by_example(plan, trained_bytes(plan, reader))).astype(np.int64),
         row_ids=[str(reader.value(row, "row_id")) for row in rows],
         pieces=[int(reader.value(row, "piece")) for row in rows],
         # Names of sources hold no slash; what follows is the file.
@@ -75,7 +79,8 @@ def held_out_nats(model: torch.nn.Module, held_out: HeldOut, *, label: str) -> N
         if batch.num_trained_tokens:
             losses = token_losses(model, batch.to(device)).double().cpu().numpy()
             documents = batch.target_documents.numpy()
-            nats[list(batch.rows)] += np.bincount(documents, weights=losses, minlength=len(batch.rows))
+            # Not +=, which takes one of several pieces of an example.
+            np.add.at(nats, np.array(batch.rows)[documents], losses)
         show(batch.num_tokens)
     if not np.isfinite(nats).all():
         row = int(np.flatnonzero(~np.isfinite(nats))[0])
@@ -88,8 +93,12 @@ def held_out_nats(model: torch.nn.Module, held_out: HeldOut, *, label: str) -> N
 
 def count_trained_tokens(held_out: HeldOut) -> NDArray[np.int64]:
     """Targets of each example: a first token has nothing before it and is none."""
-    examples = (held_out.reader.example(row) for row in range(held_out.reader.num_rows))
-    return np.array([int((e.span_ends - np.maximum(e.span_starts, 1)).sum()) for e in examples], np.int64)
+    return _by_example(held_out.plan, held_out.plan.num_trained_tokens).astype(np.int64)
+
+
+def _by_example(plan: Plan, values: np.ndarray) -> NDArray[np.float64]:
+    """Sums over the pieces of each example: of a long document there are several."""
+    return np.bincount(plan.examples, weights=values)
 
 
 def held_out_loss(

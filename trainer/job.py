@@ -15,7 +15,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
 from schemas.training_config import ModelConfig
 from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
-from trainer.data import Plan, ShardReader, check_plan, read_plan
+from trainer.data import Plan, check_plan, read_plan
 from trainer.model import (
     check_model_folder,
     model_digest,
@@ -25,6 +25,7 @@ from trainer.model import (
 )
 from trainer.ranks import ALONE, Ranks
 from trainer.service import TRAINING_CURE
+from trainer.shard_reader import ShardReader
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
@@ -80,7 +81,9 @@ def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
     settings = _settings(config)
     key = _key(inputs, settings, device, dtype)
     reader = ShardReader(config.run_root / STAGE_FOLDERS["split"], "train")
-    plans = tuple(_checked_plan(config, reader, epoch) for epoch in range(config.train.epochs))
+    check_plan(config.run_root)
+    plans = tuple(read_plan(config.run_root, "train", epoch) for epoch in range(config.train.epochs))
+    reader.check_files()
     return Job(
         config=config,
         model=model,
@@ -122,17 +125,10 @@ def mark_current(job: Job) -> None:
         storage.write_bytes(path, line)
 
 
-def _checked_plan(config: PipelineConfig, reader: ShardReader, epoch: int) -> Plan:
-    plan = read_plan(config.run_root, reader.split, epoch)
-    check_plan(plan, reader)
-    return plan
-
-
 def _steps(config: PipelineConfig, reader: ShardReader, plans: tuple[Plan, ...]) -> tuple[Step, ...]:
     train = config.train
     steps = plan_steps(
         plans,
-        reader,
         bins_per_step=train.bins_per_step,
         max_steps=train.max_steps,
         max_tokens=train.max_tokens,
@@ -157,7 +153,8 @@ def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
     reader = ShardReader(folder, "validation")
     if reader.num_rows == 0:
         return None
-    return reader, _checked_plan(config, reader, 0)
+    reader.check_files()
+    return reader, read_plan(config.run_root, "validation", 0)
 
 
 def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]:

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.errors import RefusedError
 from trainer.attention import packing_arguments, unwrapped
-from trainer.data import MicroBatch, Plan, ShardReader, micro_batches
+from trainer.data import MicroBatch, Plan, micro_batches, trained_bytes
 from trainer.ranks import ALONE, Ranks
+from trainer.shard_reader import ShardReader
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits in memory at once: 256 MiB in fp32."""
@@ -164,7 +165,7 @@ def split_loss(
     model.train(was_training)
     sums = torch.tensor([nats, weighted, weight_sum, num_trained_tokens], dtype=torch.float64, device=device)
     nats, weighted, weight_sum, num_trained_tokens = ranks.add_up(sums).tolist()
-    num_bytes = int(reader.num_trained_bytes[plan.examples].sum())
+    num_bytes = float(trained_bytes(plan, reader).sum())
     return SplitLoss(
         loss=weighted / weight_sum if weight_sum else math.nan,
         bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,

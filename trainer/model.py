@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from pipelines.built_in_templates import template_for
 from schemas.errors import ConfigError, InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import BaseForm, ModelConfig
@@ -132,14 +133,8 @@ def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no readable tokenizer: {' '.join(str(error).split())}") from error
     if config.split.chat_template is not None:
-        tokenizer.chat_template = _template(Path(config.split.chat_template))
+        tokenizer.chat_template = template_for(config.split.chat_template, tokenizer)
     return tokenizer
-
-
-def _template(path: Path) -> str:
-    if not path.is_file():
-        raise ConfigError(f"split.chat_template: no file {path}; give a Jinja file or leave the key out")
-    return path.read_text(encoding="utf-8")
 
 
 def needed_model(config: PipelineConfig) -> ModelConfig:

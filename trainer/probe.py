@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from schemas.errors import RefusedError, TrainingError
 from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
-from trainer.data import Example, collate
+from trainer.data import collate
 from trainer.loss import token_losses
 from trainer.model import without_outliers
+from trainer.shard_reader import Example
 
 DOCUMENT_LENGTHS = (29, 18)
 MAX_LOSS_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}

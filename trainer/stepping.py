@@ -44,7 +44,6 @@ def run_step(job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step)
 def _own_micro_steps(job: Job, step: Step) -> list[MicroStep]:
     return micro_steps(
         job.plans[step.epoch],
-        job.reader,
         step,
         bins_per_micro_step=job.config.train.bins_per_micro_step,
         rank=job.ranks.number,

@@ -8,6 +8,7 @@ from pipelines.formats import (
     chatgpt,
     custom,
     dialogue,
+    document,
     messages,
     moss,
     oasst,
@@ -53,5 +54,8 @@ FORMATS: dict[str, Format] = {
 }
 """More telling keys first: a preference set has the question of its chosen answer as messages or conversations."""
 
-CUSTOM = Format(custom.matches, read_for=custom.read)
-"""Not among those that are asked: only where the source says `format: custom`."""
+CHOSEN: dict[str, Format] = {
+    "custom": Format(custom.matches, read_for=custom.read),
+    "document": Format(text.matches, read_for=document.read),
+}
+"""Not among those that are asked: only where the source says `format: custom` or `format: document`."""

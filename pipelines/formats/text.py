@@ -31,16 +31,22 @@ def matches(record: dict[str, Any]) -> bool:
 
 def read(record: dict[str, Any], source: SourceConfig) -> list[Message] | Drop:
     """The text as a chat, or as the chat that it is a transcript of."""
+    found = title_and_text(record)
+    if isinstance(found, Drop):
+        return found
+    title, text = found
+    return read_transcript(text) or _chat(text.strip(), title, source.text_chars)
+
+
+def title_and_text(record: dict[str, Any]) -> tuple[str, str] | Drop:
+    """Of a record; the title is "" where there is none."""
     key = _text_key(record)
     text = (
         read_text(record.get(key)) if key else Drop("bad_value", f"none of {', '.join(_TEXT_KEYS)} is a text")
     )
     if isinstance(text, Drop):
         return text
-    if transcript := read_transcript(text):
-        return transcript
-    title = next((record[k].strip() for k in _TITLE_KEYS if isinstance(record.get(k), str)), "")
-    return _chat(text.strip(), title, source.text_chars)
+    return next((record[k].strip() for k in _TITLE_KEYS if isinstance(record.get(k), str)), ""), text
 
 
 def _text_key(record: dict[str, Any]) -> str | None:

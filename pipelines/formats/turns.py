@@ -49,6 +49,8 @@ Reading: TypeAlias = list[Message] | Chats | Drop
 MAX_EXTRA_BYTES = 1024
 _CALLS = ("tool_calls", "function_call")
 """Kept whole: a tool call without its arguments means nothing."""
+_REASONING = ("reasoning", "reasoning_content", "thinking")
+"""Kept whole where they are texts: an answer without its reasoning is another answer."""
 
 
 def read_turn(turn: Any, *, name_key: str, text_key: str) -> Message | Drop:
@@ -64,9 +66,9 @@ def read_turn(turn: Any, *, name_key: str, text_key: str) -> Message | Drop:
         return found
     text, beside = found if isinstance(found, Parts) else (found, {})
     extras = read_extras(turn, without=(name_key, text_key)) | beside
-    for key in _CALLS:
+    for key in (*_CALLS, *_REASONING):
         if not is_plain(extras.get(key)):
-            return Drop("bad_value", f"{key} is nested too deep to be kept")
+            return Drop("bad_value", f"{key} is nested too deep to be kept, or no Unicode")
     if str(name).strip().lower() == "function_call":
         extras["kind"] = "function_call"
     return Message(role, text, extras)
@@ -111,12 +113,16 @@ def listed(value: Any) -> list[Any] | None:
 
 
 def read_extras(record: dict[str, Any], *, without: tuple[str, ...]) -> dict[str, Any]:
-    """The other keys of a turn: small plain values, and tool calls."""
+    """The other keys of a turn: small plain values, tool calls and reasoning."""
     return {
         key: value
         for key, value in record.items()
-        if key not in without and (_is_small(value) or (key in _CALLS and value))
+        if key not in without and (_is_content(key, value) or _is_small(value))
     }
+
+
+def _is_content(key: str, value: Any) -> bool:
+    return bool(value) and (key in _CALLS or (key in _REASONING and isinstance(value, str)))
 
 
 def is_plain(value: Any) -> bool:

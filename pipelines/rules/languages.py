@@ -159,13 +159,15 @@ class Detector:
     def _scores(self, text: str, ask: bool) -> Scores:
         """fastText's first five, corrected; {} in doubt, unless langdetect is to be asked."""
         text = text.replace("\n", " ")
-        labels, raw = self.model.predict(text, k=5, threshold=MIN_SCORE)
-        if raw and raw[0] >= SURE and _is_usual(code := labels[0][9:], text):
+        # The model itself: what fasttext's `predict` does around it takes a tenth of the time of a chat.
+        found = self.model.f.predict(text + "\n", 5, MIN_SCORE, "strict")
+        if not found:
+            return {}
+        best, label = found[0]
+        if best >= SURE and _is_usual(code := label[9:], text):
             return {code: 1.0}
-        scores = {_code(label[9:]): score for label, score in zip(labels[::-1], raw[::-1], strict=True)}
-        if not scores:
-            return scores
-        if raw[0] < DOUBT:
+        scores = {_code(label[9:]): score for score, label in reversed(found)}
+        if best < DOUBT:
             if not ask:
                 return {}
             opinion = _second_opinion(text)

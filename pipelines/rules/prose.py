@@ -1,6 +1,8 @@
 """The prose of a turn: what language and style rules may look at. Code, formulas, URLs, tags and tables are out."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 from pipelines.markdown import CODE_SIGN, URL, ends_as_code, without_code
@@ -22,6 +24,8 @@ _CODE_START = re.compile(
     r"|[A-Za-z_][\w.\[\]]*\s*[-+*/]?=\s*\S)"
     r"|\s{2,}#|(?:\t| {4,})(?![-*+•\d])[^\n]*[(){}\[\]=<>_;][^\n]*(?<![.!?…。！？])$"
 )
+# A line without any of these is none of code, data or table. Most lines of prose have some, and then cost no more.
+_MAY_BE_CODE = re.compile(r"[(){}\[\]<>=_;#/@:|]|,[^\s,]+,|^\s*(?:import|from|return|print|console\.log)\b")
 _INDENTED = re.compile(r"(?:\t| {4,})(?![-*+•\d])")
 MIN_CODE_LINES = 4
 MAX_LINE_CHARACTERS = 2_000
@@ -34,6 +38,30 @@ _DATA_LINE = re.compile(r"^\s*[^\s,]+(?:,[^\s,]+){3,}\s*$")
 def prose_of(text: str) -> str:
     """The words of a turn, line by line. Lines of unfenced code, of data and of tables go, but a turn of one line
     stays: it may end in a semicolon."""
+    prose = _kept.get(text)
+    if prose is None:
+        prose = _words_of(text)
+        if _keeping:
+            _kept[text] = prose
+    return prose
+
+
+@contextmanager
+def proses_kept() -> Iterator[None]:
+    """Inside, a text's prose is worked out once: the rules look at the texts of one chat again and again."""
+    _keeping.append(True)
+    try:
+        yield
+    finally:
+        _keeping.pop()
+        _kept.clear()
+
+
+_keeping: list[bool] = []
+_kept: dict[str, str] = {}
+
+
+def _words_of(text: str) -> str:
     text = without_code(text).strip()
     if "://" in text or "www." in text:
         text = URL.sub(" ", text)
@@ -82,6 +110,8 @@ def _around_code(paragraph: list[tuple[str, bool]]) -> list[str]:
 
 
 def _is_code(line: str) -> bool:
+    if not _MAY_BE_CODE.search(line):
+        return False
     if len(line) > MAX_LINE_CHARACTERS:
         line = line[: MAX_LINE_CHARACTERS // 2] + line[-MAX_LINE_CHARACTERS // 2 :]
     if _CODE_START.match(line) or (CODE_SIGN.search(line) and (ends_as_code(line) or _CODE.search(line))):

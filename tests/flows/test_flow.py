@@ -259,8 +259,8 @@ def test_the_line_of_a_stage_says_what_came_in_and_why_rows_left() -> None:
     assert stage_line(StageResult(manifest(), 0, 3, 0.1)) == "merge      unchanged, skipped"
     part = PartEntry(key="k", label="l", kept=(), dropped=None, num_rows_in=1, num_rows_out=1, drops={})
     cut = manifest(stage="split", num_pieces_cut=7, num_rows_out=419, drops={}, parts=(part, part, part))
-    assert stage_line(StageResult(cut, 1, 2, 0.5)) == (
-        "split      in 412  kept 419  cut 7 more  dropped 0  2 of 3 parts unchanged  0.5 s"
+    assert stage_line(StageResult(cut, 1, 2, 0.5, 1400, 2)) == (
+        "split      in 412  kept 419  cut 7 more  dropped 0  2 of 3 parts unchanged  1,400 rows worked on  0.5 s"
     )
 
 

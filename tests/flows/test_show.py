@@ -3,6 +3,7 @@
 import re
 import sys
 import unicodedata
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,8 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.show import find_row, follow, show_command, story
-from flows.show_examples import colored, examples, marked
+from flows.show_examples import (
+    ShownExample,
+    colored,
+    examples,
+    marked,
+    page_text,
+    source_shares,
+    write_page,
+)
 from flows.terminal import safe_text, shortened
+from pipelines.colours import ColouredPiece
 from pipelines.stage import run_stage
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, InputError
@@ -111,18 +121,80 @@ def test_the_marked_text_of_an_example_is_its_assistant_texts_with_their_end_tok
 ) -> None:
     texts = {row["row_id"]: row["messages"] for row in rows(config, "holdout", "part")}
     shown = 0
-    for head, pieces in examples(config, 10):
-        row_id = re.search(r"row ([0-9a-f]{32}) piece \d+, messages (\d+) to (\d+)", head)
+    for example in examples(config, 10):
+        row_id = re.search(r"row ([0-9a-f]{32}) piece \d+, messages (\d+) to (\d+)", example.headline)
         assert row_id is not None
         first, last = int(row_id[2]), int(row_id[3])
         answers = [m["content"] for m in texts[row_id[1]][first : last + 1] if m["role"] == "assistant"]  # type: ignore[index]
-        assert [text for text, trained in pieces if trained] == [f"{answer}<|im_end|>" for answer in answers]
-        assert re.findall(r"\[\[(.*?)\]\]", marked(pieces), flags=re.DOTALL) == [
+        assert re.findall(r"\[\[(.*?)\]\]", marked(example.pieces), flags=re.DOTALL) == [
             f"{a}<|im_end|>" for a in answers
         ]
-        assert colored(pieces).plain == "".join(text for text, _ in pieces)
+        assert colored(example.pieces).plain == "".join(piece.text for piece in example.pieces)
         shown += 1
     assert shown == 10
+
+
+def test_the_examples_come_from_all_sources_and_their_shares_add_up(config: PipelineConfig) -> None:
+    from pipelines.shards import open_split
+
+    table = open_split(config.run_root / STAGE_FOLDERS["split"], "train")
+    sources = {source.split("/")[0] for source in table["source"].to_pylist()}
+    assert len(sources) > 1
+    assert {
+        source for source in sources for e in examples(config, 12) if f", {source}/" in e.headline
+    } == sources
+    shares = source_shares(config)
+    assert {share.source for share in shares} == sources
+    assert sum(share.num_trained_tokens for share in shares) == sum(table["num_trained_tokens"].to_pylist())
+    assert sum(share.num_examples for share in shares) == table.num_rows
+
+
+class _Spans(HTMLParser):
+    """(class, text) of each piece of a page, and every element and attribute that stands in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[tuple[str, str]] = []
+        self.seen: set[str] = set()
+        self.in_pre = False
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen |= {tag, *(name for name, _ in attributes)}
+        self.in_pre = self.in_pre or tag == "pre"
+        if tag == "span" and self.in_pre:
+            self.pieces.append((dict(attributes).get("class") or "", ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_pre = self.in_pre and tag != "pre"
+
+    def handle_data(self, data: str) -> None:
+        if self.in_pre and self.pieces and data != "\n":
+            self.pieces[-1] = (self.pieces[-1][0], self.pieces[-1][1] + data)
+
+
+def test_the_page_shows_the_same_pieces_and_runs_nothing(config: PipelineConfig, tmp_path: Path) -> None:
+    write_page(config, tmp_path / "page.html", num_examples=5)
+    page = _Spans()
+    page.feed((tmp_path / "page.html").read_text())
+    expected = [piece for example in examples(config, 5) for piece in example.pieces]
+    assert [text.strip("\n") for _, text in page.pieces] == [piece.text.strip("\n") for piece in expected]
+    assert ["trained" in name for name, _ in page.pieces] == [piece.weight == 1 for piece in expected]
+    assert ["control" in name for name, _ in page.pieces] == [piece.is_control for piece in expected]
+    assert not page.seen & {"script", "img", "src", "href", "onclick"}
+
+
+def test_a_chat_cannot_write_markup_into_the_page(config: PipelineConfig, tmp_path: Path) -> None:
+    hostile = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
+    shown = ShownExample(hostile, [ColouredPiece(hostile, 0.5, False)])
+    page = _Spans()
+    page.feed(page_text(title=hostile, shares=[], examples=[shown]))
+    assert not page.seen & {"script", "img", "src", "onerror"}
+    assert page.pieces == [("weighted", hostile)]
+
+
+def test_a_weight_is_told_where_it_is_not_one() -> None:
+    pieces = [ColouredPiece(text, weight, False) for text, weight in (("a", 0.0), ("b", 1.0), ("c", 0.5))]
+    assert marked(pieces) == "a[[b]][[0.5x c]]"
 
 
 def steers(character: str) -> bool:
@@ -143,8 +215,8 @@ def test_no_character_can_steer_a_terminal() -> None:
     for shown in (
         safe_text,
         shortened,
-        lambda text: marked([(text, True)]),
-        lambda text: colored([(text, False)]).plain,
+        lambda text: marked([ColouredPiece(text, 1.0, False)]),
+        lambda text: colored([ColouredPiece(text, 0.0, False)]).plain,
     ):
         through = "".join(shown(f"a{character}b") for character in hostile)
         assert not any(map(steers, through))

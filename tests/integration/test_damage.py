@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_refused_also_where_it_is_cut_at_a_border_and_reads_s
     config: PipelineConfig,
     number: int,
 ) -> None:
-    from trainer.data import ShardReader
+    from trainer.shard_reader import ShardReader
 
     folder = config.run_root / STAGE_FOLDERS["split"]
     (path,) = (folder / "train").glob("data-*.arrow")
@@ -176,12 +176,12 @@ def test_a_damaged_shard_is_refused_also_where_it_is_cut_at_a_border_and_reads_s
     short.write_bytes(data[: borders[2]])
     assert 0 < storage.read_arrow(short).num_rows < whole, "the format itself no longer reads short: good"
     short.unlink()
-    tried = check_refused(path, lambda: ShardReader(folder, "train"), number, borders=borders)
+    tried = check_refused(path, lambda: ShardReader(folder, "train").check_files(), number, borders=borders)
     assert tried > 2 * number
 
 
 def test_a_damaged_list_of_shards_is_refused(config: PipelineConfig, number: int) -> None:
-    from trainer.data import ShardReader
+    from trainer.shard_reader import ShardReader
 
     folder = config.run_root / STAGE_FOLDERS["split"]
     check_refused(folder / "train" / "state.json", lambda: ShardReader(folder, "train"), number)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from tests.conservation import check_rows
+from tests.conservation import check_rows, rows_with_records
 from tests.integration.mutated import mutated_line, spoiled_line
 from tests.integration.test_etl import run
 
@@ -126,11 +126,9 @@ def record_hash(raw: bytes) -> str:
 def merged_hashes(run_root: Path) -> dict[str, dict[int, str]]:
     """File -> record number -> hash of its bytes, from kept and dropped rows."""
     found: dict[str, dict[int, str]] = {}
-    for path in (run_root / "01_merged").glob("*.parquet"):
-        columns = pq.read_table(path, columns=["source", "record", "meta"]).to_pydict()
-        for source, record, meta in zip(*columns.values(), strict=True):
-            name = source.partition("/")[2].removesuffix("/inner.jsonl")
-            found.setdefault(name, {})[record] = json.loads(meta)["record_hash"]
+    for row in rows_with_records(run_root / "01_merged", "source", "record", "meta"):
+        name = row["source"].partition("/")[2].removesuffix("/inner.jsonl")
+        found.setdefault(name, {})[row["record"]] = json.loads(row["meta"])["record_hash"]
     return found
 
 

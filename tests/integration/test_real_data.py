@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from tests.conservation import check_run_root
+from tests.conservation import check_run_root, rows_with_records
 from tests.integration.test_etl import ROOT, RUN
 
 pytestmark = [pytest.mark.stress, pytest.mark.real_data, pytest.mark.smollm]
@@ -68,8 +67,6 @@ def test_all_real_data_is_kept_or_dropped_with_a_reason(
 def merged_records(run_root: Path) -> dict[str, int]:
     """Source file -> different record numbers among kept and dropped rows."""
     numbers: dict[str, set[int]] = {}
-    for path in (run_root / "01_merged").glob("*.parquet"):
-        table = pq.read_table(path, columns=["source", "record"])
-        for source, record in zip(table["source"].to_pylist(), table["record"].to_pylist(), strict=True):
-            numbers.setdefault(source, set()).add(record)
+    for row in rows_with_records(run_root / "01_merged", "source", "record"):
+        numbers.setdefault(row["source"], set()).add(row["record"])
     return {source: len(found) for source, found in numbers.items()}

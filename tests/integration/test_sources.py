@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conservation import check_run_root
+from tests.conservation import check_run_root, rows_with_records
 from tests.integration import toy
 from tests.integration.test_etl import run_well, stage_digests
 
@@ -172,12 +172,14 @@ def test_identity_rows_are_all_trained_and_none_is_held_out_or_dropped(run_root:
 
 def test_the_branches_of_one_chat_are_on_one_side(run_root: Path) -> None:
     sides: dict[int, set[str]] = {}
-    for side in ("train", "validation", "test"):
-        for path in (run_root / "05_held_out" / side).glob("part-*.parquet"):
-            table = pq.read_table(path)
-            for source, record in zip(table["source"].to_pylist(), table["record"].to_pylist(), strict=True):
-                if source.startswith("export/"):
-                    sides.setdefault(record, set()).add(side)
+    ids = {
+        side: set(column(run_root / "05_held_out" / side, "part-*.parquet", "row_id"))
+        for side in ("train", "validation", "test")
+    }
+    for row in rows_with_records(run_root / "01_merged", "row_id", "source", "record"):
+        found = {side for side in ids if row["row_id"] in ids[side]}
+        if found and row["source"].startswith("export/"):
+            sides.setdefault(row["record"], set()).update(found)
     assert len(sides) == 40
     assert all(len(found) == 1 for found in sides.values())
     assert {side for found in sides.values() for side in found} == {"train", "validation", "test"}

@@ -1,9 +1,11 @@
 """Files of every kind give the same records; parts cover them once, and move only where the content does."""
 
+import bz2
 import dataclasses
 import gzip
 import io
 import json
+import lzma
 import pickle
 import random
 import subprocess
@@ -86,6 +88,13 @@ KINDS = {
     "utf-16": utf16(ARRAY),
     "utf-16, big-endian, lines": b"\xfe\xff" + LINES.encode("utf-16-be"),
     "utf-32": ARRAY.encode("utf-32"),
+    "bzip2": bz2.compress(ARRAY.encode()),
+    "bzip2 of lines, in two streams": bz2.compress(LINES[:999].encode()) + bz2.compress(LINES[999:].encode()),
+    "xz": lzma.compress(ARRAY.encode()),
+    "xz of lines, in two streams, padded": lzma.compress(LINES[:999].encode())
+    + bytes(8)
+    + lzma.compress(LINES[999:].encode(), preset=9)
+    + bytes(4),
     "gzip of utf-16": gzip.compress(utf16(LINES)),
 }
 
@@ -139,7 +148,7 @@ def test_a_broken_first_line_does_not_hide_that_the_file_is_lines(tmp_path: Path
 
 
 @pytest.mark.parametrize("text", [ARRAY, LINES])
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
 def test_a_cut_compressed_file_gives_what_could_be_read_and_one_drop(
     tmp_path: Path, text: str, pack: Any
 ) -> None:
@@ -154,10 +163,13 @@ def test_a_cut_compressed_file_gives_what_could_be_read_and_one_drop(
         assert drops(parts) == ["truncated_file"]
         whole = values(parts)
         assert whole[: len(RECORDS)] == RECORDS[: len(whole)]
-        assert pack is zstandard.compress or len(whole) >= len(RECORDS)
+        assert pack is not gzip.compress or len(whole) >= len(RECORDS)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
+@pytest.mark.parametrize(
+    "pack",
+    [gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress, bz2.compress, lzma.compress],
+)
 def test_compressed_data_broken_at_a_record_border_is_told_by_one_drop(tmp_path: Path, pack: Any) -> None:
     packed = bytearray(pack(LINES.encode()))
     packed[-6] ^= 1  # in the checksum or the length behind the data
@@ -227,12 +239,12 @@ def test_parquet_pages_that_are_broken_drop_the_rows_they_hold(tmp_path: Path) -
     assert [json.loads(record.raw)["id"] for record in records[500:]] == [str(n) for n in range(500, 1000)]
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
 def test_a_bomb_is_refused_and_names_the_setting(tmp_path: Path, pack: Any) -> None:
     (tmp_path / "bomb.json").write_bytes(pack(bytes(80 << 20)))
     with pytest.raises(InputError, match=r"bomb\.json .* merge\.max_decompressed_ratio"):
         plan(tmp_path / "bomb.json", max_decompressed_ratio=2)
-    assert unpack(tmp_path / "bomb.json", tmp_path / "spool", max_ratio=10**6).path == tmp_path / "spool"
+    assert unpack(tmp_path / "bomb.json", tmp_path / "spool", max_ratio=10**8).path == tmp_path / "spool"
 
 
 def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path) -> None:
@@ -245,9 +257,8 @@ def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (b"BZh9", "bzip2"),
-        (b"\xfd7zXZ\x00", "xz"),
-        (gzip.compress(b"BZh9", mtime=0), "bzip2"),
+        (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+        (gzip.compress(b"7z\xbc\xaf", mtime=0), "a 7z archive"),
     ],
 )
 def test_archives_and_foreign_compression_are_refused_by_name(tmp_path: Path, data: bytes, kind: str) -> None:
@@ -319,14 +330,17 @@ def test_the_layout_of_the_file_does_not_reach_the_digests(tmp_path: Path) -> No
     assert len(digests[0]) > 5
 
 
-def test_parts_stay_between_a_quarter_of_the_aim_and_four_times_it(tmp_path: Path) -> None:
+def test_parts_stay_between_half_of_the_aim_and_four_times_it_and_records_cost_something_too(
+    tmp_path: Path,
+) -> None:
     draw = random.Random(2)
     lines = [json.dumps({"n": n, "t": "x" * draw.randint(1, 300)}) for n in range(5000)]
     (tmp_path / "data").write_text("\n".join(lines))
-    sizes = [sum(len(r.raw) for r in read_range(p)) for p in plan(tmp_path / "data", part_bytes=5000)]
-    assert max(sizes) <= 20_000
-    assert min(sizes[:-1]) >= 1250
-    assert 4000 < sum(sizes) / len(sizes) < 8000
+    parts = plan(tmp_path / "data", part_bytes=20_000)
+    sizes = [sum(len(record.raw) + 256 for record in read_range(part)) for part in parts]
+    assert max(sizes) <= 80_000
+    assert min(sizes[:-1]) >= 10_000
+    assert 16_000 < sum(sizes) / len(sizes) < 26_000
 
 
 def test_a_part_goes_through_pickle_and_json_unchanged(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,11 @@ def die_once(folder: str) -> int:
     return 7
 
 
+def touch(path: str) -> bool:
+    Path(path).touch()
+    return True
+
+
 def always_die(task: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return task
@@ -55,14 +61,40 @@ def _no_workers_left() -> object:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_comes_back_once(workers: int) -> None:
-    results = dict(executors.run_tasks(square, list(range(20)), num_workers=workers, label=label))
-    assert results == {n: n * n for n in range(20)}
+    for tasks in (range(50), iter(range(50))):  # more than are handed over ahead
+        results = dict(executors.run_tasks(square, tasks, num_workers=workers, label=label))
+        assert results == {n: n * n for n in range(50)}
 
 
-def test_a_killed_worker_costs_time_and_no_task(tmp_path: Path) -> None:
-    tasks = [str(tmp_path)] * 4
-    results = dict(executors.run_tasks(die_once, tasks, num_workers=2, label=label))
-    assert results == {0: 7, 1: 7, 2: 7, 3: 7}
+def test_tasks_are_worked_on_while_further_ones_are_being_made(tmp_path: Path) -> None:
+    def made() -> Iterator[str]:
+        yield str(tmp_path / "first")
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "first").exists():
+            assert time.monotonic() < deadline, "nobody works on the first task"
+            time.sleep(0.05)
+        yield str(tmp_path / "second")
+
+    results = dict(executors.run_tasks(touch, made(), num_workers=2, label=label))
+    assert results == {0: True, 1: True}
+
+
+def test_an_error_of_who_makes_the_tasks_reaches_the_caller_and_ends_the_work() -> None:
+    def made() -> Iterator[int]:
+        yield 1
+        raise InputError("the file ends here")
+
+    with pytest.raises(InputError, match="ends here"):
+        list(executors.run_tasks(square, made(), num_workers=2, label=label))
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_a_killed_worker_costs_time_and_no_task(
+    tmp_path: Path, kind: Callable[[list[str]], list[str]]
+) -> None:
+    tasks = [str(tmp_path)] * 40
+    results = dict(executors.run_tasks(die_once, kind(tasks), num_workers=2, label=label))
+    assert results == dict.fromkeys(range(40), 7)
 
 
 def test_workers_that_always_die_end_the_run_with_the_parts_named() -> None:
@@ -136,7 +168,9 @@ def test_workers_of_a_run_that_has_ended_are_gone_and_its_root_is_free(tmp_path:
         with hold_run_root(tmp_path, wait_seconds=0) as lock, executors.workers_hold(lock):
             results = dict(executors.run_tasks(square, [1, 2], num_workers=2, label=label))
         assert results == {0: 1, 1: 4}
-    assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
+    # A killed one may still be waiting for the pool's thread to ask how it ended.
+    living = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
+    assert not [c for c in living if "spawn_main" in " ".join(c.cmdline())]
 
 
 def wait_for_state(processes: list[psutil.Process], state: str) -> None:

@@ -13,7 +13,7 @@ from pipelines import filter as filter_stage
 from pipelines.rules.answers import ANSWER_RULES
 from pipelines.rules.chinese import chinese_script
 from pipelines.rules.languages import load_detector, model_path
-from pipelines.rules.repetition import repeated_ngram_share
+from pipelines.rules.repetition import _repeated, may_have_run, repeated_ngram_share
 from schemas.conversation import Conversation, Drop, Message
 from schemas.errors import ConfigError, InputError
 from schemas.pipeline_config import FilterConfig, PipelineConfig, SourceConfig
@@ -413,3 +413,14 @@ def test_no_rule_takes_long_over_a_hostile_text(text: str) -> None:
     started = time.process_time()
     judged(asked(text * (100_000 // len(text))), **ALL_RULES)
     assert time.process_time() - started < 10
+
+
+@given(st.text("ab", max_size=60), st.integers(0, 70), st.text("ab", max_size=60), st.integers(1, 60))
+def test_the_quick_look_for_runs_misses_none(before: str, length: int, after: str, max_run: int) -> None:
+    text = before + "x" * length + after
+    if _repeated(r"[^\d]", max_run).search(text):
+        assert may_have_run(text, max_run)
+
+
+def test_the_quick_look_for_runs_passes_over_plain_text() -> None:
+    assert not may_have_run(ENGLISH * 20, 50)

@@ -249,10 +249,10 @@ def test_a_paper_is_cut_at_its_headings(real_data: Path) -> None:
 
 
 def custom(record: dict[str, Any], **fields: Any) -> Reading:
-    from pipelines.formats.families import CUSTOM
+    from pipelines.formats.families import CHOSEN
 
     source = SourceConfig(name="s", path="x", format="custom", fields=FieldPaths(**fields))
-    return CUSTOM.reading(record, source)
+    return CHOSEN["custom"].reading(record, source)
 
 
 ODD = {

@@ -236,7 +236,8 @@ def test_the_chats_of_one_record_share_record_group_and_side_and_have_ids_of_the
     edited = reply("q", reply("A", reply("r", reply("B"))), reply("C"))
     rows = rows_of(tmp_path, [{"prompt": "x", "completion": "y"}, oasst(edited), EXPORT])
     assert [row.record for row, _ in rows] == [0, 1, 1, 2, 2, 2, 2]
-    assert [row.meta.get("group") for row, _ in rows] == [None] + ["src/a.json#1"] * 2 + ["src/a.json#2"] * 4
+    groups = [None] + [rows[1][0].row_id] * 2 + [rows[3][0].row_id] * 4
+    assert [row.meta.get("group") for row, _ in rows] == groups
     assert len({row.meta["holdout_key"] for row, _ in rows[3:]}) == 1
     assert len({row.row_id for row, _ in rows}) == 7
     assert [row.meta["id"] for row, _ in rows[1:4]] == ["t1", "t1", "c1"]

@@ -286,12 +286,19 @@ def test_parts_of_a_question_are_joined(tmp_path: Path) -> None:
     assert (item["question"], item["answer"]) == ("Which?\n\nred\nblue", "1")
 
 
+def test_a_benchmark_is_parsed_as_sources_are(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"question": "a\\ud800b", "level": NaN}\n')
+    benchmark = BenchmarkConfig(name="b", path=str(tmp_path / "b.jsonl"), question=["question"])
+    (item,) = read_benchmarks(config_with(tmp_path, benchmark)).to_pylist()
+    assert item["question"] == "a\ufffdb"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ('[{"prompt": "x"}]', "none of 1 records has a text at 'question'; keys: 'prompt'"),
         ('{"question": "x"}\n{"question": \n', "b.jsonl record 1 "),
-        ('[["question"]]', "b.jsonl record 0 is list, expected an object"),
+        ('[["question"]]', "b.jsonl record 0 can't be read .*the record is list, expected an object"),
         ("", "holds no records|has no records"),
     ],
 )

@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import dedup, merge
+from pipelines.executors import close_workers
 from pipelines.merge import plan_source, read_part, resolve_ordinals
 from pipelines.parse import iso_date, parse_record
 from pipelines.part_ranges import PartRange
 from pipelines.storage import read_rows, write_drops, write_rows
 from schemas.conversation import Conversation, Drop, Message, blake2b_128, content_id, holdout_key, row_id
 from schemas.errors import InputError
-from schemas.pipeline_config import MergeConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import EngineConfig, MergeConfig, PipelineConfig, SourceConfig
 
 Row = tuple[Conversation, Drop | None]
 
@@ -40,7 +41,7 @@ def plan(wanted: PipelineConfig, spool: Path) -> list[PartRange]:
 
 
 def read(wanted: PipelineConfig, spool: Path) -> list[Row]:
-    """All rows, numbered over the parts of each file as the stage does it."""
+    """All rows, ids numbered over the parts of each file as the stage does it, and records too, for people."""
     parts = plan(wanted, spool)
     rows = [list(read_part(part, wanted)) for part in parts]
     for file in {part.file for part in parts}:
@@ -49,6 +50,9 @@ def read(wanted: PipelineConfig, spool: Path) -> list[Row]:
         for n, offset in zip(numbers, offsets, strict=True):
             if offset:
                 rows[n] = list(read_part(parts[n], wanted, ordinal_offsets=offset))
+    for n, part in enumerate(parts):
+        for row, _ in rows[n]:
+            row.record += part.first_record
     return [row for part in rows for row in part]
 
 
@@ -292,6 +296,35 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_what_is_unknown_is_noted
     ]
     assert found.parts[-1].path.startswith(str(tmp_path / "spool"))
     assert {row.source for row, _ in read(wanted, tmp_path / "spool")} >= {"src/sub/a.jsonl", "src/z.json.gz"}
+
+
+def test_files_are_planned_by_workers_as_they_are_by_one_process(tmp_path: Path) -> None:
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    line = json.dumps(alpaca("x" * 40_000)).encode() + b"\n"
+    for name in ("b.jsonl", "d.jsonl"):  # enough to be worth the start of workers
+        (folder / name).write_bytes(name.encode() + b"\n" + line * 220)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(line * 30))
+    (folder / "c.csv").write_text("instruction,output\nx,y\n")
+    (folder / "e.json").write_text("[]")
+    alone, shared = (
+        config(folder).model_copy(update={"engine": EngineConfig(workers=workers)}) for workers in (1, 2)
+    )
+    try:
+        plans = [
+            plan_source(wanted.sources[0], config=wanted, spool_folder=tmp_path / "spool")
+            for wanted in (alone, shared)
+        ]
+        assert plans[0] == plans[1]
+        assert {part.file for part in plans[1].parts} == {"a.jsonl.gz", "b.jsonl", "c.csv", "d.jsonl"}
+        assert plans[1].notes == ["source src: e.json holds no records"]
+        for name in ("c.json", "aa.json"):  # small ones, which are planned last; the first by name is told
+            (folder / name).write_bytes(b"%PDF")
+        for wanted in (alone, shared):
+            with pytest.raises(InputError, match=r"aa\.json holds a PDF"):
+                plan(wanted, tmp_path / "spool")
+    finally:
+        close_workers()
 
 
 def test_a_glob_names_files_from_where_its_wildcards_begin(tmp_path: Path) -> None:

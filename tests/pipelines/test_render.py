@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.habits import compile_template
 from pipelines.probes import PROBE_CHATS, check_template
-from pipelines.render import Rendered, compile_template, render
+from pipelines.render import Rendered, render
 from pipelines.templates import ChatTemplate, render_text, try_in_child
 from schemas.conversation import Drop, Message, Role
 from schemas.errors import RefusedError
@@ -183,8 +184,18 @@ END_TOKENS = {
     "directly after": (chatml_with(), ["Hi!<|im_end|>", "So long.<|im_end|>"]),
     "after white space": (chatml_with(after=" \n<|im_end|>"), ["Hi! \n<|im_end|>", "So long. \n<|im_end|>"]),
     "two in a row: the first": (chatml_with(after="<|im_end|></s>"), ["Hi!<|im_end|>", "So long.<|im_end|>"]),
-    "after other text: none": (chatml_with(after=" END<|im_end|>"), ["Hi!", "So long."]),
-    "eos after other text: none": (chatml_with(after=" END</s>"), ["Hi!", "So long."]),
+    "after text of the template": (
+        chatml_with(after=" END<|im_end|>"),
+        ["Hi! END<|im_end|>", "So long. END<|im_end|>"],
+    ),
+    "eos after text of the template": (
+        chatml_with(after=" END</s>"),
+        ["Hi! END</s>", "So long. END</s>"],
+    ),
+    "after other text than the last one: none": (
+        chatml_with(after="{% if loop.last %}<|im_end|>{% else %} MORE<|im_end|>{% endif %}"),
+        ["Hi!", "So long.<|im_end|>"],
+    ),
     "only after the last turn": (
         chatml_with(after="{% if loop.last %}<|im_end|>{% endif %}"),
         ["Hi!", "So long.<|im_end|>"],
@@ -213,13 +224,13 @@ LEADS = {
     "space after a prompt without one": (" ", "<|im_start|>assistant\n", " Hi!<|im_end|>"),
     "space in the prompt as well": (" ", "<|im_start|>assistant\n ", "Hi!<|im_end|>"),
     "no white space": ("", "<|im_start|>assistant\n", "Hi!<|im_end|>"),
-    "text beyond the prompt": ("Sure: ", "<|im_start|>assistant\n", "Hi!<|im_end|>"),
+    "text beyond the prompt": ("Sure: ", "<|im_start|>assistant\n", "Sure: Hi!<|im_end|>"),
     "another prompt than the turns": (" ", "<|im_start|>model\n", "Hi!<|im_end|>"),
 }
 
 
 @pytest.mark.parametrize(("before", "prompt", "expected"), LEADS.values(), ids=LEADS)
-def test_white_space_beyond_the_generation_prompt_belongs_to_the_answer(
+def test_what_the_template_writes_behind_the_generation_prompt_belongs_to_the_answer(
     before: str, prompt: str, expected: str
 ) -> None:
     template, _ = template_of(chatml_with(before=before, prompt=prompt))

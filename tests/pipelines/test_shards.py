@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.cut import Example
+from pipelines.pieces import Example
 from pipelines.shards import END_MARK, examples_to_batch, open_split, write_dataset
 from schemas.dataset import SHARD, SPLITS
 from schemas.errors import InputError, IntegrityError

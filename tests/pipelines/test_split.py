@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from pipelines.split import (
     COUNTS,
     STAGE_VERSION,
     SplitResult,
-    check_counts,
-    colour_spans,
+    check_hand_over,
     preflight,
     prepare,
     split_chat,
@@ -323,13 +323,15 @@ def test_a_template_file_takes_the_place_of_the_tokenizers_own(model: Path, tmp_
     preflight(config)
     result = prepare(config)(row_of(asked("q", "a")))
     assert isinstance(result, SplitResult)
-    pieces = colour_spans(tiny_tokenizer("byte_level_bpe"), result.examples[0])
-    assert [text for text, trained in pieces if trained] == [f"a{EOS}"]
+    (example,) = result.examples
+    tokenizer = tiny_tokenizer("byte_level_bpe")
+    spans = zip(example.span_starts, example.span_ends, strict=True)
+    assert [tokenizer.decode(example.input_ids[start:end]) for start, end in spans] == [f"a{EOS}"]
 
 
 def test_versions_follow_every_file_that_shapes_the_ids_and_nothing_else(model: Path, tmp_path: Path) -> None:
     before = versions(config_of(model))
-    assert set(before) == {"tokenizer", "chat_template", "jinja2", "tokenizers", "transformers"}
+    assert set(before) == {"tokenizer", "chat_template", "embeddings", "jinja2", "tokenizers", "transformers"}
     (model / "model.safetensors").write_bytes(b"weights")
     assert versions(config_of(model)) == before
     settings_file = model / "tokenizer_config.json"
@@ -409,23 +411,24 @@ def test_preflight_says_what_is_wrong_before_any_work(
         preflight(break_config(model, what))
 
 
-def test_too_many_straddled_answers_are_refused_after_the_work() -> None:
+GOOD_COUNTS = {"trained_spans": 1000, "straddled_spans": 10, "turns_without_end_token": 999}
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_untrained", "problem"),
+    [
+        (GOOD_COUNTS, 50, None),
+        ({}, 0, None),
+        ({"trained_spans": 20, "straddled_spans": 9}, 9, None),
+        (GOOD_COUNTS | {"straddled_spans": 11}, 0, "11 of 1000 answers begin or end inside a token"),
+        (GOOD_COUNTS | {"turns_without_end_token": 1000}, 0, "none of 1000 trained answers ends"),
+        (GOOD_COUNTS, 51, "51 of 1000 rows have nothing to train"),
+    ],
+)
+def test_shards_that_would_not_teach_what_was_said_are_refused(
+    counts: dict[str, int], num_untrained: int, problem: str | None
+) -> None:
     config = SplitConfig(max_straddle_share=0.01)
-    check_counts({"trained_spans": 1000, "straddled_spans": 10}, config)
-    check_counts({"trained_spans": 20, "straddled_spans": 9}, config)
-    check_counts({}, config)
-    with pytest.raises(LimitError, match="11 of 1000 answers"):
-        check_counts({"trained_spans": 1000, "straddled_spans": 11}, config)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_colours_show_the_whole_text_and_what_is_trained(kind: str) -> None:
-    encoder = encoder_of(kind)
-    result = split_chat(encoder, SplitConfig(), row_of(asked("q", "Hello world", "q", "x y", system="s")))
-    assert isinstance(result, SplitResult)
-    pieces = colour_spans(encoder.tokenizer, result.examples[0])
-    whole = encoder.tokenizer.decode(result.examples[0].input_ids, clean_up_tokenization_spaces=False)
-    assert "".join(text for text, _ in pieces) == whole
-    trained = [text.strip() for text, is_trained in pieces if is_trained]
-    assert [text.split("<")[0] for text in trained] == ["Hello world", "x y"]
-    assert all(text.endswith(">") for text in trained)
+    drops = {"nothing_to_train": num_untrained, "overlong": 700}
+    with pytest.raises(LimitError, match=problem) if problem else nullcontext():
+        check_hand_over(counts, drops, num_rows=1000, config=config)

@@ -19,8 +19,9 @@ from tests.trainer.tiny_models import (
 )
 from trainer import loss
 from trainer.attention import use_packed_attention
-from trainer.data import ShardReader, collate, read_plan
+from trainer.data import collate, read_plan
 from trainer.loss import head_losses, split_loss, summed_loss, token_losses
+from trainer.shard_reader import ShardReader
 
 
 def whole_logits(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -281,13 +281,6 @@ def test_nothing_is_compiled_and_nothing_warned_about(trainings: Trainings) -> N
 # Dealing out a step -----------------------------------------------------------------------------------------
 
 
-class WeightsOnly:
-    """Of a ShardReader, what micro_steps looks at: row n is bin n's only document."""
-
-    def __init__(self, weights: list[float]) -> None:
-        self.weight_sums = np.array(weights)
-
-
 @given(
     weights=st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=1, max_size=12),
     bins_per_micro_step=st.integers(1, 4),
@@ -297,13 +290,13 @@ def test_every_useful_micro_step_is_computed_by_exactly_one_rank(
     weights: list[float], bins_per_micro_step: int, num_ranks: int
 ) -> None:
     count = len(weights)
-    plan = Plan("train", 0, np.arange(count), np.ones(count, int), np.arange(count + 1))
+    ones, zeros = np.ones(count, int), np.zeros(count, int)
+    plan = Plan("train", 0, np.arange(count), ones, zeros, ones, np.array(weights), np.arange(count + 1))
     step = Step(0, 0, 0, count, count, count, sum(weights))
-    reader: Any = WeightsOnly(weights)
 
     def deal(rank: int, ranks: int) -> list[Any]:
         options: Any = {"bins_per_micro_step": bins_per_micro_step, "rank": rank, "num_ranks": ranks}
-        return micro_steps(plan, reader, step, **options)
+        return micro_steps(plan, step, **options)
 
     alone = deal(0, 1)
     assert not any(micro_step.is_filler for micro_step in alone)

@@ -18,7 +18,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS, Manifest
 from schemas.training_config import LoraConfig, TrainConfig
 from trainer import methods
-from trainer.data import Example
+from trainer.shard_reader import Example
 
 VOCABULARY = 320
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -163,7 +163,7 @@ def write_plans(
     files = []
     for split, documents in splits.items():
         for epoch in range(epochs if split == "train" else 1):
-            table = plan_table([len(document.ids) for document in documents], epoch=epoch, capacity=capacity)
+            table = plan_table(documents, epoch=epoch, capacity=capacity)
             path = folder / f"{split}-epoch-{epoch:04d}.arrow"
             storage.write_arrow(path, table)
             files.append(storage.file_entry(path, folder=folder, num_rows=table.num_rows))
@@ -171,14 +171,21 @@ def write_plans(
     return folder
 
 
-def plan_table(lengths: Sequence[int], *, epoch: int = 0, capacity: int = 64) -> pa.Table:
-    order = np.random.default_rng(epoch).permutation(len(lengths)).tolist()
+def plan_table(documents: Sequence[Document], *, epoch: int = 0, capacity: int = 64) -> pa.Table:
+    order = np.random.default_rng(epoch).permutation(len(documents)).tolist()
     rows, current, filled = [], 0, 0
     for example in order:
-        if filled and filled + lengths[example] > capacity:
+        num_tokens = len(documents[example].ids)
+        if filled and filled + num_tokens > capacity:
             current, filled = current + 1, 0
-        rows.append({"bin": current, "example": example, "offset": filled, "num_tokens": lengths[example]})
-        filled += lengths[example]
+        spans = [(end - max(start, 1), weight) for start, end, weight in documents[example].spans]
+        row = {"bin": current, "example": example, "offset": filled, "num_tokens": num_tokens}
+        sums = {
+            "num_trained_tokens": sum(length for length, _ in spans),
+            "weight_sum": float(sum(length * weight for length, weight in spans)),
+        }
+        rows.append(row | {"first_token": 0} | sums)
+        filled += num_tokens
     return pa.Table.from_pylist(rows, schema=PLAN)
 
 
@@ -246,7 +253,7 @@ def _manifest(stage: str, files: list[Any]) -> Manifest:
         stage=stage,
         stage_version=1,
         key="tiny",
-        inputs={},
+        inputs={STAGE_FOLDERS["split"]: "tiny"} if stage == "pack" else {},
         config={},
         versions={},
         parts=(),
