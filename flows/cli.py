@@ -30,6 +30,10 @@ error comes from.
 
 def main() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] == ["step"]:
+        from pipelines.left_out import prepare_data_alone
+
+        prepare_data_alone()
     sys.exit(exit_code_of(run_command, sys.argv[1:]))
 
 
@@ -70,7 +74,7 @@ def init(
     Parameters
     ----------
     folder
-        Folder with .json, .jsonl or .parquet files, also .gz and .zst.
+        Folder with .json, .jsonl or .parquet files, also .gz, .zst, .bz2 and .xz.
     model
         Folder of the model to train.
     out

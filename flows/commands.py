@@ -18,9 +18,7 @@ def run_pipeline(config_path: Path, overrides: Sequence[str], *, first: str | No
     Prefect's server, which takes seconds to come up, does so while what can't work is being refused.
     """
     from flows.local_prefect import start_local_prefect
-    from pipelines.without_pandas import keep_pandas_out
 
-    keep_pandas_out()
     config = load_config(config_path, overrides)
     stages = chosen_stages(first, last)
     wait_for_prefect = start_local_prefect(config.run_root, debug=debugging())
@@ -54,9 +52,6 @@ def dry_run_pipeline(
 
 def run_step(stage: str, config_path: Path, overrides: Sequence[str]) -> None:
     """One data stage in this process; prints its folder."""
-    from pipelines.without_pandas import keep_pandas_out
-
-    keep_pandas_out()
     with open_run(config_path, overrides, first=stage, last=stage) as run:
         result = run_with_progress(stage, run.config)
         sys.stderr.write(stage_line(result) + "\n")

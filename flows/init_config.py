@@ -32,7 +32,7 @@ def write_config(folder: Path, *, model: Path | None, out: Path, force: bool) ->
     files = dump_files(folder)
     if not files:
         raise InputError(
-            f"{folder} holds no {', '.join(SUFFIXES)} file (also .gz and .zst); texts need format: text"
+            f"{folder} holds no {', '.join(SUFFIXES)} file (also .gz, .zst, .bz2 and .xz); texts need format: text"
         )
     looks = [look_at(path) for path in files]
     usable = [look for look in looks if look.num_rows]

@@ -6,12 +6,11 @@ encoded by a twin of the tokenizer that knows only the aliases: `<|im_end|>` typ
 other, and everything else (prefix spaces, stripping, normalisation between control tokens) is as it always was.
 """
 
-import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -23,8 +22,8 @@ from pipelines.habits import compile_template
 from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
 from pipelines.tokenizer_files import load_tokenizer, num_embeddings
+from pipelines.twin import free_plane, twin_of
 from schemas.conversation import Drop, utf8
-from schemas.errors import RefusedError
 from schemas.pipeline_config import PipelineConfig
 
 
@@ -144,14 +143,19 @@ def encode(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
 
 
 def _encoded(encoder: ChatEncoder, rendered: Rendered) -> Encoded | Drop:
-    encoder.tokenised["bytes"] += len(utf8(rendered.text))
-    fast = _run_fast(encoder, rendered.text) if encoder.uses_fast else None
-    plain = fast or _run(encoder.backend, rendered.text)
-    if isinstance(plain, Drop):
-        return plain
     expected = np.array([encoder.control_ids[token] for token in rendered.control_tokens], np.int32)
-    encoded = _with_own_places(encoder, plain, rendered, expected)
-    return encoded if encoded is not None else _encode_aliased(encoder, rendered, expected)
+    # Only to spare the first way where it can't lead there: normalisers make control strings of others, too.
+    written = sum(1 for _ in encoder.template.control_pattern.finditer(rendered.text))
+    if written == len(expected):
+        encoder.tokenised["bytes"] += len(utf8(rendered.text))
+        fast = _run_fast(encoder, rendered.text) if encoder.uses_fast else None
+        plain = fast or _run(encoder.backend, rendered.text)
+        if isinstance(plain, Drop):
+            return plain
+        encoded = _proved(encoder, plain, rendered, expected)
+        if encoded is not None and not _spells_unknown(encoder, encoded, rendered):
+            return encoded
+    return _encode_aliased(encoder, rendered, expected)
 
 
 def trained_tokens(encoded: Encoded, spans: Sequence[TrainedSpan]) -> TokenSpans:
@@ -211,11 +215,36 @@ def _with_own_places(
     return Encoded(encoded.ids, starts, ends)
 
 
+def _proved(
+    encoder: ChatEncoder, encoded: Encoded, rendered: Rendered, expected: np.ndarray
+) -> Encoded | None:
+    """As _with_own_places. Unknown characters may stand anywhere, other control ids may not."""
+    unknown = encoded.ids == encoder.unknown_id
+    if encoder.unknown_id is None or encoder.unknown_id in expected or not unknown.any():
+        return _with_own_places(encoder, encoded, rendered, expected)
+    # An id above the vocabulary hides them.
+    hidden = np.where(unknown, np.int32(len(encoder.is_control) - 1), encoded.ids).astype(np.int32)
+    placed = _with_own_places(encoder, replace(encoded, ids=hidden), rendered, expected)
+    return None if placed is None else replace(placed, ids=encoded.ids)
+
+
+def _spells_unknown(encoder: ChatEncoder, encoded: Encoded, rendered: Rendered) -> bool:
+    """Whether the unknown token stands where a text spells its name, if only in wide or capital letters."""
+    if encoder.unknown_id is None:
+        return False
+    name = encoder.backend.id_to_token(encoder.unknown_id).casefold()
+    found = np.flatnonzero(encoded.ids == encoder.unknown_id)
+    return any(
+        name in unicodedata.normalize("NFKC", rendered.text[encoded.starts[n] : encoded.ends[n]]).casefold()
+        for n in found
+    )
+
+
 def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarray) -> Encoded | Drop:
-    text, plane = rendered.text, _free_plane(rendered.text, len(encoder.control_ids))
+    text, plane = rendered.text, free_plane(rendered.text, len(encoder.control_ids))
     if plane is None:
         return Drop("reserved_characters", "private characters of planes 15 and 16 beside a control string")
-    twin = _twin(encoder, plane)
+    twin = twin_of(encoder, plane)
     pieces: list[str] = []
     position = 0
     for token, (start, end) in zip(rendered.control_tokens, rendered.control_spans.tolist(), strict=True):
@@ -225,72 +254,11 @@ def _encode_aliased(encoder: ChatEncoder, rendered: Rendered, expected: np.ndarr
     aliased = _run(twin.backend, "".join([*pieces, text[position:]]))
     if isinstance(aliased, Drop):
         return aliased
-    # An id above the vocabulary hides unknown characters: they may stand anywhere, other control ids may not.
-    ids = twin.ids[aliased.ids]
-    unknown = ids == encoder.unknown_id
-    ids[unknown] = len(encoder.is_control) - 1
-    encoded = _with_own_places(encoder, Encoded(ids, aliased.starts, aliased.ends), rendered, expected)
+    found = Encoded(twin.ids[aliased.ids], aliased.starts, aliased.ends)
+    encoded = _proved(encoder, found, rendered, expected)
     if encoded is None:
         return Drop("control_string_stays", "a control id stands where the template wrote none")
-    if encoder.unknown_id is not None:
-        ids[unknown] = encoder.unknown_id
     return encoded
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Twin:
-    """The tokenizer with each control token under its alias. `ids` turns the twin's ids into the tokenizer's."""
-
-    backend: Tokenizer
-    aliases: Mapping[str, str]
-    ids: np.ndarray
-
-
-_PLANES = (0xF0000, 0x100000)
-
-
-def _free_plane(text: str, num_aliases: int) -> int | None:
-    # Icon fonts use plane 15; a text with characters of both planes has not been seen.
-    planes = [p for p in _PLANES if not re.search(f"[{chr(p)}-{chr(p + num_aliases)}]", text)]
-    return planes[0] if planes else None
-
-
-@lru_cache(maxsize=4)
-def _twin(encoder: ChatEncoder, plane: int) -> _Twin:
-    if len(encoder.control_ids) > 0xFFF0:
-        raise RefusedError(f"the tokenizer has {len(encoder.control_ids)} added tokens, more than 65,520")
-    aliases = {token: chr(plane + n) * len(token) for n, token in enumerate(encoder.control_ids)}
-    state = json.loads(encoder.backend.to_str())
-    for token in state["added_tokens"]:
-        token["content"] = aliases.get(token["content"], token["content"])
-    state["model"] = _renamed_model(state["model"], aliases)
-    backend = Tokenizer.from_str(json.dumps(state))
-    backend.encode_special_tokens = encoder.backend.encode_special_tokens
-    known = backend.get_added_tokens_decoder()
-    twin_ids = {token.content: token_id for token_id, token in known.items()}
-    ids = np.arange(max(len(encoder.is_control), *twin_ids.values()) + 1, dtype=np.int32)
-    for token, alias in aliases.items():
-        ids[twin_ids[alias]] = encoder.control_ids[token]
-    return _Twin(backend, aliases, ids)
-
-
-def _renamed_model(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The model without a way from plain text to a control token: it may be a piece of the vocabulary too."""
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        vocabulary = {aliases.get(piece, piece): token_id for piece, token_id in vocabulary.items()}
-    else:
-        vocabulary = [[aliases.get(piece, piece), score] for piece, score in vocabulary]
-    renamed = model | {"vocab": vocabulary}
-    if "unk_token" in model:
-        renamed["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
-    if "merges" in model:
-        renamed["merges"] = [
-            [a, b]
-            for a, b in model["merges"]
-            if a not in aliases and b not in aliases and a + b not in aliases
-        ]
-    return renamed
 
 
 # The tokenizers library -------------------------------------------------------------------------------------

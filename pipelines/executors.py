@@ -19,7 +19,7 @@ from multiprocessing import connection, reduction
 from typing import Any, TypeVar
 
 from pipelines.disk_errors import is_disk_error, storage_error
-from pipelines.without_pandas import keep_pandas_out
+from pipelines.left_out import prepare_data_alone
 from schemas.errors import SftPipelineError, WorkerError
 
 Task = TypeVar("Task")
@@ -191,7 +191,7 @@ class _Inherited:
 
 def _start_worker(inherited: _Inherited) -> None:
     os.environ.update(ONE_THREAD)
-    keep_pandas_out()
+    prepare_data_alone()
     # Ctrl-C reaches the whole group: the parent tells of it, a worker ends without a traceback of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -39,14 +39,16 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
     if (result := run.skip(key)) is not None:
         return result
     entries = run.run_parts(split_part, tasks)
-    tables = {
+    files_of = {
         side: [
-            read_arrow(check_file(run.folder, e.kept[0]))
+            check_file(run.folder, e.kept[0])
             for e, (s, _, _) in zip(entries, sides, strict=True)
             if s == side
         ]
         for side in SPLITS
     }
+    # One part after another: pages of a mapped file count as memory as long as somebody holds its table.
+    tables = {side: map(read_arrow, paths) for side, paths in files_of.items()}
     module.check_hand_over(
         sum_counts(entry.counts for entry in entries),
         sum_counts(entry.drops for entry in entries),

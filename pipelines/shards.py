@@ -40,7 +40,7 @@ Written = list[tuple[Path, int]]
 
 
 def write_dataset(
-    folder: Path, tables: Mapping[str, Sequence[pa.Table]], *, batch_rows: int, file_bytes: int = FILE_BYTES
+    folder: Path, tables: Mapping[str, Iterable[pa.Table]], *, batch_rows: int, file_bytes: int = FILE_BYTES
 ) -> Written:
     """Write the examples of each split, in order, as one DatasetDict folder. Equal rows give equal bytes.
 

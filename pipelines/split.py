@@ -12,6 +12,7 @@ from pipelines.cut import all_rounds, chat_rounds, last_context
 from pipelines.documents import check_end_token, encode_document
 from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder, proved_on
 from pipelines.formats.document import is_document
+from pipelines.left_out import torch_left_out
 from pipelines.pieces import Chat, Example, Piece, build_examples, render_piece
 from pipelines.policy import message_weights, prepared_messages
 from pipelines.probes import PROBE_CHATS, check_encoder, check_template
@@ -100,11 +101,12 @@ class RowSplitter:
 
 
 def prepare(config: PipelineConfig) -> RowSplitter:
-    """The row step. Loads the tokenizer: some seconds, once per worker.
+    """The row step. Loads the tokenizer: a second, once per worker.
 
     Raises as load_encoder does.
     """
-    encoder = load_encoder(config)
+    with torch_left_out():
+        encoder = load_encoder(config)
     check_end_token(config, encoder)
     return RowSplitter(encoder, config.split)
 
@@ -191,7 +193,8 @@ def preflight(config: PipelineConfig) -> None:
     """
     if _proved_before(config):
         return
-    tokenizer: Any = load_tokenizer(config)
+    with torch_left_out():
+        tokenizer: Any = load_tokenizer(config)
     special_tokens = tokenizer.special_tokens_map
     try_in_child(tokenizer.chat_template, special_tokens=special_tokens, chats=PROBE_CHATS)
     encoder = replace(build_encoder(tokenizer), num_embeddings=num_embeddings(config))

@@ -318,8 +318,11 @@ def test_files_are_planned_by_workers_as_they_are_by_one_process(tmp_path: Path)
         assert plans[0] == plans[1]
         assert {part.file for part in plans[1].parts} == {"a.jsonl.gz", "b.jsonl", "c.csv", "d.jsonl"}
         assert plans[1].notes == ["source src: e.json holds no records"]
-        for name in ("c.json", "aa.json"):  # small ones, which are planned last; the first by name is told
-            (folder / name).write_bytes(b"%PDF")
+        for name, size in (
+            ("c.json", 1000),
+            ("aa.json", 9),
+        ):  # the larger is planned first, the first one is told
+            (folder / name).write_bytes(b"%PDF".ljust(size))
         for wanted in (alone, shared):
             with pytest.raises(InputError, match=r"aa\.json holds a PDF"):
                 plan(wanted, tmp_path / "spool")

@@ -125,11 +125,23 @@ def unigram() -> Tokenizer:
     return _add_tokens(tokenizer)
 
 
+def word_piece() -> Tokenizer:
+    """As BERT: words in lower case, white space is no part of any token, unknown words are one token."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=[UNK, BOS, EOS], show_progress=False)
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    return _add_tokens(tokenizer)
+
+
 FAMILIES: dict[str, Callable[[], Tokenizer]] = {
     "byte_level_bpe": byte_level_bpe,
     "metaspace_bpe": metaspace_bpe,
     "legacy_metaspace_bpe": legacy_metaspace_bpe,
     "unigram": unigram,
+    "word_piece": word_piece,
 }
 
 
