@@ -39,6 +39,8 @@ from schemas.pipeline_config import SplitConfig  # noqa: E402
 
 FAMILIES = ("byte_level_bpe", "metaspace_bpe", "metaspace_bpe_without_prefix", "unigram", "word_piece")
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+DEEPSEEK_END = "<｜end▁of▁sentence｜>"
+"""The folder of that tokenizer names no end token."""
 NO_CHATS = {"tokenizers", "chat_templates"}
 
 
@@ -199,6 +201,8 @@ def real_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token is None and DEEPSEEK_END in tokenizer.get_added_vocab():
+        tokenizer.eos_token = DEEPSEEK_END
     if tokenizer.chat_template is None:
         tokenizer.chat_template = template_for("chatml", tokenizer)
     return tokenizer

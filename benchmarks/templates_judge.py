@@ -168,7 +168,7 @@ def _is_answer(encoder: ChatEncoder, messages: list[Message], rendered: Rendered
         return span.has_end
     content = message.content.strip()
     place = written.find(content)
-    before, behind = written[: max(place, 0)], written[place + len(content) :].strip()
+    before, behind = written[: max(place, 0)], written[place + len(content) :].lstrip()
     ends = {token for token in encoder.template.end_tokens if behind.endswith(token)}
     return place >= 0 and not before.strip() and (behind == "" or (bool(ends) and behind in ends))
 

@@ -232,7 +232,7 @@ def _spells_unknown(encoder: ChatEncoder, encoded: Encoded, rendered: Rendered) 
     """Whether the unknown token stands where a text spells its name, if only in wide or capital letters."""
     if encoder.unknown_id is None:
         return False
-    name = encoder.backend.id_to_token(encoder.unknown_id).casefold()
+    name = str(encoder.backend.id_to_token(encoder.unknown_id)).casefold()
     found = np.flatnonzero(encoded.ids == encoder.unknown_id)
     return any(
         name in unicodedata.normalize("NFKC", rendered.text[encoded.starts[n] : encoded.ends[n]]).casefold()

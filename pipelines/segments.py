@@ -6,6 +6,7 @@ new (a turn that now stands first, say) is encoded.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,9 +15,13 @@ from pipelines.render import Rendered
 from schemas.conversation import Drop
 
 Gap = tuple[str | None, str, str | None]
-"""Control token on the left, text, control token on the right; None is the beginning or end of the text.
+"""Control token on the left, text, control token on the right; None is the beginning or end of the text."""
 
-The neighbours belong to it: they may strip white space, and some tokenizers treat the first text differently."""
+Key = tuple[int | None, str, int | None]
+"""A gap with the kinds of its neighbours in place of them.
+
+The neighbours belong to it: they may strip white space, and some tokenizers treat the first text differently. Which
+of the tokens of a kind stands there makes no difference: the text of a gap is encoded alone."""
 
 
 @dataclass(slots=True)
@@ -24,7 +29,7 @@ class KnownGaps:
     """Encodings of the gaps of one chat, places counted from the beginning of the gap."""
 
     encoder: ChatEncoder
-    known: dict[Gap, Encoded] = field(default_factory=dict)
+    known: dict[Key, Encoded] = field(default_factory=dict)
     num_encoded_chars: int = 0
 
 
@@ -34,7 +39,7 @@ def learn(gaps: KnownGaps, rendered: Rendered, encoded: Encoded) -> None:
     firsts, ends = [0, *(tokens + 1).tolist()], [*tokens.tolist(), len(encoded.ids)]
     for gap, place, first, end in zip(_gaps(rendered), _places(rendered), firsts, ends, strict=True):
         inside = slice(first, end)
-        gaps.known[gap] = Encoded(
+        gaps.known[_key(gaps.encoder, gap)] = Encoded(
             encoded.ids[inside], encoded.starts[inside] - place, encoded.ends[inside] - place
         )
 
@@ -44,12 +49,13 @@ def encode_again(gaps: KnownGaps, rendered: Rendered) -> Encoded | Drop:
     control_ids = gaps.encoder.control_ids
     pieces: list[Encoded] = []
     for gap, place in zip(_gaps(rendered), _places(rendered), strict=True):
-        known = gaps.known.get(gap)
+        key = _key(gaps.encoder, gap)
+        known = gaps.known.get(key)
         if known is None:
             new = _encode_gap(gaps, gap)
             if isinstance(new, Drop):
                 return new
-            known = gaps.known[gap] = new
+            known = gaps.known[key] = new
         pieces.append(Encoded(known.ids, known.starts + place, known.ends + place))
         if (token := gap[2]) is not None:
             end = place + len(gap[1])
@@ -85,6 +91,23 @@ def _encode_gap(gaps: KnownGaps, gap: Gap) -> Encoded | Drop:
         starts=encoded.starts[inside] - place,
         ends=encoded.ends[inside] - place,
     )
+
+
+def _key(encoder: ChatEncoder, gap: Gap) -> Key:
+    kinds = _kinds(encoder)
+    left, text, right = gap
+    return None if left is None else kinds[left], text, None if right is None else kinds[right]
+
+
+@lru_cache(maxsize=4)
+def _kinds(encoder: ChatEncoder) -> dict[str, int]:
+    """Control tokens that treat their surroundings alike have one number."""
+    added = encoder.backend.get_added_tokens_decoder().values()
+    flags = {
+        token.content: (token.lstrip, token.rstrip, token.single_word, token.normalized) for token in added
+    }
+    numbers = {flag: number for number, flag in enumerate(sorted(set(flags.values())))}
+    return {content: numbers[flag] for content, flag in flags.items()}
 
 
 def _control_indices(rendered: Rendered, encoded: Encoded) -> np.ndarray:
