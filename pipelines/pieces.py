@@ -99,6 +99,7 @@ def build_examples(chat: Chat, piece: Piece, *, number: int, counts: Counter[str
     spans = sorted([*answers, *prompts], key=lambda span: span.start)
     tokens = trained_tokens(piece.encoded, spans)
     _count(chat, piece, answers, dict(zip(map(id, spans), tokens.straddling, strict=True)), counts)
+    counts["prompts_not_located"] += _num_prompts(chat, piece) - len(prompts)
     examples: list[Example] = []
     for window in piece.windows or [Window(0, 0, len(piece.encoded.ids))]:
         example = _example(chat, piece, window, tokens, spans, number + len(examples))
@@ -142,6 +143,15 @@ def _num_bytes(piece: Piece, window: Window, spans: Sequence[TrainedSpan]) -> in
         (max(span.start, span.text_start, low), min(span.end, span.closing_start, high)) for span in spans
     ]
     return sum(len(utf8(text[start:end])) for start, end in places if start < end)
+
+
+def _num_prompts(chat: Chat, piece: Piece) -> int:
+    """How many messages of a piece are trained that are no answers."""
+    if not chat.weights.prompt and chat.config.train_on in (["assistant"], ["last"]):
+        return 0
+    wanted = [n for n in piece.numbers if n >= piece.trained_from]
+    trained = [n for n in wanted if n in chat.weights.trained and chat.messages[n].role != "assistant"]
+    return len(trained) + sum(1 for n in wanted if n in chat.weights.prompt)
 
 
 def _count(

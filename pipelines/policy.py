@@ -124,7 +124,7 @@ def trained_spans(
     """Answers and prompts to train, weighted, without the messages before `first`; numbers are those of the row."""
     wanted = {place: number for place, number in enumerate(numbers) if number >= first}
     answers = [
-        replace(part, weight=weights.trained[wanted[span.message_index]])
+        part if (weight := weights.trained[wanted[span.message_index]]) == 1 else replace(part, weight=weight)
         for span in rendered.spans
         if wanted.get(span.message_index) in weights.trained
         for part in _chosen_parts(span, rendered.text, config)

@@ -43,6 +43,7 @@ COUNTS = {
     "turns_without_end_token": "trained answers after which the template wrote no end token",
     "blank_answers_not_located": "blank answers that the template writes in another way, not trained",
     "documents": "plain texts, of any length, in examples of their own",
+    "prompts_not_located": "texts to train that are no answers and that the template writes in another way, not trained",
     "answers_of_other_parts": "answers that are only reasoning or tool calls where these are not trained",
     "reasoning_dropped": "turns whose reasoning split.reasoning took out",
     "reasoning_left_out": "turns whose reasoning the template left out, as it does before the last question",

@@ -163,6 +163,14 @@ def test_calls_and_observations_keep_what_they_are() -> None:
     ]
 
 
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_is_kept_whatever_its_length(key: str) -> None:
+    turn = {"role": "assistant", "content": "a", key: "well " * 1000}
+    chat = messages.read({"messages": [{"role": "user", "content": "q"}, turn]})
+    assert isinstance(chat, list)
+    assert chat[1].extras == {key: "well " * 1000}
+
+
 def test_small_plain_extras_are_kept_and_large_or_nested_ones_left_out() -> None:
     small = {"model": "x", "weight": 0.5, "n": 3, "edited": True}
     other = {

@@ -179,6 +179,17 @@ def test_a_turn_that_only_calls_is_not_trained_without_calls() -> None:
     assert result.counts["answers_of_other_parts"] == 1
 
 
+def test_texts_that_the_template_quotes_are_read_and_counted() -> None:
+    source = MARKED.replace(
+        "+ message.content +", "+ (message.content | tojson if message.role == 'tool' else message.content) +"
+    )
+    chat = [ASKED, said("assistant", "", tool_calls=[CALL]), said("tool", 'say "x"'), said("assistant", "b")]
+    result = split(chat, source, prompt_weight=1)
+    assert [text for text, _ in trained(result.examples[0], source)][0] == "q"
+    assert '"say \\"x\\""' in encoder_of(source).tokenizer.decode(result.examples[0].input_ids)
+    assert result.counts["prompts_not_located"] == 1
+
+
 # System prompts ---------------------------------------------------------------------------------------------
 
 REFUSES = (
