@@ -185,7 +185,7 @@ def test_texts_that_the_template_quotes_are_read_and_counted() -> None:
     )
     chat = [ASKED, said("assistant", "", tool_calls=[CALL]), said("tool", 'say "x"'), said("assistant", "b")]
     result = split(chat, source, prompt_weight=1)
-    assert [text for text, _ in trained(result.examples[0], source)][0] == "q"
+    assert next(text for text, _ in trained(result.examples[0], source)) == "q"
     assert '"say \\"x\\""' in encoder_of(source).tokenizer.decode(result.examples[0].input_ids)
     assert result.counts["prompts_not_located"] == 1
 
