@@ -104,9 +104,7 @@ def speed_of_stage(options: argparse.Namespace) -> None:
         )
     )
     print(etl.HEAD)
-    started = cpu_seconds(resource.RUSAGE_CHILDREN)
     print(etl.measured("dedup", config, options.run_root, num_bytes))
-    print(f"CPU seconds {cpu_seconds(resource.RUSAGE_CHILDREN) - started:.1f}")
 
 
 def _survivors(texts: list[str], options: argparse.Namespace) -> tuple[GramSets, PrefixIndex, Ints]:
@@ -117,14 +115,9 @@ def _survivors(texts: list[str], options: argparse.Namespace) -> tuple[GramSets,
 
 def timed(work: Callable[[], Result]) -> tuple[Result, float, float]:
     """What it gives, seconds and CPU seconds."""
-    started, cpu = time.monotonic(), cpu_seconds(resource.RUSAGE_SELF)
+    started, cpu = time.monotonic(), time.process_time()
     result = work()
-    return result, time.monotonic() - started, cpu_seconds(resource.RUSAGE_SELF) - cpu
-
-
-def cpu_seconds(who: int) -> float:
-    used = resource.getrusage(who)
-    return used.ru_utime + used.ru_stime
+    return result, time.monotonic() - started, time.process_time() - cpu
 
 
 def memory_mib() -> float:

@@ -76,10 +76,10 @@ def _made_part(run_root: Path, start: int, num_rows: int) -> PartEntry:
 def _part(run_root: Path, start: int, texts: list[str]) -> PartEntry:
     folder = run_root / STAGE_FOLDERS["filter"]
     path = folder / f"part-{start:012}.parquet"
-    num_rows = write_rows(path, (_chat(start + number, text) for number, text in enumerate(texts)))
+    num_rows = write_rows(path, (_chat(start, number, text) for number, text in enumerate(texts)))
     return PartEntry(
         key=blake2b_128(str(start).encode()),
-        label=f"texts/{start}",
+        label=f"texts/file.jsonl:{start}",
         kept=(file_entry(path, folder=folder, num_rows=num_rows),),
         dropped=None,
         num_rows_in=num_rows,
@@ -88,11 +88,11 @@ def _part(run_root: Path, start: int, texts: list[str]) -> PartEntry:
     )
 
 
-def _chat(number: int, text: str) -> Conversation:
+def _chat(start: int, number: int, text: str) -> Conversation:
     words = text.split()
     prompt, answer = " ".join(words[:PROMPT_WORDS]), " ".join(words[PROMPT_WORDS:])
     messages = [Message("user", prompt), Message("assistant", answer)]
-    return Conversation(blake2b_128(str(number).encode()), "texts/file.jsonl", number, messages, {})
+    return Conversation(blake2b_128(str(start + number).encode()), "texts/file.jsonl", number, messages, {})
 
 
 def _write_manifest(run_root: Path, parts: list[PartEntry]) -> None:

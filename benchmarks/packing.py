@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py NAME=SHARDS [NAME=SHARDS ...] [--capacity 4096] [--examples 10000000] [--peer PYTHON]
 
-SHARDS is a folder 06_shards, or a .npy file of lengths. Beside them stand `--examples` lengths of a log-normal
+SHARDS is a folder 06_shards, with #SOURCE behind it for the examples of one source, or a .npy file of lengths. Beside them stand `--examples` lengths of a log-normal
 distribution (median 245, capped at the capacity), which are too many for TRL: it packs the tokens themselves, and is
 given the first `--peer-examples` of them, of one byte each. TRL packs each 1,000 rows by themselves unless it is told
 otherwise ("whole"). Every measurement is a process of its own; seconds are its CPU seconds for the packing alone, memory
@@ -13,7 +13,6 @@ lengths, what attention costs.
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 HEAD = "| lengths | examples | packed by | CPU s | peak MiB | bins | fewest possible | padding | spread |"
 
 PEER = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np, pyarrow as pa, trl
 from datasets import Dataset, disable_caching, disable_progress_bars
 disable_caching(); disable_progress_bars()
@@ -40,7 +40,8 @@ started = time.process_time()
 packed = pack(data, capacity, "bfd", {"batch_size": batch, "keep_in_memory": True})
 seconds = time.process_time() - started
 sums = [sum(n * n for n in row) for row in packed["seq_lengths"]]
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+status = open("/proc/self/status").read()
+memory = int(status.split("VmHWM:")[1].split()[0]) / 1024
 print(json.dumps({"seconds": seconds, "memory": memory, "num_bins": len(packed), "by": "TRL " + trl.__version__,
                   "spread": float(np.std(sums) / np.mean(sums))}))
 """
@@ -84,20 +85,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def all_lengths(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
-    found = [(name, read_lengths(Path(path))) for name, path in options.shards]
+    found = [(name, read_lengths(*path.partition("#")[::2])) for name, path in options.shards]
     if options.examples:
         drawn = np.random.default_rng(0).lognormal(5.5, 1.0, options.examples)
         found.append(("log-normal", np.clip(drawn, 1, options.capacity).astype(np.int32)))
     return found
 
 
-def read_lengths(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
+def read_lengths(path: str, source: str) -> np.ndarray:
+    if path.endswith(".npy"):
         lengths: np.ndarray = np.load(path)
         return lengths
     from pipelines.shards import open_split
 
-    return np.array(open_split(path, "train")["num_tokens"])
+    table = open_split(Path(path), "train")
+    if source:
+        table = table.filter(pc.starts_with(table["source"], f"{source}/"))
+    return np.array(table["num_tokens"])
 
 
 # One measurement --------------------------------------------------------------------------------------------
@@ -127,7 +131,8 @@ def measure(lengths: np.ndarray, capacity: int) -> dict[str, Any]:
     started = time.process_time()
     plan = plan_epoch(lengths, keys, capacity=capacity, seed=0, epoch=0)
     seconds = time.process_time() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: there the peak of the process that started this one counts too.
+    memory = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
     costs = bin_costs(plan)
     num_bins = packing_summary(plan, capacity)["num_bins"]
     spread = float(costs.std() / costs.mean())

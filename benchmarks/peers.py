@@ -145,7 +145,7 @@ def _our_stages(
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
     program = str(Path(sys.executable).parent / "sft-pipeline")
-    return [([program, "step", stage, str(path)], {}) for stage in stages]
+    return [([program, "step", stages[0], str(path), "--until", stages[-1]], {})]
 
 
 # Theirs -------------------------------------------------------------------------------------------------------

@@ -114,11 +114,21 @@ def run(
 
 
 @app.command(group=PIPELINE)
-def step(stage: DataStage, config: Path, /, *, overrides: Overrides = ()) -> None:
-    """Run one stage of the data, without Prefect."""
+def step(
+    stage: DataStage, config: Path, /, *, until: DataStage | None = None, overrides: Overrides = ()
+) -> None:
+    """Run one stage of the data, without Prefect.
+
+    Parameters
+    ----------
+    stage
+        The stage.
+    until
+        Also the stages after it, as far as this one.
+    """
     from flows.commands import run_step
 
-    run_step(stage, config, overrides)
+    run_step(stage, config, overrides, last=until or stage)
 
 
 @app.command(group=MODEL)

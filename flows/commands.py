@@ -50,12 +50,13 @@ def dry_run_pipeline(
             print(f"{name:<10} runs unless shards, plan, model and settings are those of its last result")
 
 
-def run_step(stage: str, config_path: Path, overrides: Sequence[str]) -> None:
-    """One data stage in this process; prints its folder."""
-    with open_run(config_path, overrides, first=stage, last=stage) as run:
-        result = run_with_progress(stage, run.config)
-        sys.stderr.write(stage_line(result) + "\n")
-        print(run.config.run_root / STAGE_FOLDERS[stage])
+def run_step(first: str, config_path: Path, overrides: Sequence[str], *, last: str) -> None:
+    """Data stages `first` to `last` in this process; prints the folder of the last."""
+    with open_run(config_path, overrides, first=first, last=last) as run:
+        for stage in chosen_stages(first, last):
+            result = run_with_progress(stage, run.config)
+            sys.stderr.write(stage_line(result) + "\n")
+        print(run.config.run_root / STAGE_FOLDERS[last])
 
 
 def run_trainer_here(command: str, config_path: Path, overrides: Sequence[str], *more: str) -> None:

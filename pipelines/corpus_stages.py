@@ -68,7 +68,7 @@ def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
         parts,
         inputs=inputs,
         files=(*(entry.kept[0] for entry in entries), *leaks.files, clusters_file),
-        counts=decided.counts | _cluster_counts(clusters) | dict(leaks.counts),
+        counts=dict(decided.counts) | _cluster_counts(clusters) | dict(leaks.counts),
     )
 
 

@@ -30,7 +30,7 @@ class Decided:
     """Verdicts on the rows of all parts, numbered over all of them."""
 
     verdicts: pa.Table
-    counts: Mapping[str, int]
+    counts: dict[str, int]
     row_ids: pa.ChunkedArray
     part_starts: Ints  # one more than parts
     is_again: Bools  # the row's id stands in an earlier row

@@ -144,9 +144,8 @@ def end_run(page: Page) -> None:
         page.run = []
         if text.isspace():
             return
-    canonical = visible = _plain(text, page)
-    if visible is None:
-        visible, canonical = _with_markup(text, page)
+    plain = _plain(text, page)
+    visible, canonical = (plain, plain) if plain is not None else _with_markup(text, page)
     if not visible:
         return
     page.visible.append(visible)

@@ -239,8 +239,21 @@ class StageRun:
             self.num_rows_run += num_rows_run
             self.num_rows_reused += sum(entry.num_rows_in for entry in entries.values()) - num_rows_run
 
+    def parts_made_alike(self) -> dict[str, PartEntry]:
+        """By label the parts of the last run, where code, settings and libraries were those of this one."""
+        manifest = self._manifest_before()
+        alike = manifest is not None and (manifest.stage_version, manifest.config, manifest.versions) == (
+            self.version,
+            self.sections,
+            self.versions,
+        )
+        return {part.label: part for part in manifest.parts} if manifest is not None and alike else {}
+
+    def _manifest_before(self) -> Manifest | None:
+        return read_manifest(self.folder) or read_manifest(self.folder, REPLACED_MANIFEST_NAME)
+
     def _known_entries(self) -> dict[str, PartEntry]:
-        manifest = read_manifest(self.folder) or read_manifest(self.folder, REPLACED_MANIFEST_NAME)
+        manifest = self._manifest_before()
         if manifest is None:
             return {}
         features = [file for file in manifest.files if file.path.startswith("features/")]

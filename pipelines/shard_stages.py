@@ -31,9 +31,10 @@ def run_split(run: StageRun, module: ModuleType) -> StageResult:
     sides = [
         (side, part, file) for side in SPLITS for part in before.parts for file in side_files(part, side)
     ]
+    made_before = run.parts_made_alike()
     tasks = [
-        run.task(run.key(side, file.sha256), f"{side} {part.label}", (folder, file, side))
-        for side, part, file in sides
+        run.task(run.key(side, file.sha256), label, (folder, file, side, made_before.get(label)))
+        for side, file, label in ((side, file, f"{side} {part.label}") for side, part, file in sides)
     ]
     key = run.key([[task.key, task.label] for task in tasks])
     if (result := run.skip(key)) is not None:

@@ -9,6 +9,7 @@ dataset_dict.json
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def examples_to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
             _lists(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
         )
     return pa.RecordBatch.from_arrays(columns, schema=SHARD)
+
+
+def table_to_examples(table: pa.Table) -> list[Example]:
+    """The inverse of examples_to_batch; arrays are views of the table."""
+    columns = {field.name: _values(table[field.name].combine_chunks(), field.type) for field in SHARD}
+    return [Example(**{name: values[row] for name, values in columns.items()}) for row in range(len(table))]
+
+
+def _values(column: pa.Array, arrow_type: pa.DataType) -> list[Any]:
+    if not pa.types.is_list(arrow_type):
+        return list(column.to_pylist())
+    values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    return [values[start:end] for start, end in pairwise(offsets.tolist())]
 
 
 def _lists(values: list[np.ndarray], list_type: pa.ListType) -> pa.ListArray:

@@ -97,34 +97,30 @@ def _unpacked_drops(packed: pa.Table) -> dict[int, Drop]:
 
 
 def split_part(task: PartTask) -> PartEntry:
-    """Rows of one side -> examples. Payload: (input folder, FileEntry, side)."""
-    from pipelines.shards import examples_to_batch
+    """Rows of one side -> examples. Payload: (input folder, FileEntry, side, entry of the part before or None)."""
+    from pipelines.split_results import known_results, result_key, write_results
 
-    folder, entry, side = task.payload
+    folder, entry, side, before = task.payload
     rows = list(read_rows(check_file(folder, entry)))
-    step = prepared(task).proved_on(rows)  # type: ignore[attr-defined]
-    examples: list[Any] = []
-    dropped: Dropped = []
+    keys = [result_key(row) for row in rows]
+    results = known_results(task.folder, before)
+    new = {key: row for key, row in zip(keys, rows, strict=True) if key not in results}
+    if new:
+        step = prepared(task).proved_on(list(new.values()))  # type: ignore[attr-defined]
+        results |= {key: _apply(step, row, task) for key, row in new.items()}
+    in_order = [results[key] for key in keys]
+    kept = write_results(task.folder, f"{side}-{task.key[:32]}", keys, in_order)
+    dropped = [(row, found) for row, found in zip(rows, in_order, strict=True) if isinstance(found, Drop)]
     counts: Counter[str] = Counter()
-    num_pieces_cut = 0
-    for row in rows:
-        result = _apply(step, row, task)
-        if isinstance(result, Drop):
-            dropped.append((row, result))
-            continue
-        examples.extend(result.examples)
-        num_pieces_cut += len(result.examples) - 1
-        counts.update(result.counts)
-    path = task.folder / f"parts/{side}-{task.key[:32]}.arrow"
-    write_arrow(path, pa.Table.from_batches([examples_to_batch(examples)]))
-    kept = file_entry(path, folder=task.folder, num_rows=len(examples))
+    for result in in_order:
+        counts.update({} if isinstance(result, Drop) else result.counts)
     return _entry(
         task,
-        (kept,),
+        kept,
         _dropped_file(task, dropped),
-        len(examples) - num_pieces_cut + len(dropped),
+        len(rows),
         Counter(drop.reason for _, drop in dropped),
-        num_pieces_cut=num_pieces_cut,
+        num_pieces_cut=kept[0].num_rows - (len(rows) - len(dropped)),
         counts=dict(counts),
     )
 

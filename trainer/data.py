@@ -69,14 +69,20 @@ def read_plan(run_root: Path, split: str, epoch: int) -> Plan:
 
 def plan_from_table(table: pa.Table, *, split: str, epoch: int) -> Plan:
     """A plan from the columns of schemas.dataset.PLAN. Raises IntegrityError when its bins are not in order."""
-    bins, *columns = (column_view(table, name) for name in _PLAN_COLUMNS)
+    bins = column_view(table, "bin")
     jumps = np.diff(bins, prepend=np.int32(-1))
     if not ((jumps == 0) | (jumps == 1)).all():
         raise IntegrityError(f"the plan of {split} epoch {epoch} is not sorted by bin; run 'pack' again")
-    return Plan(split, epoch, *columns, bin_starts=np.append(np.flatnonzero(jumps), len(bins)))
-
-
-_PLAN_COLUMNS = ("bin", "example", "num_tokens", "first_token", "num_trained_tokens", "weight_sum")
+    return Plan(
+        split=split,
+        epoch=epoch,
+        examples=column_view(table, "example"),
+        num_tokens=column_view(table, "num_tokens"),
+        first_tokens=column_view(table, "first_token"),
+        num_trained_tokens=column_view(table, "num_trained_tokens"),
+        weight_sums=column_view(table, "weight_sum"),
+        bin_starts=np.append(np.flatnonzero(jumps), len(bins)),
+    )
 
 
 def check_plan(run_root: Path) -> None:

@@ -98,7 +98,7 @@ def count_trained_tokens(held_out: HeldOut) -> NDArray[np.int64]:
 
 def _by_example(plan: Plan, values: np.ndarray) -> NDArray[np.float64]:
     """Sums over the pieces of each example: of a long document there are several."""
-    return np.bincount(plan.examples, weights=values)
+    return np.bincount(plan.examples, weights=values).astype(np.float64)
 
 
 def held_out_loss(

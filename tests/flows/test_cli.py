@@ -146,7 +146,7 @@ def test_stages_are_chosen_from_first_to_last_with_both_ends() -> None:
 def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
     program = (
         "import os, signal, flows.commands as c, flows.cli as cli, flows.exit_codes as e\n"
-        "c.run_step = lambda *a: os.kill(os.getpid(), signal.{name})\n"
+        "c.run_step = lambda *a, **k: os.kill(os.getpid(), signal.{name})\n"
         "import sys; sys.exit(e.exit_code_of(cli.run_command, ['step', 'merge', 'x.yaml']))"
     )
     for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):

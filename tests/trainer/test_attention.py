@@ -86,15 +86,16 @@ TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text
 def test_twenty_steps_packed_are_twenty_steps_of_each_document_alone(family: str) -> None:
     """All weights trained, windows shorter than documents. Gemma 2's judge is eager attention with a float mask."""
     found = [_twenty_steps(family, is_packed) for is_packed in (False, True)]
-    for step, ((loss_alone, alone), (loss, gradient)) in enumerate(zip(*found, strict=True)):
-        assert loss == pytest.approx(loss_alone, rel=1e-5), f"step {step}"
-        assert (gradient - alone).norm() / alone.norm() < 1e-4, f"step {step}"
+    for step, ((loss_alone, alone), (loss_packed, gradient)) in enumerate(zip(*found, strict=True)):
+        assert loss_packed == pytest.approx(loss_alone, rel=1e-5), f"step {step}"
+        # Found: 1e-16, and 2e-6 where norms compute in fp32 (Gemma).
+        assert (gradient - alone).norm() / alone.norm() < 1e-5, f"step {step}"
     assert found[1][0][0] - found[1][-1][0] > 0.1, "and it learns"
 
 
 def _twenty_steps(family: str, is_packed: bool) -> list[tuple[float, torch.Tensor]]:
-    """Loss and gradient of each step."""
-    model = tiny_model(family, **FAMILIES[family]).train()
+    """Loss and gradient of each step. In fp64, or the roundings of fp32 grow from step to step."""
+    model = tiny_model(family, dtype=torch.float64, **FAMILIES[family]).train()
     use_packed_attention(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     steps = []
