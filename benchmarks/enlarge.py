@@ -1,6 +1,6 @@
 """Real dumps made larger: whole copies with new ids, in which words of the prose are changed for others of the dump.
 
-    python benchmarks/enlarge.py sharegpt_html.json.gz --megabytes 1000 --out large.json
+    python benchmarks/enlarge.py sharegpt_html.json.gz --megabytes 1000 --out large.json [--files 8]
 
 Tags, code, addresses and character references stay as they are, so a copy costs a converter what the original costs;
 a quarter of the longer words differs, so no copy is a near-duplicate of another. "openai" and "chatgpt", for which
@@ -23,11 +23,16 @@ SHARE = 0.25
 """Of the words of four letters and more."""
 
 Record = dict[str, Any]
+MEGABYTE = 1_000_000
 
 
 def main() -> None:
     options = parse_arguments()
-    enlarge(options.file, options.out, num_bytes=options.megabytes * 1_000_000)
+    records = copies(read_records(options.file))
+    if options.files:
+        write_files(records, options.out, num_bytes=options.megabytes * MEGABYTE, num_files=options.files)
+    else:
+        write_array(records, options.out, num_bytes=options.megabytes * MEGABYTE)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,22 +42,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("file", type=Path)
     parser.add_argument("--megabytes", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--files", type=int, default=0, help="write so many .jsonl.gz in the folder --out instead"
+    )
     return parser.parse_args()
 
 
-def enlarge(source: Path, target: Path, *, num_bytes: int) -> int:
-    """Write a JSON array of records, at least `num_bytes` long; the first copy is the dump itself. Returns the count."""
-    records = read_records(source)
+def write_array(records: Iterator[Record], target: Path, *, num_bytes: int) -> int:
+    """Write a JSON array of records, at least `num_bytes` long; returns their number."""
     count, written = 0, 0
     with target.open("wb") as file:
-        for record in copies(records):
-            text = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            written += file.write((b",\n" if count else b"[") + text)
+        while written < num_bytes:
+            written += file.write((b",\n" if count else b"[") + as_json(next(records)))
             count += 1
-            if written >= num_bytes:
-                break
         file.write(b"]\n")
     return count
+
+
+def write_files(records: Iterator[Record], folder: Path, *, num_bytes: int, num_files: int) -> None:
+    """So many gzip files of JSON Lines, of that size together before they are compressed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num_files):
+        written = 0
+        with gzip.open(folder / f"{number}.jsonl.gz", "wb", compresslevel=6) as file:
+            while written < num_bytes / num_files:
+                written += file.write(as_json(next(records)) + b"\n")
+
+
+def as_json(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def read_records(source: Path) -> list[Record]:

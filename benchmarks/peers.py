@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from enlarge import enlarge, read_records
+from enlarge import MEGABYTE, copies, read_records, write_array
 from measure import Cost, run_measured
 
 from pipelines.rules.languages import model_path
@@ -48,7 +48,7 @@ def main() -> None:
     options = parse_arguments()
     options.folder.mkdir(parents=True)
     data = options.folder / "large.json"
-    num_chats = enlarge(options.file, data, num_bytes=options.megabytes * 1_000_000)
+    num_chats = write_array(copies(read_records(options.file)), data, num_bytes=options.megabytes * MEGABYTE)
     num_bytes = data.stat().st_size
     print(machine(options), f"{num_chats:,} chats, {num_bytes / 1e6:.0f} MB\n")
     print(

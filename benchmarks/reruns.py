@@ -2,7 +2,7 @@
 
     python benchmarks/reruns.py sharegpt.json.gz --run-root NEW_FOLDER [--megabytes 200] [--workers 2]
 
-The array is made of the dump (see enlarged.py). After a first run, new records go in as one block at each of some
+The array is made of the dump (see enlarge.py). After a first run, new records go in as one block at each of some
 random places in turn, then scattered over five places at once. Each time the run is that of before, whose parts are
 taken over; what is counted are the rows that really passed through the stage's functions.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also as a script, the packages of this checkout
 
-from benchmarks.enlarged import MEGABYTE, enlarged
+from benchmarks.enlarge import MEGABYTE, as_json, copies, read_records
 from pipelines.parts import StageResult
 from pipelines.stage import run_stage
 from schemas.pipeline_config import EngineConfig, MergeConfig, PipelineConfig, SourceConfig
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_records(data: Path, megabytes: float) -> tuple[list[bytes], list[bytes]]:
     """Records of that size together, and 1 % more."""
-    source = enlarged(data)
+    source = map(as_json, copies(read_records(data)))
     records: list[bytes] = []
     num_bytes = 0
     while num_bytes < megabytes * MEGABYTE:

@@ -2,7 +2,7 @@
 
     python benchmarks/workers.py sharegpt.json.gz --folder NEW_FOLDER [--megabytes 1000] [--until filter] [--rounds 1]
 
-The data is made of the dump (see enlarged.py). Each run is a process of its own in a new run root; one worker and two
+The data is made of the dump (see enlarge.py). Each run is a process of its own in a new run root; one worker and two
 take turns, so that a machine that others use slows both. CPU seconds are those of the whole process tree.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also as a script, the packages of this checkout
 
-from benchmarks.enlarged import enlarged, write_array, write_files
+from benchmarks.enlarge import MEGABYTE, copies, read_records, write_array, write_files
 from schemas.run import STAGES
 
 WORKERS = (1, 2)
@@ -49,8 +49,9 @@ def main() -> None:
     script = options.folder / "run.py"
     script.write_text(RUN)
     array, files = options.folder / "array.json", options.folder / "files"
-    write_array(enlarged(options.data), options.megabytes, array)
-    write_files(enlarged(options.data), options.megabytes, files, num_files=8)
+    records, num_bytes = read_records(options.data), int(options.megabytes * MEGABYTE)
+    write_array(copies(records), array, num_bytes=num_bytes)
+    write_files(copies(records), files, num_bytes=num_bytes, num_files=8)
     print(
         "| data | round | stage | 1 worker, seconds | 2 workers | times as fast |\n|---|---|---|---|---|---|"
     )
