@@ -18,14 +18,16 @@ from schemas.run import STAGE_FOLDERS
 from trainer.memory import CHECKPOINT_BYTES_PER_WEIGHT, num_trained_weights, read_shapes
 
 STAGE_FACTORS: dict[str, tuple[float, float]] = {
-    "merge": (0.11, 0.66),
-    "clean": (0.07, 0.66),
-    "filter": (0.07, 0.67),
-    "dedup": (0.25, 2.64),
-    "holdout": (0.25, 2.88),  # with the ledger
-    "split": (0.43, 4.69),
-    "pack": (0.00, 0.05),
+    "merge": (0.11, 0.70),
+    "clean": (0.07, 0.70),
+    "filter": (0.07, 0.71),
+    "dedup": (0.25, 2.80),
+    "holdout": (0.25, 2.90),  # with the ledger
+    "split": (0.43, 5.20),
+    "pack": (0.00, 0.12),
 }
+PART_BYTES = 8192
+"""Of a part whatever is in it: heads and indexes of its files."""
 SAMPLED_BYTES = 1 << 20
 SAMPLE_BUDGET_BYTES = 64 << 20
 TOKENIZER_BYTES = 16 << 20
@@ -83,11 +85,13 @@ def raw_bytes(path: Path) -> tuple[int, bool]:
 
 
 def _stage_needs(config: PipelineConfig, stages: Sequence[str], plain: int) -> Iterator[Need]:
+    of_parts = PART_BYTES * (1 + plain // config.merge.part_bytes)
     for stage, (smallest, largest) in STAGE_FACTORS.items():
         if stage not in stages:
             continue
         present = folder_bytes(config.run_root / STAGE_FOLDERS[stage])
-        yield Need(STAGE_FOLDERS[stage], max(0, int(smallest * plain) - present), int(largest * plain))
+        most = int(largest * plain) + of_parts
+        yield Need(STAGE_FOLDERS[stage], max(0, int(smallest * plain) - present), most)
 
 
 def _spool_need(needs: Sequence[Need], spooled: int) -> Need:
