@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
+import regex
 from markdown_it import MarkdownIt
 
 from pipelines.html_marks import Fragments, Marks
@@ -82,13 +83,15 @@ def _is_tricky(text: str, marks: Marks) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _punctuation_inside(marks: Marks) -> tuple[re.Pattern[str], re.Pattern[str]]:
+def _punctuation_inside(marks: Marks) -> tuple[regex.Pattern[str], regex.Pattern[str]]:
+    """As CommonMark sees it: whatever is neither a blank nor punctuation is a letter, vowel signs and icons too."""
     token = f"{marks.open}\\d+[{marks.close}{marks.code_close}]"
     either = f"{marks.openers}{marks.closers}{marks.open}{marks.close}{marks.code_close}"
-    outside = f"((?:{token}|(?![{either}])(?:[^\\w\\s]|_))+)"
+    letter = f"[^\\s\\p{{P}}\\p{{S}}{either}]"
+    outside = f"((?:{token}|(?![{either}])[\\p{{P}}\\p{{S}}])+)"
     return (
-        re.compile(f"(?:(?<=[^\\W_])|(?<=[{marks.closers}]))([{marks.openers}]+){outside}"),
-        re.compile(f"{outside}([{marks.closers}]+)(?=[{marks.openers}]*[^\\W_])"),
+        regex.compile(f"(?:(?<={letter})|(?<=[{marks.closers}]))([{marks.openers}]+){outside}"),
+        regex.compile(f"{outside}([{marks.closers}]+)(?=[{marks.openers}]*{letter})"),
     )
 
 

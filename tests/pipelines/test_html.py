@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -566,6 +566,9 @@ _pages = (
 
 @settings(max_examples=150)
 @given(_pages)
+@example(page("<p>\ue000<strong>(x)</strong></p>"))
+@example(page("<p><strong>是：</strong>\ue000</p>"))
+@example(page("<p>की<strong>(x)</strong>है, <em>“y”</em>की</p>"))
 def test_any_page_reads_the_same_in_markdown(source: str) -> None:
     converted = convert_answer(source, CleanConfig())
     assert isinstance(converted, Converted), converted
