@@ -30,7 +30,7 @@ demo-model: $(VENV)/.installed  ## the demo's model, converted once into .cache
 demo: demo-model  ## the whole journey on examples/, on this machine's CPU
 	$(BIN)/python examples/demo.py
 
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 10
 
 test: demo-model  ## every test but those of stress and hard
 	$(PYTEST) -m "not stress and not hard"

@@ -20,7 +20,7 @@ from pipelines.text_repair import MAX_PASSES, clean_unicode, mojibake_fixer, wit
 from schemas.conversation import Conversation, Drop, Message
 from schemas.pipeline_config import CleanConfig, PipelineConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 _TAG_OR_REFERENCE = re.compile(r"<[a-zA-Z/!]|&(?:#\w{1,8}|[a-zA-Z]\w{1,31});")
 _INVISIBLE_START = "\ufeff\u200b\u2060\x00"
