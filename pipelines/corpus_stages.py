@@ -1,5 +1,6 @@
 """Stages 4 and 5: every row is judged beside all others, from features, then parts are cut to the verdicts."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.cluster_report import write_clusters
-from pipelines.dedup_files import decide_files
+from pipelines.dedup_files import decide_files, is_again
 from pipelines.earlier_runs import earlier_features, earlier_manifests
+from pipelines.feature_files import feature_files
 from pipelines.leak_parts import benchmark_items, items_digest, leaks_in_parts
 from pipelines.parts import (
     REPLACED_MANIFEST_NAME,
@@ -24,7 +26,6 @@ from pipelines.storage import (
     file_entry,
     file_sha256,
     parquet_file,
-    read_arrow,
     read_manifest,
     read_table,
     write_bytes,
@@ -96,14 +97,17 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     if (result := run.skip(key)) is not None:
         _publish_ledger(run, _ledger_entry(result.manifest), ledger_path)
         return result
-    features, files = _features(run, folder, before)
+    feature_entries = _feature_entries(run, folder, before)
+    paths = [check_file(run.folder, entry.kept[0]) for entry in feature_entries]
+    features = feature_files(module.FEATURES, paths)
+    ids = features.column("row_id")
     ledger = _read_ledger(ledger_path) if ledger_path.exists() else module.LEDGER.empty_table()
-    decision = module.decide(_concat(features), ledger, run.config)
+    decision = module.decide_rows(features, ledger, run.config, present=~is_again(ids))
     sides = dict(zip(*(decision.sides[name].to_pylist() for name in ("row_id", "side")), strict=True))
     drops = _drops_of(decision.drops)
     tasks = [
-        _verdict_task(run, folder, part, [sides.get(i) for i in ids], _drops_by_row(ids, drops))
-        for part, ids in zip(before.parts, _ids_by_part(features), strict=True)
+        _verdict_task(run, folder, part, [sides.get(i) for i in part_ids], _drops_by_row(part_ids, drops))
+        for part, part_ids in zip(before.parts, _ids_by_part(ids, features.num_rows), strict=True)
     ]
     entries = run.run_parts(verdict_part, tasks, passes_rows=False)
     run.unpublish()
@@ -115,7 +119,7 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
         key,
         entries,
         inputs=inputs_from(before) | {HOLDOUT_LEDGER_NAME: ledger_digest},
-        files=(*files, ledger_file),
+        files=(*(entry.kept[0] for entry in feature_entries), ledger_file),
         counts=counts,
     )
     _publish_ledger(run, ledger_file, ledger_path)
@@ -186,22 +190,11 @@ def _feature_entries(run: StageRun, folder: Path, before: Manifest) -> list[Part
     return run.run_parts(features_part, tasks)
 
 
-def _features(run: StageRun, folder: Path, before: Manifest) -> tuple[list[pa.Table], tuple[FileEntry, ...]]:
-    entries = _feature_entries(run, folder, before)
-    tables = [read_arrow(check_file(run.folder, entry.kept[0])) for entry in entries]
-    return tables, tuple(entry.kept[0] for entry in entries)
-
-
-def _concat(tables: list[pa.Table]) -> pa.Table:
-    """All features, each row id once, in the order of the row ids: nothing can hang on parts or files."""
-    table = pa.concat_tables(tables)
-    ids = table["row_id"].to_pylist()
-    first = {row_id: number for number, row_id in reversed(list(enumerate(ids)))}
-    return table.take(pa.array([first[row_id] for row_id in sorted(first)], pa.int64()))
-
-
-def _ids_by_part(features: list[pa.Table]) -> list[list[str]]:
-    return [table["row_id"].to_pylist() for table in features]
+def _ids_by_part(ids: pa.ChunkedArray, num_rows: Sequence[int]) -> Iterator[list[str]]:
+    start = 0
+    for number in num_rows:
+        yield ids.slice(start, number).to_pylist()
+        start += number
 
 
 def _verdict_task(

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pipelines.caps import over_cap
 from pipelines.earlier_runs import kept_rows
 from pipelines.executors import close_workers
-from pipelines.feature_files import FeatureFiles
+from pipelines.feature_files import feature_files
 from pipelines.grams import Ints
 from pipelines.overlap import Bools
 from pipelines.parts import StageRun
@@ -82,16 +82,16 @@ def decide_files(
     earlier: Sequence[tuple[Path, Path]],
 ) -> Decided:
     """`paths` are the features of the parts. Leaked rows are nobody's survivor; of equal ids the first counts."""
-    features = _files(module, [*paths, *(path for path, _ in earlier)])
+    features = feature_files(module.FEATURES, [*paths, *(path for path, _ in earlier)])
     starts = np.concatenate([[0], np.cumsum(features.num_rows, dtype=np.int64)])
     num_ours = int(starts[len(paths)])
     if num_ours > _MANY_ROWS:
         close_workers()
     ids = features.column("row_id")
     ours = ids.slice(0, num_ours)
-    is_again = _is_again(ours)
+    again = is_again(ours)
     present = np.ones(len(features), bool)
-    present[:num_ours] = ~is_again
+    present[:num_ours] = ~again
     if leaked:
         gone = pc.is_in(ours, value_set=pa.array(list(leaked), pa.large_string()))
         present[:num_ours] &= ~gone.to_numpy()
@@ -107,21 +107,13 @@ def decide_files(
         counts=decision.counts,
         row_ids=features.column("row_id").slice(0, num_ours),
         part_starts=starts[: len(paths) + 1],
-        is_again=is_again,
+        is_again=again,
         _rows=decision.rows[lines],
         _lines=lines,
     )
 
 
-def _files(module: ModuleType, paths: Sequence[Path]) -> FeatureFiles:
-    num_rows = []
-    for path in paths:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-            num_rows.append(sum(batch.num_rows for batch in reader))
-    return FeatureFiles(module.FEATURES, paths, num_rows)
-
-
-def _is_again(ids: pa.ChunkedArray) -> Bools:
+def is_again(ids: pa.ChunkedArray) -> Bools:
     order = pc.sort_indices(ids).to_numpy()  # stable: of equal ids the first comes first
     ordered = ids.take(pa.array(order))
     again = np.zeros(len(ids), bool)

@@ -82,6 +82,15 @@ class FeatureFiles:
             files.close()
 
 
+def feature_files(schema: pa.Schema, paths: Sequence[Path]) -> FeatureFiles:
+    """Features in these files."""
+    num_rows = []
+    for path in paths:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            num_rows.append(sum(batch.num_rows for batch in reader))
+    return FeatureFiles(schema, paths, num_rows)
+
+
 def _mapped_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
     """Batches of a stream, and the address that its first byte is mapped to."""
     with pa.memory_map(str(path)) as source:

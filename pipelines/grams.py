@@ -28,6 +28,7 @@ WORDS_IN_GRAM = 3
 GRAMS_TYPE = pa.large_list(pa.uint64())
 
 _MAX_REMEMBERED_WORDS = 2**20
+_MAX_DIGESTED = 2**20  # hashes at a time
 _TEXTS_AT_ONCE = 2**13
 _MIXED_AT_ONCE = 2**14  # words whose hashes stay in the cache
 
@@ -70,6 +71,38 @@ class GramSets:
     def of_rows(self, rows: Ints) -> "GramSets":
         """The sets of these rows, in their order."""
         return taken(self, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedSets:
+    """The sets of one, then those of another, wherever they lie."""
+
+    first: StoredSets
+    second: StoredSets
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    @property
+    def sizes(self) -> Ints:
+        return np.concatenate([self.first.sizes, self.second.sizes])
+
+    def blocks(self, limit: int) -> Iterator[tuple[int, GramSets]]:
+        yield from self.first.blocks(limit)
+        yield from ((len(self.first) + number, block) for number, block in self.second.blocks(limit))
+
+    def of_rows(self, rows: Ints) -> GramSets:
+        """The sets of these rows, in their order."""
+        is_second = rows >= len(self.first)
+        parts = (self.first.of_rows(rows[~is_second]), self.second.of_rows(rows[is_second] - len(self.first)))
+        sizes, hashes = (
+            np.concatenate([part.sizes for part in parts]),
+            np.concatenate([part.hashes for part in parts]),
+        )
+        read = GramSets(np.concatenate([[0], np.cumsum(sizes)]), hashes)
+        place = np.empty(len(rows), np.int64)
+        place[np.concatenate([np.flatnonzero(~is_second), np.flatnonzero(is_second)])] = np.arange(len(rows))
+        return taken(read, place)
 
 
 # Scripts written without spaces: there a "word" is a character. Han with kana, bopomofo, their punctuation and
@@ -219,8 +252,13 @@ def mixed(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def set_digests(sets: GramSets) -> Hashes:
+def set_digests(sets: StoredSets) -> Hashes:
     """64 bits for each set, equal for equal sets."""
+    blocks = (_digests_of_block(block) for _, block in sets.blocks(_MAX_DIGESTED))
+    return np.concatenate([np.empty(0, np.uint64), *blocks])
+
+
+def _digests_of_block(sets: GramSets) -> Hashes:
     before = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed(sets.hashes), dtype=np.uint64)])
     return before[sets.starts[1:]] - before[sets.starts[:-1]]
 

@@ -28,16 +28,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.feature_files import Features, FeatureTable
 from pipelines.grams import (
     GRAMS_TYPE,
     Ints,
+    JoinedSets,
+    StoredSets,
     compared_text,
-    concatenated,
     from_column,
     gram_sets,
     set_digests,
     spoken,
-    taken,
     to_column,
 )
 from pipelines.holdout_sides import (
@@ -131,23 +132,36 @@ def features(rows: Iterable[Conversation], config: PipelineConfig) -> pa.Table:
 
 
 def decide(features: pa.Table, ledger: pa.Table, config: PipelineConfig) -> HoldoutDecision:
-    """Side or drop of each row, and the ledger with what was new. Row ids must be different.
+    """As decide_rows, of features in memory."""
+    assert pc.count_distinct(features["row_id"]).as_py() == len(features), "row ids must be different"
+    return decide_rows(FeatureTable(features), ledger, config)
+
+
+def decide_rows(
+    features: Features, ledger: pa.Table, config: PipelineConfig, *, present: Bools | None = None
+) -> HoldoutDecision:
+    """Side or drop of each row that is present, and the ledger with what was new. Their ids must be different.
 
     `ledger` is LEDGER.empty_table() at the first run. Raises IntegrityError when it is none of ours.
     """
-    assert pc.count_distinct(features["row_id"]).as_py() == len(features), "row ids must be different"
-    nodes, ledger_sides = _nodes(features.sort_by("row_id"), _checked(ledger))
-    barred = nodes.train_only & np.isin(ledger_sides[nodes.key], (VALIDATION, TEST))
-    index = PrefixIndex(nodes.sets, threshold=config.holdout.near_threshold)
-    key_sides = sides_of_keys(index, nodes, ledger_sides, ~barred, config.holdout)
-    side = np.where(barred, TRAIN, key_sides[nodes.key])
-    conflicts = conflicts_between_sides(index, side, ~barred)
-    kept = kept_nodes(nodes, side, conflicts) & ~barred
-    return HoldoutDecision(
-        sides=_sides_table(nodes, side, kept),
-        drops=_drops_table(nodes, key_sides, side, kept, barred, conflicts),
-        ledger=_grown(ledger, nodes, key_sides, ledger_sides, kept),
-    )
+    with features.sets("grams") as sets:
+        nodes, ledger_sides = _nodes(features, sets, _checked(ledger))
+        absent = np.zeros(len(nodes.key), bool)
+        if present is not None:
+            absent[: len(features)] = ~present
+        barred = nodes.train_only & np.isin(ledger_sides[nodes.key], (VALIDATION, TEST)) & ~absent
+        index = PrefixIndex(
+            nodes.sets, threshold=config.holdout.near_threshold, num_threads=config.engine.workers or 1
+        )
+        key_sides = sides_of_keys(index, nodes, ledger_sides, ~(barred | absent), config.holdout)
+        side = np.where(barred, TRAIN, key_sides[nodes.key])
+        conflicts = conflicts_between_sides(index, side, ~(barred | absent))
+        kept = kept_nodes(nodes, side, conflicts) & ~barred & ~absent
+        return HoldoutDecision(
+            sides=_sides_table(nodes, side, kept),
+            drops=_drops_table(nodes, key_sides, side, kept, barred, conflicts),
+            ledger=_grown(ledger, nodes, key_sides, ledger_sides, kept),
+        )
 
 
 def _holdout_key(row: Conversation) -> str:
@@ -179,31 +193,34 @@ def _checked(ledger: pa.Table) -> pa.Table:
     return ledger.select(LEDGER.names).cast(LEDGER)
 
 
-def _nodes(features: pa.Table, ledger: pa.Table) -> tuple[Nodes, Ints]:
+def _nodes(features: Features, sets: StoredSets, ledger: pa.Table) -> tuple[Nodes, Ints]:
     """All nodes, and the side of each key by the ledger (FREE where it has none)."""
     lines = ledger.filter(pc.is_valid(ledger["row_id"]))
-    row_ids = features["row_id"].to_pylist() + lines["row_id"].to_pylist()
-    keys = features["holdout_key"].to_pylist() + lines["holdout_key"].to_pylist()
+    row_ids = features.column("row_id").to_pylist() + lines["row_id"].to_pylist()
+    keys = features.column("holdout_key").to_pylist() + lines["holdout_key"].to_pylist()
     key_names = sorted({*keys, *ledger["holdout_key"].to_pylist()})
     place = {name: number for number, name in enumerate(key_names)}
     rank = {row_id: number for number, row_id in enumerate(sorted(set(row_ids)))}
     key = np.array([place[name] for name in keys], np.int64)
-    sets = concatenated(from_column(features["grams"]), from_column(lines["grams"]))
+    all_sets = JoinedSets(sets, from_column(lines["grams"]))
     in_ledger = np.arange(len(row_ids)) >= len(features)
     ledger_sides = np.full(len(key_names), FREE)
     for name, side in zip(ledger["holdout_key"].to_pylist(), ledger["side"].to_pylist(), strict=True):
         ledger_sides[place[name]] = SPLITS.index(side)
-    content = list(zip(key.tolist(), set_digests(sets).tolist(), strict=True))
+    train_only = features.column("train_only").to_numpy()
+    digests = set_digests(all_sets)
+    content = list(zip(key.tolist(), digests.tolist(), strict=True))
     known = {content[node] for node in np.flatnonzero(in_ledger).tolist()}
     nodes = Nodes(
         row_ids=np.array(row_ids, dtype=object),
         id_rank=np.array([rank[row_id] for row_id in row_ids], np.int64),
         key=key,
         key_names=key_names,
-        train_only=np.append(features["train_only"].to_numpy(), np.zeros(len(lines), bool)).astype(bool),
+        train_only=np.append(train_only, np.zeros(len(lines), bool)).astype(bool),
         in_ledger=in_ledger,
         held_out_before=np.array([pair in known for pair in content], bool),
-        sets=sets,
+        sets=all_sets,
+        digests=digests,
     )
     return nodes, ledger_sides
 
@@ -212,7 +229,7 @@ def _nodes(features: pa.Table, ledger: pa.Table) -> tuple[Nodes, Ints]:
 
 
 def _sides_table(nodes: Nodes, side: Ints, kept: Bools) -> pa.Table:
-    rows = np.flatnonzero(kept & ~nodes.in_ledger)
+    rows = nodes.by_id(kept & ~nodes.in_ledger)
     sides = [SPLITS[number] for number in side[rows].tolist()]
     return pa.table({"row_id": nodes.row_ids[rows].tolist(), "side": sides}, schema=SIDES)
 
@@ -221,7 +238,7 @@ def _drops_table(
     nodes: Nodes, key_sides: Ints, side: Ints, kept: Bools, barred: Bools, conflicts: Pairs
 ) -> pa.Table:
     by_row = _near_drops(nodes, side, kept, conflicts) | _barred_drops(nodes, key_sides, kept, barred)
-    rows = sorted(by_row)
+    rows = sorted(by_row, key=lambda row: int(nodes.id_rank[row]))
     columns = {
         "row_id": nodes.row_ids[rows].tolist(),
         "reason": ["near_holdout"] * len(rows),
@@ -235,7 +252,8 @@ def _near_drops(nodes: Nodes, side: Ints, kept: Bools, conflicts: Pairs) -> dict
     """Row -> detail and survivor."""
     drops: dict[int, tuple[str, str | None]] = {}
     telling = np.flatnonzero(~kept[conflicts.left] & ~nodes.in_ledger[conflicts.left] & kept[conflicts.right])
-    for i in telling[np.argsort(nodes.id_rank[conflicts.right[telling]], kind="stable")].tolist():
+    right = conflicts.right[telling]
+    for i in telling[np.lexsort((nodes.in_ledger[right], nodes.id_rank[right]))].tolist():
         other = conflicts.right[i]
         detail = f"Jaccard {conflicts.jaccard[i]:.3f} with a {SPLITS[side[other]]} row"
         drops.setdefault(int(conflicts.left[i]), (detail, str(nodes.row_ids[other])))
@@ -262,16 +280,15 @@ def _barred_drops(
 
 def _grown(ledger: pa.Table, nodes: Nodes, key_sides: Ints, ledger_sides: Ints, kept: Bools) -> pa.Table:
     """The old lines, one for each new key, one for each row newly held out (of equal ones the lowest row id)."""
-    digests = set_digests(nodes.sets)
     held_out = kept & ~nodes.held_out_before & (key_sides[nodes.key] != TRAIN) & (nodes.sets.sizes > 0)
-    rows = np.flatnonzero(held_out)
+    rows = nodes.by_id(held_out)
     _, first = np.unique(
-        np.stack([nodes.key[rows].astype(np.uint64), digests[rows]]), axis=1, return_index=True
+        np.stack([nodes.key[rows].astype(np.uint64), nodes.digests[rows]]), axis=1, return_index=True
     )
     rows = rows[np.sort(first)]
     new_keys = np.flatnonzero(ledger_sides == FREE)
     keys = np.append(new_keys, nodes.key[rows])
-    sets = taken(nodes.sets, rows)
+    sets = nodes.sets.of_rows(rows)
     starts = np.append(np.zeros(len(new_keys), np.int64), sets.starts)
     lines = {
         "holdout_key": [nodes.key_names[key] for key in keys.tolist()],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.grams import GramSets, Ints
+from pipelines.grams import Hashes, Ints, StoredSets
 from pipelines.near_duplicates import greedy_survivors, joined, near_pairs, pairs_between
 from pipelines.overlap import Bools
 from pipelines.prefix_index import Pairs, PrefixIndex
@@ -24,14 +24,22 @@ _LARGE_STAR = 64
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    row_ids: np.ndarray  # of str, rows ascending
+    """Rows as they lie in their files, then lines of the ledger. What is decided hangs on row ids, not on places."""
+
+    row_ids: np.ndarray  # of str
     id_rank: Ints  # equal for equal row ids
     key: Ints  # place in key_names
     key_names: list[str]  # ascending
     train_only: Bools
     in_ledger: Bools  # the node is a line of the ledger
     held_out_before: Bools  # ... or a row with the key and the grams of one
-    sets: GramSets
+    sets: StoredSets
+    digests: Hashes  # of the sets
+
+    def by_id(self, chosen: Bools) -> Ints:
+        """The chosen nodes in the order of their row ids."""
+        found = np.flatnonzero(chosen)
+        return found[np.argsort(self.id_rank[found], kind="stable")]
 
 
 def sides_of_keys(
@@ -42,7 +50,7 @@ def sides_of_keys(
     pinned = nodes.key[nodes.train_only & present]
     sides[pinned[sides[pinned] == FREE]] = TRAIN
     label = np.where(present, sides[nodes.key], _ABSENT)
-    component = _components(index, nodes, np.flatnonzero(label == FREE))
+    component = _components(index, nodes, nodes.by_id(label == FREE))
     touched = np.stack([_touched(index, nodes, label, side) for side in range(len(SPLITS))], axis=1)
     component_touched = np.zeros_like(touched)
     np.logical_or.at(component_touched, component, touched)

@@ -99,8 +99,9 @@ def _pass(
     rows: list[npt.NDArray[Any]] = [np.empty(0, np.int32)]
     positions: list[npt.NDArray[Any]] = [np.empty(0, small)]
     for found in _in_threads(of_block, sets.blocks(_MAX_READ_GRAMS), num_threads):
-        for column, values in zip((grams, rows, positions), found, strict=True):
-            column.append(values)
+        grams.append(found[0])
+        rows.append(found[1])
+        positions.append(found[2])
     numbers, counts = _shared_numbers(_drained(grams))
     kept = numbers >= 0
     return Entries(

@@ -1,7 +1,8 @@
 """Gram sets mean what a slow reader of the definition would say, and keep their bytes for good."""
 
 import hashlib
-from itertools import pairwise
+from itertools import chain, pairwise
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.grams import (
     GRAMS_TYPE,
+    JoinedSets,
     compared_text,
     concatenated,
     from_column,
@@ -146,6 +148,28 @@ def test_taken_concatenated_and_digests_agree(first: list[str], second: list[str
     assert taken(whole, order).hashes.tolist() == gram_sets((first + second)[::-1]).hashes.tolist()
     digests, contents = set_digests(whole).tolist(), [frozenset(s) for s in sets_of(first + second)]
     assert len(set(zip(digests, contents, strict=True))) == len(set(digests)) == len(set(contents))
+
+
+@given(
+    st.lists(texts, max_size=5),
+    st.lists(texts, max_size=5),
+    st.integers(1, 9),
+    st.randoms(use_true_random=False),
+)
+def test_joined_sets_are_the_sets_of_both(
+    first: list[str], second: list[str], limit: int, draw: Random
+) -> None:
+    joined, whole = JoinedSets(gram_sets(first), gram_sets(second)), gram_sets(first + second)
+    rows = np.array(draw.choices(range(len(whole)), k=7) if len(whole) else [], np.int64)
+    assert len(joined) == len(whole)
+    assert joined.sizes.tolist() == whole.sizes.tolist()
+    assert joined.of_rows(rows).hashes.tolist() == taken(whole, rows).hashes.tolist()
+    assert joined.of_rows(rows).starts.tolist() == taken(whole, rows).starts.tolist()
+    read = [(number, block.starts.tolist()) for number, block in joined.blocks(limit)]
+    assert [number for number, _ in read] == [sum(len(s) - 1 for _, s in read[:n]) for n in range(len(read))]
+    hashes = chain.from_iterable(block.hashes.tolist() for _, block in joined.blocks(limit))
+    assert list(hashes) == whole.hashes.tolist()
+    assert set_digests(joined).tolist() == set_digests(whole).tolist()
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 5)), max_size=8))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import holdout, holdout_sides
+from pipelines.feature_files import FeatureTable
 from pipelines.holdout import LEDGER, HoldoutDecision
 from pipelines.holdout_sides import draw_side
 from schemas.conversation import Conversation, Message, holdout_key
@@ -473,6 +475,10 @@ def test_neither_order_nor_parts_matter(
     features = pa.concat_tables([holdout.features(part, config) for part in (shuffled[:cut], shuffled[cut:])])
     lines = pa.array(shuffler.sample(range(len(ledger)), len(ledger)), pa.int64())
     assert same(holdout.decide(features, ledger.take(lines), config), expected)
+    again = shuffler.sample(range(len(rows)), len(rows) // 2)
+    with_copies = FeatureTable(pa.concat_tables([features, features.take(pa.array(again, pa.int64()))]))
+    present = np.arange(len(with_copies)) < len(rows)
+    assert same(holdout.decide_rows(with_copies, ledger, config, present=present), expected)
 
 
 @given(any_rows("a"), any_rows("b"), any_settings, any_settings)

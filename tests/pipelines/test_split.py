@@ -161,7 +161,9 @@ def test_train_on_last_keeps_the_last_answer_and_the_most_context(
     (example,) = result.examples
     assert example.end_message == len(messages)
     assert example.num_tokens <= max_tokens
-    if not result.counts.get("straddled_spans"):  # blanks that one token joins with the line break before them
+    if not result.counts.get(
+        "straddled_spans"
+    ):  # blanks that one token joins with the line break before them
         assert trained_text(encoder, example) == [f"{messages[-1].content}<|im_end|>"]
     if example.first_message > 0:
         before = [first for first, _ in rounds if first < example.first_message]
