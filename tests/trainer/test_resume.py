@@ -221,7 +221,8 @@ def test_a_process_killed_in_mid_training_is_gone_on_with_to_the_same_bytes(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# bfloat16 in the long form only: what differs, the masters in a checkpoint, is tested by the crashes above.
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.hard)])
 def test_a_process_killed_again_and_again_also_while_it_writes_checkpoints(
     tmp_path: Path, dtype: str
 ) -> None:
