@@ -13,7 +13,7 @@ RUN_ROOT = ROOT / "runs" / "demo"
 DEMO = json.loads((ROOT / "examples" / "demo.json").read_text())["questions"]
 
 pytestmark = pytest.mark.skipif(
-    not (RUN_ROOT / "promoted.json").exists(), reason="no finished demo: run `make demo` first"
+    not (RUN_ROOT / "evaluation.json").exists(), reason="no finished demo: run `make demo` first"
 )
 
 
@@ -40,6 +40,10 @@ def test_the_second_question_stands_nowhere_in_examples_and_is_learned(evaluatio
     answers = next(a for a in evaluation["answers"] if a["question"] == question)
     assert fact not in answers["base"]
     assert fact in answers["candidate"]
+
+
+def test_the_gate_put_it_into_service() -> None:
+    assert (RUN_ROOT / "promoted.json").exists()
 
 
 def test_the_held_out_loss_fell(evaluation: Any) -> None:
