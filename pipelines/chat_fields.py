@@ -16,7 +16,6 @@ Kind: TypeAlias = Literal["content", "reasoning", "input", "call"]
 """What a part of a turn is: its text, the reasoning before it, an Alpaca input, a tool call."""
 
 REASONING_EXTRAS = ("reasoning_content", "reasoning", "thinking")
-CALL_EXTRAS = ("tool_calls", "function_call")
 INPUT_EXTRA = "alpaca_input"
 """The end of a user's text that is the input of an instruction: set by pipelines.policy where a template reads it."""
 

@@ -31,13 +31,13 @@ def coloured_pieces(
     spans = zip(example["span_starts"], example["span_ends"], example["span_weights"], strict=True)
     for start, end, weight in spans:
         weights[start:end] = weight
-    controls = is_control[ids]
+    controls, listed = is_control[ids], ids.tolist()
     changes = (np.diff(weights) != 0) | (np.diff(controls) != 0)
     borders = [0, *(np.flatnonzero(changes) + 1).tolist(), len(ids)]
     return [
         ColouredPiece(text, float(weights[start]), bool(controls[start]))
         for start, end in pairwise(borders)
-        if (text := _decoded(tokenizer, ids.tolist(), start, end))
+        if (text := _decoded(tokenizer, listed, start, end))
     ]
 
 

@@ -31,7 +31,7 @@ from pipelines.storage import (
     write_manifest,
     write_record,
 )
-from schemas.errors import InputError, IntegrityError, LimitError
+from schemas.errors import IntegrityError, LimitError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import (
     MANIFEST_NAME,
@@ -376,12 +376,6 @@ def check_limits(manifest: Manifest, config: PipelineConfig) -> None:
             f"{manifest.stage}: {num_dropped} of {manifest.num_rows_in} rows dropped, engine.max_drop_share "
             f"allows {config.engine.max_drop_share:.0%}; drops by reason: {reasons}"
         )
-
-
-def needs_model(config: PipelineConfig, stage: str) -> None:
-    """Raises InputError when a stage needs the model section and there is none."""
-    if config.model is None:
-        raise InputError(f"{stage} needs a tokenizer: set model.path in the config")
 
 
 def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:

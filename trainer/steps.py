@@ -22,12 +22,6 @@ class Step:
     weight_sum: float
 
 
-def step_bins(plan: Plan, step: int, bins_per_step: int) -> range:
-    """Bins of the epoch's step number `step`; the last step of an epoch may have fewer."""
-    first = min(step * bins_per_step, plan.num_bins)
-    return range(first, min(first + bins_per_step, plan.num_bins))
-
-
 def plan_steps(
     plans: Sequence[Plan],
     *,

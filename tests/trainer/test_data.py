@@ -29,7 +29,7 @@ from trainer.data import (
     read_plan,
 )
 from trainer.shard_reader import ShardReader
-from trainer.steps import plan_steps, share_out, step_bins
+from trainer.steps import plan_steps, share_out
 
 
 @st.composite
@@ -272,11 +272,11 @@ def test_steps_cover_every_bin_of_every_epoch_once_and_know_their_sums(
 
 def test_bins_of_a_step_are_a_function_of_its_number_alone() -> None:
     plan = plan_from_table(plan_table(random_documents([40] * 7)), split="train", epoch=0)
-    assert [step_bins(plan, step, 3) for step in range(4)] == [
+    steps = plan_steps([plan], bins_per_step=3)
+    assert [range(step.first_bin, step.end_bin) for step in steps] == [
         range(3),
         range(3, 6),
         range(6, 7),
-        range(7, 7),
     ]
 
 
