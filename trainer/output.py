@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from pipelines import storage
 from schemas.run import FileEntry
 from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
-from trainer import checkpoint
 from trainer.checkpoint import Progress
+from trainer.folders import built_aside
 from trainer.job import Job
 from trainer.methods import METHODS
 
@@ -24,7 +24,7 @@ def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenize
     """The output folder, built aside and published whole. The method checks every tensor before it counts."""
     method = METHODS[job.config.train.method]
     final = job.folder / method.OUTPUT_FOLDER
-    with checkpoint.built_aside(final) as temporary:
+    with built_aside(final) as temporary:
         method.save(model, temporary, job.model)
         tokenizer.save_pretrained(temporary)
     return final
