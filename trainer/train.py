@@ -106,8 +106,7 @@ def speed_up(job: Job, model: torch.nn.Module) -> None:
 
 
 def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return STRATEGIES[job.config.train.strategy].build_optimizer(trained, job.config.train, job.ranks)
+    return STRATEGIES[job.config.train.strategy].build_optimizer(model, job.config.train, job.ranks)
 
 
 def restore(job: Job, optimizer: Optimizer) -> Progress:
