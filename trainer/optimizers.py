@@ -25,8 +25,11 @@ class Optimizer(Protocol):
     strategy's own numbering, so that any other strategy can go on with it.
     """
 
-    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
-        """Compute one micro-step's loss and add its gradient to what is there; the loss, detached."""
+    def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
+        """Compute one micro-step's loss and add its gradient to what is there; the loss, detached.
+
+        `is_last`: no other micro-step of this step follows on this rank, so gradients may be exchanged.
+        """
 
     def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
         """End a step: sum the ranks' losses and gradients, clip, and update unless one of them is not finite.
@@ -68,7 +71,7 @@ class MasterAdamW:
         self._max_grad_norm = train.max_grad_norm or math.inf
         self.num_updates = 0
 
-    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
+    def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
         loss = compute_loss()
         loss.backward()  # type: ignore[no-untyped-call]
         self.collect_gradients()
@@ -168,6 +171,10 @@ def trainable(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str,
     if not found:
         raise TrainingError("nothing is trainable; check train.method and train.lora.targets")
     return found
+
+
+def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def torch_adamw(weights: Iterable[torch.Tensor], train: TrainConfig) -> torch.optim.AdamW:

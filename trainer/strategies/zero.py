@@ -21,12 +21,17 @@ from trainer.optimizers import (
     step_count,
     torch_adamw,
     trainable,
+    trained_parameters,
 )
 from trainer.pieces import KINDS, MOMENTS, Piece, ReadPiece, Shapes
 from trainer.ranks import Ranks
 
 MAX_BUCKET_NUMBERS = 1 << 26
 """Gradients in one message. DeepSpeed allocates a buffer of this size, by default 500 million numbers."""
+
+
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks, *, stage: int) -> "ZeroAdamW":
+    return ZeroAdamW(trained_parameters(model), train, ranks, stage=stage)
 
 
 class ZeroAdamW:
@@ -67,7 +72,7 @@ class ZeroAdamW:
         for group in self._adamw.param_groups:
             yield from group["params"]
 
-    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
+    def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
         loss = self._engine(compute_loss)
         # A loss that is not finite may have a finite gradient; so it has not, and DeepSpeed drops the step.
         self._engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
