@@ -23,8 +23,9 @@ class ModelConfig(_Section):
     """Commit or tag of a hub name."""
     tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 from compute capability 8.0 on, and on CPUs; else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What weights and activations compute in; what is trained adds up in float32 all the same. auto: bfloat16 from
+    compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where torch sees one."""
 
@@ -86,6 +87,9 @@ class TrainConfig(_Section):
     """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: LoRA layers fused and, on CUDA with liger-kernel installed, its kernels; plain: the libraries' own."""
+    attention: Literal["auto", "by_document"] = "auto"
+    """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and
+    CPUs, torch's plain attention on one document after the other."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0

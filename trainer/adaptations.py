@@ -20,7 +20,7 @@ def adaptations(config: PipelineConfig, architecture: dict[str, Any]) -> Iterato
 
 def _lora_over_bits(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.method != "lora" or train.kernels == "plain" or train.base == "plain":
+    if train.method != "lora" or train.kernels == "plain" or train.base != "int8":
         return None
     return f"train.base is {train.base}"
 
@@ -32,6 +32,10 @@ def _lora_with_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> 
     return f"train.lora.dropout is {train.lora.dropout}"
 
 
+def _half_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    return "model.dtype is float16" if config.model and config.model.dtype == "float16" else None
+
+
 def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     return "model.dtype is float32" if config.model and config.model.dtype == "float32" else None
 
@@ -41,7 +45,7 @@ ADAPTATIONS = (
         "lora-over-bits",
         _lora_over_bits,
         "LoRA layers compute PEFT's own way, one product after the other",
-        "the fused pass reads the base's weights as they are",
+        "bitsandbytes multiplies in 8 bits itself, and the fused pass wants to",
     ),
     Adaptation(
         "lora-dropout",
@@ -54,5 +58,11 @@ ADAPTATIONS = (
         _wide_floats,
         "attention runs one document after the other, also on CUDA",
         "the variable-length kernel computes in 16 bits",
+    ),
+    Adaptation(
+        "loss-scale",
+        _half_floats,
+        "the loss is multiplied before the backward pass; steps that overflow are skipped and counted",
+        "fp16 has no numbers below 6e-8, where many gradients are",
     ),
 )

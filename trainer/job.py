@@ -25,6 +25,7 @@ from trainer.model import (
 )
 from trainer.ranks import ALONE, Ranks
 from trainer.service import TRAINING_CURE
+from trainer.setting_rules import FLOAT16_STRATEGIES
 from trainer.shard_reader import ShardReader
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
@@ -76,7 +77,7 @@ def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
     check_supported(config)
     model = needed_model(config)
     device = resolve_device(model)
-    dtype = resolve_dtype(model, device)
+    dtype = _dtype(config, model, device)
     inputs = _input_digests(config, model)
     settings = _settings(config)
     key = _key(inputs, settings, device, dtype)
@@ -155,6 +156,13 @@ def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
         return None
     reader.check_files()
     return reader, read_plan(config.run_root, "validation", 0)
+
+
+def _dtype(config: PipelineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    dtype = resolve_dtype(model, device)
+    if dtype == torch.float16 and config.train.strategy not in FLOAT16_STRATEGIES:
+        return torch.float32  # auto, on an older card; asked for by name it is refused by now
+    return dtype
 
 
 def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]:

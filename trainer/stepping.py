@@ -9,6 +9,7 @@ import torch
 from trainer.data import micro_batch
 from trainer.job import Job
 from trainer.loss import summed_loss
+from trainer.loss_scale import is_overflow
 from trainer.optimizers import Optimizer, learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
 
@@ -21,13 +22,17 @@ class StepOutcome:
     loss: float
     grad_norm: float
     learning_rate: float
+    is_overflow: bool = False
+    """The gradient was too large for fp16 under this step's loss scale."""
 
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def run_step(job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step) -> StepOutcome:
+def run_step(
+    job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step, *, loss_scale: float = 1.0
+) -> StepOutcome:
     """The step's loss is the weighted mean over its trained tokens, on whichever rank they are; its divisor is
     known from the plan. Weights change unless loss or gradient is not finite.
     """
@@ -37,9 +42,13 @@ def run_step(job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step)
     total = torch.zeros((), device=job.device)
     own = _own_micro_steps(job, step)
     for micro_step in own:
-        total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=micro_step is own[-1])
-    loss, grad_norm = optimizer.update(total, rate)
-    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate)
+        factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
+        total += _run_micro_step(
+            job, model, optimizer, step, micro_step, factor=factor, is_last=micro_step is own[-1]
+        )
+    loss, grad_norm = optimizer.update(total / loss_scale, rate, loss_scale=loss_scale)
+    overflowed = is_overflow(loss, grad_norm, loss_scale)
+    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate, is_overflow=overflowed)
 
 
 def _own_micro_steps(job: Job, step: Step) -> list[MicroStep]:
@@ -59,6 +68,7 @@ def _run_micro_step(
     step: Step,
     micro_step: MicroStep,
     *,
+    factor: float,
     is_last: bool,
 ) -> torch.Tensor:
     batch = micro_batch(
@@ -68,9 +78,8 @@ def _run_micro_step(
         micro_step.end_bin,
         pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
     ).to(job.device)
-    share = 0.0 if micro_step.is_filler else 1.0
     torch.manual_seed(draw_seed(job.config.train.seed, step.number, micro_step.first_bin))
-    return optimizer.backward(lambda: summed_loss(model, batch) / step.weight_sum * share, is_last=is_last)
+    return optimizer.backward(lambda: summed_loss(model, batch) * factor, is_last=is_last)
 
 
 def draw_seed(seed: int, step: int, first_bin: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
+from trainer.setting_rules import SETTING_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -138,6 +139,7 @@ RULES = (
         "use the model's unquantised weights; train.base int8 holds them in 8 bits",
     ),
     *MODEL_RULES,
+    *SETTING_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,

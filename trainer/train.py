@@ -19,12 +19,14 @@ from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
+from trainer.attention import use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
+from trainer.loss_scale import after_step, loss_scale
 from trainer.methods import METHODS
 from trainer.metrics import Metrics, NoMetrics, memory_gib, report
 from trainer.model import check_dtypes, enable_gradient_checkpointing, load_base_model, load_tokenizer
@@ -90,6 +92,8 @@ def make_deterministic(job: Job) -> None:
 
 def load_model(job: Job) -> torch.nn.Module:
     model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+    if job.config.train.attention == "by_document":
+        use_packed_attention(model, by_document=True)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
@@ -162,9 +166,13 @@ def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: 
     ):
         for step in steps:
             started_at = time.monotonic()
-            outcome = run_step(job, model, optimizer, step)
+            scale = loss_scale(progress, job.dtype)
+            outcome = run_step(job, model, optimizer, step, loss_scale=scale)
             progress = advance(job, progress, step, outcome)
-            metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
+            if job.dtype == torch.float16:
+                progress = after_step(progress, scale, overflowed=outcome.is_overflow)
+            record = step_record(job, step, outcome, time.monotonic() - started_at)
+            metrics.log_step(record | ({"loss_scale": scale} if job.dtype == torch.float16 else {}))
             check_progress(job, progress)
             writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
@@ -197,7 +205,8 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
         progress,
         num_steps=progress.num_steps + 1,
         num_updates=progress.num_updates + was_updated,
-        num_nonfinite_steps=progress.num_nonfinite_steps + (not outcome.is_finite),
+        num_nonfinite_steps=progress.num_nonfinite_steps
+        + (not outcome.is_finite and not outcome.is_overflow),
         num_tokens=progress.num_tokens + step.num_tokens,
         num_trained_tokens=progress.num_trained_tokens + step.num_trained_tokens,
         first_loss=loss if progress.num_steps == 0 else progress.first_loss,

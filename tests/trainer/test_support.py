@@ -17,7 +17,13 @@ ROOT = Path(__file__).parent.parent.parent
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 
 
-def config_of(folder: Path, architecture: dict[str, Any] | None = None, **sections: Any) -> PipelineConfig:
+def config_of(
+    folder: Path,
+    architecture: dict[str, Any] | None = None,
+    *,
+    model_settings: dict[str, Any] | None = None,
+    **sections: Any,
+) -> PipelineConfig:
     model_folder = folder / "model"
     model_folder.mkdir(exist_ok=True)
     (model_folder / "config.json").write_text(json.dumps(architecture or LLAMA))
@@ -25,7 +31,7 @@ def config_of(folder: Path, architecture: dict[str, Any] | None = None, **sectio
         {
             "run_root": folder / "run",
             "sources": [{"name": "tiny", "path": "chats.json"}],
-            "model": {"path": str(model_folder)},
+            "model": {"path": str(model_folder), **(model_settings or {})},
             **sections,
         }
     )
@@ -49,6 +55,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "micro-step": {"train": {"bins_per_step": 2, "bins_per_micro_step": 4}},
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
     "strategy": {"train": {"strategy": "fsdp2"}},
+    "float16-strategy": {"model_settings": {"dtype": "float16"}, "train": {"strategy": "zero2"}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},
