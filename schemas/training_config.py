@@ -28,6 +28,11 @@ class ModelConfig(_Section):
     compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where torch sees one."""
+    adapter: LocalPath | None = None
+    """Folder of a LoRA adapter over this model that training starts from."""
+    adapter_use: Literal["continue", "merge"] = "continue"
+    """continue: its weights are trained on, with its rank and targets; merge: it is added into the base and a fresh
+    adapter is trained over that, and both are saved as one."""
 
 
 class LoraConfig(_Section):
@@ -39,6 +44,9 @@ class LoraConfig(_Section):
     """Share of the inputs of the matrices that is dropped in training."""
     targets: str | list[str] = "all-linear"
     """'all-linear', or names of modules."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole beside the matrices and saved with them, by the end of their names: lm_head,
+    embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
 class TrainConfig(_Section):

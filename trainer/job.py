@@ -27,6 +27,7 @@ from trainer.ranks import ALONE, Ranks
 from trainer.service import TRAINING_CURE
 from trainer.setting_rules import FLOAT16_STRATEGIES
 from trainer.shard_reader import ShardReader
+from trainer.start_adapter import adapter_digest, adapter_folder, check_base_of
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
@@ -170,7 +171,12 @@ def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]
     for stage, folder in manifests.items():
         storage.check_manifest(folder, stage=stage)
     digests = {folder.name: storage.file_sha256(folder / MANIFEST_NAME) for folder in manifests.values()}
-    return digests | {"model": model_digest(check_model_folder(model))}
+    digests["model"] = model_digest(check_model_folder(model))
+    if model.adapter is not None:
+        folder = adapter_folder(model)
+        check_base_of(folder, digests["model"])
+        digests[f"adapter_{model.adapter_use}"] = adapter_digest(folder)
+    return digests
 
 
 def _settings(config: PipelineConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
-from trainer.attention import use_packed_attention
+from trainer.attention import unwrapped, use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.folders import remove_leftovers
@@ -27,7 +27,7 @@ from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
 from trainer.loss_scale import after_step, loss_scale
-from trainer.methods import METHODS
+from trainer.methods import METHODS, lora
 from trainer.metrics import Metrics, NoMetrics, memory_gib, report
 from trainer.model import check_dtypes, enable_gradient_checkpointing, load_base_model, load_tokenizer
 from trainer.optimizers import Optimizer
@@ -36,6 +36,7 @@ from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
 from trainer.signals import StopSignals
+from trainer.start_adapter import adapter_folder, merge_into
 from trainer.stepping import StepOutcome, run_step
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
@@ -92,6 +93,8 @@ def make_deterministic(job: Job) -> None:
 
 def load_model(job: Job) -> torch.nn.Module:
     model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+    if job.model.adapter is not None and job.model.adapter_use == "merge":
+        merge_into(model, adapter_folder(job.model))
     if job.config.train.attention == "by_document":
         use_packed_attention(model, by_document=True)
     if job.config.train.gradient_checkpointing:
@@ -100,7 +103,11 @@ def load_model(job: Job) -> torch.nn.Module:
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    trained: torch.nn.Module
+    if job.model.adapter is not None and job.model.adapter_use == "continue":
+        trained = lora.apply_existing(unwrapped(model), job.config.train, adapter_folder(job.model))
+    else:
+        trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
     return trained
 

@@ -22,11 +22,17 @@ def config_of(
     architecture: dict[str, Any] | None = None,
     *,
     model_settings: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
     **sections: Any,
 ) -> PipelineConfig:
     model_folder = folder / "model"
     model_folder.mkdir(exist_ok=True)
     (model_folder / "config.json").write_text(json.dumps(architecture or LLAMA))
+    if adapter is not None:
+        model_settings = {"adapter": str(folder), **(model_settings or {})}
+        plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(plain | adapter))
+        (folder / "adapter_model.safetensors").touch()
     return PipelineConfig.model_validate(
         {
             "run_root": folder / "run",
@@ -43,6 +49,7 @@ def test_defaults_are_supported(tmp_path: Path) -> None:
     check_supported(config)
 
 
+MERGE = {"adapter_use": "merge"}
 BROKEN: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
@@ -56,6 +63,14 @@ BROKEN: dict[str, dict[str, Any]] = {
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
     "strategy": {"train": {"strategy": "fsdp2"}},
     "float16-strategy": {"model_settings": {"dtype": "float16"}, "train": {"strategy": "zero2"}},
+    "adapter": {"model_settings": {"adapter": "/no/such/folder"}},
+    "adapter-kind": {"adapter": {"peft_type": "IA3"}},
+    "adapter-contradiction": {"adapter": {}, "train": {"lora": {"rank": 8}}},
+    "adapter-full": {"adapter": {}, "train": {"method": "full"}},
+    "adapter-merge-bits": {"adapter": {}, "model_settings": MERGE, "train": {"base": "int8"}},
+    "adapter-merge-sharded": {"adapter": {}, "model_settings": MERGE, "train": {"strategy": "fsdp2"}},
+    "whole-modules-sharded": {"train": {"strategy": "fsdp2", "lora": {"modules_to_save": ["norm"]}}},
+    "saved-target": {"train": {"lora": {"targets": ["lm_head"], "modules_to_save": ["lm_head"]}}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},
