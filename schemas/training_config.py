@@ -49,6 +49,9 @@ class TrainConfig(_Section):
     strategy: Strategy = "single"
     """How the work is laid over devices. ddp: each holds everything; zero1, zero2: DeepSpeed, each holds a part of
     the optimiser, with zero2 of the gradients too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the CPU's memory for its turn. optimizer: masters, moments and their update, for zero1, zero2,
+    zero3 and fsdp2; all: the weights as well, for zero3 and fsdp2."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
     epochs: int = Field(default=1, gt=0)

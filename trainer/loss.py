@@ -5,8 +5,9 @@ of them. The sum is what a step needs: its divisor, the step's sum of weights, i
 result does not depend on how a step is cut into micro-batches.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from trainer.attention import packing_arguments, unwrapped
 from trainer.data import MicroBatch, Plan, micro_batches, trained_bytes
 from trainer.ranks import ALONE, Ranks
 from trainer.shard_reader import ShardReader
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+Adjustment = Callable[[torch.Tensor], torch.Tensor]
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits in memory at once: 256 MiB in fp32."""
@@ -62,25 +66,49 @@ def head_losses(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Ten
         )
     adjust = _logit_adjustment(causal_lm.config.get_text_config())
     num_rows = max(LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size, 1)
+    compute = functools.partial(_losses_in_chunks, head, head.forward, adjust, num_rows)
+    return _called_as(head, compute, hidden, targets)
+
+
+def _called_as(
+    module: torch.nn.Module, compute: Callable[..., torch.Tensor], *inputs: torch.Tensor
+) -> torch.Tensor:
+    """Call `compute` in the place of the module's forward: hooks around it gather the weights that are sharded."""
+    own_forward = vars(module).get("forward")
+    module.forward = compute
+    try:
+        result: torch.Tensor = module(*inputs)
+    finally:
+        del module.forward
+        if own_forward is not None:
+            module.forward = own_forward
+    return result
+
+
+def _losses_in_chunks(
+    head: torch.nn.Module,
+    forward: Forward,
+    adjust: Adjustment | None,
+    num_rows: int,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
     chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
     if not torch.is_grad_enabled():
-        losses = [_chunk_losses(head, adjust, rows, ids) for rows, ids in chunks]
+        losses = [_chunk_losses(forward, adjust, rows, ids) for rows, ids in chunks]
     elif _is_frozen_linear(head) and adjust is None:
         losses = [_FrozenHeadLoss.apply(rows, head.weight, head.bias, ids) for rows, ids in chunks]
     else:
         losses = [
-            checkpoint(_chunk_losses, head, adjust, rows, ids, use_reentrant=False) for rows, ids in chunks
+            checkpoint(_chunk_losses, forward, adjust, rows, ids, use_reentrant=False) for rows, ids in chunks
         ]
     return torch.cat(losses)
 
 
-Adjustment = Callable[[torch.Tensor], torch.Tensor]
-
-
 def _chunk_losses(
-    head: torch.nn.Module, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
+    forward: Forward, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    logits = head(hidden)
+    logits = forward(hidden)
     logits = adjust(logits) if adjust is not None else logits
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -148,16 +176,17 @@ def split_loss(
 ) -> SplitLoss:
     """Loss of the model over every bin of a plan, in evaluation mode; leaves the model in the mode it had.
 
-    The ranks take turns over the bins, and all get the whole result.
+    The ranks take turns over the bins, and all get the whole result. All go through the model equally often: where
+    weights are sharded, each needs the others for it.
     """
     was_training = model.training
     model.eval()
     nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0.0
     batches = micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=bins_per_micro_step)
-    for number, (_, batch) in enumerate(batches):
-        if batch.num_trained_tokens == 0 or number % ranks.count != ranks.number:
-            continue
+    for batch, is_own in _dealt_out((batch for _, batch in batches if batch.num_trained_tokens), ranks):
         losses = token_losses(model, batch.to(device)).double().cpu()
+        if not is_own:
+            continue
         nats += float(losses.sum())
         weighted += float((losses * batch.weights).sum())
         weight_sum += float(batch.weights.double().sum())
@@ -171,3 +200,14 @@ def split_loss(
         bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
         num_trained_tokens=int(num_trained_tokens),
     )
+
+
+def _dealt_out(batches: Iterable[MicroBatch], ranks: Ranks) -> Iterator[tuple[MicroBatch, bool]]:
+    """This rank's batches; at the end another one's where it has one less than others, and False."""
+    number, batch = -1, None
+    for number, batch in enumerate(batches):
+        if number % ranks.count == ranks.number:
+            yield batch, True
+    num_left_over = (number + 1) % ranks.count
+    if batch is not None and num_left_over and ranks.number >= num_left_over:
+        yield batch, False

@@ -96,7 +96,9 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks)
+    return STRATEGIES[job.config.train.strategy].place(
+        model, job.device, job.ranks, job.config.train
+    )
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:

@@ -6,10 +6,6 @@ are pickles for one number of ranks. Source: Rajbhandari et al., ZeRO: Memory Op
 Parameter Models (2020).
 """
 
-import contextlib
-import io
-import os
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,38 +17,32 @@ from trainer.optimizers import (
     Tensors,
     check_restored,
     step_count,
-    torch_adamw,
     trainable,
 )
 from trainer.ranks import Ranks
+from trainer.strategies.deepspeed_engine import engine_settings, start_engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_BUCKET_NUMBERS = 1 << 26
-"""Gradients in one message. DeepSpeed allocates a buffer of this size, by default 500 million numbers."""
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig, ranks: Ranks, *, stage: int
+) -> "ZeroAdamW":
+    trained = trainable(parameters)
+    weights = list(trained.values())
+    settings = engine_settings(weights, train, stage=stage) | {"gradient_allreduce_op": "sum"}
+    return ZeroAdamW(trained, start_engine(_TrainedWeights(weights), weights, train, ranks, settings), ranks)
 
 
 class ZeroAdamW:
     """A trainer.optimizers.Optimizer: torch's AdamW inside DeepSpeed."""
 
-    def __init__(
-        self,
-        parameters: Iterable[tuple[str, torch.nn.Parameter]],
-        train: TrainConfig,
-        ranks: Ranks,
-        *,
-        stage: int,
-    ) -> None:
-        self.parameters = trainable(parameters)
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], engine: Any, ranks: Ranks) -> None:
+        self.parameters = parameters
         self._ranks = ranks
-        self._adamw = torch_adamw(self.parameters.values(), train)
-        deepspeed = _import_deepspeed(ranks.device)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is in use
-            self._engine: Any = deepspeed.initialize(
-                model=_TrainedWeights(self.parameters.values()),
-                optimizer=self._adamw,
-                config=_settings(list(self.parameters.values()), train, stage),
-                dist_init_required=False,
-            )[0]
+        self._engine = engine
+        self._is_stage_3 = engine.zero_optimization_partition_weights()
+        self._adamw = engine.optimizer.optimizer
         self._make_moments()
 
     def _make_moments(self) -> None:
@@ -62,17 +52,23 @@ class ZeroAdamW:
         for part in self._parts():
             empty = {kind: torch.zeros_like(part) for kind in MOMENTS}
             self._adamw.state[part] = {"step": step_count(0, part), **empty}
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        if not self._is_stage_3:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _parts(self) -> Iterator[torch.Tensor]:
         """This rank's parts of the masters, one for each group of weights: DeepSpeed has put them in their place."""
+        if self._is_stage_3:
+            yield from self._engine.optimizer.fp32_partitioned_groups_flat
         for group in self._adamw.param_groups:
             yield from group["params"]
 
     def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
         loss = self._engine(compute_loss)
         # A loss that is not finite may have a finite gradient; so it has not, and DeepSpeed drops the step.
-        self._engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
+        factor = 1 + 0 * loss.detach()
+        if self._is_stage_3:  # it can't but take the mean over the ranks
+            factor *= self._ranks.count
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
         return loss.detach()
 
     def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
@@ -123,39 +119,3 @@ class _TrainedWeights(torch.nn.Module):
 
     def forward(self, compute_loss: ComputeLoss) -> torch.Tensor:
         return compute_loss()
-
-
-def _settings(parameters: list[torch.nn.Parameter], train: TrainConfig, stage: int) -> dict[str, Any]:
-    bucket = min(sum(parameter.numel() for parameter in parameters), MAX_BUCKET_NUMBERS)
-    bucket += bucket % 2  # it wants an even one
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # it counts samples by it, for its own log
-        "gradient_accumulation_steps": 1,
-        # We say with step() when the micro-steps of a step are done. The loss is divided by the whole step's weight.
-        "managed_gradient_accumulation": False,
-        "gradient_allreduce_op": "sum",
-        "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": parameters[0].dtype == torch.bfloat16, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told what it would otherwise find out by compiling programs and asking for MPI."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    import deepspeed
-    import deepspeed.ops
-
-    # DeepSpeed 0.19 gathers by a name that torch 2.13 is giving up; nobody can act on the warning.
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
-    # It would compile its own all-reduce for CPUs, half a minute at first use, and look for a compiler for that.
-    deepspeed.ops.__compatible_ops__ = {}
-    return deepspeed
