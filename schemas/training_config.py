@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.local_path import LocalPath
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8"]
 
 

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 from pipelines.run_lock import PARENT_FD_VARIABLE, Lock, lock_variables
 from schemas.errors import SftPipelineError, TrainingError, UsageError
 from trainer.launch import ERROR_FD_VARIABLE
+from trainer.support import ONE_PROCESS
 from trainer.signals import HANDED_ON_VARIABLE, TOLD_SIGNALS, StopSignals
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ run_as_module()
 
 def count_processes(config: "PipelineConfig", *, num_gpus: int | None = None) -> int:
     """How many ranks the config asks for; without a number one per visible GPU, as torch or `num_gpus` says."""
-    if config.train.strategy == "single":
+    if config.train.strategy in ONE_PROCESS:
         return 1
     if config.train.num_processes is not None:
         return config.train.num_processes

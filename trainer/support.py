@@ -88,6 +88,8 @@ def model_architecture(config: PipelineConfig) -> dict[str, Any]:
 
 # The rules --------------------------------------------------------------------------------------------------
 
+ONE_PROCESS = ("single", "pipeline")
+"""Strategies of one process."""
 SHARDED_STRATEGIES = ("zero3", "fsdp2")
 """They cut the frozen weights into pieces too."""
 RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "mamba2", "recurrent", "conv"}
@@ -177,9 +179,9 @@ def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) ->
 
 def _several_on_single(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     num_processes = config.train.num_processes
-    if config.train.strategy != "single" or num_processes in (None, 1):
+    if config.train.strategy not in ONE_PROCESS or num_processes in (None, 1):
         return None
-    return f"train.num_processes is {num_processes}, train.strategy single"
+    return f"train.num_processes is {num_processes}, train.strategy {config.train.strategy}"
 
 
 def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -267,7 +269,7 @@ RULES = (
     Rule(
         "processes",
         _several_on_single,
-        "this strategy uses one device",
+        "this strategy uses one process",
         "set train.strategy to ddp, zero1 or zero2",
     ),
     Rule(

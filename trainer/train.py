@@ -9,6 +9,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ def train_job(job: Job) -> TrainingResult:
         checkpoint.remove_leftovers(job.folder)
     make_deterministic(job)
     tokenizer = load_tokenizer(job.config)
-    model = place(job, apply_method(job, load_model(job)))
+    model = apply_method(job, load_model(job))
     speed_up(job, model)
+    model = place(job, model)
     check_packing(model, device=job.device)
     optimizer = build_optimizer(job, model)
     progress = restore(job, optimizer)
@@ -96,9 +98,7 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    return STRATEGIES[job.config.train.strategy].place(
-        model, job.device, job.ranks, job.config.train
-    )
+    return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks, job.config.train)
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
@@ -272,17 +272,15 @@ def stop(job: Job, progress: Progress, signal_number: int) -> None:
 def finish(
     job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> TrainingResult:
-    written = publish(job, model, tokenizer, progress) if job.ranks.is_first else None
+    output = write_output(job, model, tokenizer)
+    written = publish(job, model, progress, output) if job.ranks.is_first else None
     job.ranks.wait_for_all()
     result = written if written is not None else read_result(job)
     assert result is not None, "the first rank has just written it"
     return result
 
 
-def publish(
-    job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> TrainingResult:
-    output = write_output(job, model, tokenizer)
+def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) -> TrainingResult:
     result = write_result(job, model, progress, output)
     mark_current(job)
     report(f"trained weights in {output}")

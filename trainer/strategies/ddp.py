@@ -13,7 +13,7 @@ from trainer.optimizers import MasterAdamW
 from trainer.ranks import Ranks
 
 
-def place(model: torch.nn.Module, device: torch.device, ranks: Ranks) -> torch.nn.Module:
+def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
     placed = model.to(device).train()
     ranks.copy_from_first([p.detach() for p in placed.parameters() if p.requires_grad])
     return placed

@@ -6,8 +6,7 @@ computed.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.utils._pytree import tree_map_only
 from schemas.training_config import BaseForm, TrainConfig
 from trainer.attention import unwrapped
 from trainer.memory import is_linear
-from trainer.optimizers import MasterAdamW
 from trainer.ranks import Ranks
 
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}
@@ -33,12 +31,6 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
         leaves_for = first if after == first and here != first else None
         layer.forward = functools.partial(_forward_on, layer.forward, here, leaves_for)  # type: ignore[method-assign]
     return model.train()
-
-
-def build_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig, ranks: Ranks
-) -> MasterAdamW:
-    return MasterAdamW(parameters, train)
 
 
 def visible_devices(device: torch.device) -> list[torch.device]:

@@ -1,6 +1,6 @@
 """One device holds everything."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -9,7 +9,7 @@ from trainer.optimizers import MasterAdamW
 from trainer.ranks import Ranks
 
 
-def place(model: torch.nn.Module, device: torch.device, ranks: Ranks) -> torch.nn.Module:
+def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
     return model.to(device).train()
 
 
@@ -17,3 +17,9 @@ def build_optimizer(
     parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig, ranks: Ranks
 ) -> MasterAdamW:
     return MasterAdamW(parameters, train)
+
+
+def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    parameters = dict(model.named_parameters())
+    for name in names:
+        yield name, parameters[name].detach().cpu()

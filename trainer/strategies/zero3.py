@@ -4,7 +4,7 @@ A module's weights are gathered before it computes, by hooks on it, and given ba
 weight has to stand inside the forward of a module that DeepSpeed knows it by.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ def build_optimizer(
     trained = trainable(parameters)
     engine = next(iter(trained.values())).zero3_engine
     return ZeroAdamW(trained, engine, ranks)
+
+
+def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    parameters = dict(model.named_parameters())
+    for name in names:
+        with GatheredParameters([parameters[name]]):
+            whole = parameters[name].detach().to("cpu", copy=True)
+        yield name, whole
 
 
 def _start_afresh_outside_of_steps(backbone: torch.nn.Module, engine: Any) -> None:
