@@ -4,12 +4,10 @@ Gradients are added up locally over a step's micro-steps and summed over the ran
 the model, and what one rank computes does not depend on when the others answer.
 """
 
-from collections.abc import Iterable
-
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import MasterAdamW
+from trainer.optimizers import MasterAdamW, trained_parameters
 from trainer.ranks import Ranks
 
 
@@ -19,7 +17,5 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     return placed
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig, ranks: Ranks
-) -> MasterAdamW:
-    return MasterAdamW(parameters, train, ranks)
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> MasterAdamW:
+    return MasterAdamW(trained_parameters(model), train, ranks)

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO 3: each rank keeps a part of every weight, frozen ones too, of the gradients, masters and moments.
 
 A module's weights are gathered before it computes, by hooks on it, and given back afterwards. So whoever reads a
-weight has to stand inside the forward of a module that DeepSpeed knows it by.
+weight has to stand inside the forward of a module that DeepSpeed knows to need it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,22 +11,39 @@ import torch
 
 from schemas.training_config import TrainConfig
 from trainer.attention import unwrapped
-from trainer.optimizers import ComputeLoss, trainable
+from trainer.optimizers import ComputeLoss, trainable, trained_parameters
+from trainer.pieces import MOMENTS
 from trainer.ranks import Ranks
 from trainer.strategies.deepspeed_engine import engine_settings, start_engine
-from trainer.strategies.zero import ZeroAdamW
+from trainer.strategies.zero import Fragment, Parameters, Shards, ZeroAdamW
 
 
 def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Cut every weight into as many parts as there are ranks. The engine is made with it: its hooks gather them."""
+    trained = [parameter for _, parameter in trained_parameters(model)]
     settings = engine_settings(trained, train, stage=3)
-    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    # By default small ones are kept whole, which hides that something reads them without gathering them.
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = start_engine(_Whole(model), trained, train, ranks, settings)
     _start_afresh_outside_of_steps(unwrapped(model).base_model, engine)
     _know_what_lora_layers_read(model)
-    for parameter in trained:
-        parameter.zero3_engine = engine
+    model.zero3_engine = [engine]  # in a list: else the model would be a part of itself
     return model.train()
+
+
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> ZeroAdamW:
+    (engine,) = model.zero3_engine
+    return ZeroAdamW(trainable(trained_parameters(model)), engine, ranks, SHARDS)
+
+
+def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    parameters = dict(model.named_parameters())
+    for name in names:
+        with GatheredParameters([parameters[name]]):
+            whole = parameters[name].detach().to("cpu", copy=True)
+        yield name, whole
 
 
 class _Whole(torch.nn.Module):
@@ -38,24 +55,6 @@ class _Whole(torch.nn.Module):
 
     def forward(self, compute_loss: ComputeLoss) -> torch.Tensor:
         return compute_loss()
-
-
-def build_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig, ranks: Ranks
-) -> ZeroAdamW:
-    trained = trainable(parameters)
-    engine = next(iter(trained.values())).zero3_engine
-    return ZeroAdamW(trained, engine, ranks)
-
-
-def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    from deepspeed.runtime.zero import GatheredParameters
-
-    parameters = dict(model.named_parameters())
-    for name in names:
-        with GatheredParameters([parameters[name]]):
-            whole = parameters[name].detach().to("cpu", copy=True)
-        yield name, whole
 
 
 def _start_afresh_outside_of_steps(backbone: torch.nn.Module, engine: Any) -> None:
@@ -78,3 +77,31 @@ def _know_what_lora_layers_read(model: torch.nn.Module) -> None:
         if isinstance(layer, LoraLayer):
             for parameter in layer.parameters():
                 register_external_parameter(layer, parameter)
+
+
+# Where the optimiser's numbers are --------------------------------------------------------------------------
+
+
+def _parts(engine: Any) -> list[torch.Tensor]:
+    parts: list[torch.Tensor] = engine.optimizer.fp32_partitioned_groups_flat
+    return parts
+
+
+def _fragments(engine: Any, parameters: Parameters) -> Iterator[Fragment]:
+    optimizer = engine.optimizer
+    for name, parameter in parameters.items():
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = parameter.ds_zero_partition_rank * length  # type: ignore[attr-defined]
+        count = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if count > 0:  # parts are of one length, so the last ranks may have less or nothing
+            part = optimizer.fp32_partitioned_groups_flat[group]
+            tensors = {"weight": part.detach()} | {kind: optimizer.optimizer.state[part][kind] for kind in MOMENTS}
+            yield Fragment(name, start, {kind: t.narrow(0, offset, count) for kind, t in tensors.items()})
+
+
+def _write_back(engine: Any) -> None:
+    for group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
+        engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+
+
+SHARDS = Shards(_parts, _fragments, _write_back, takes_mean=True)
