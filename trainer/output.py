@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from pipelines import storage
 from schemas.run import FileEntry
 from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
-from trainer import checkpoint
 from trainer.checkpoint import Progress
+from trainer.folders import built_aside
 from trainer.job import Job
 from trainer.methods import METHODS
 from trainer.strategies import STRATEGIES
@@ -35,7 +35,7 @@ def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenize
     if not job.ranks.is_first:
         collections.deque(weights, maxlen=0)
         return final
-    with checkpoint.built_aside(final) as temporary:
+    with built_aside(final) as temporary:
         method.save(model, temporary, job.model, weights)
         tokenizer.save_pretrained(temporary)
     return final

@@ -19,7 +19,9 @@ from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, Progress
+from trainer.checkpoint import Progress
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
@@ -28,6 +30,7 @@ from trainer.metrics import Metrics, NoMetrics, memory_gib, report
 from trainer.model import check_model_folder, enable_gradient_checkpointing, load_base_model, load_tokenizer
 from trainer.optimizers import Optimizer
 from trainer.output import num_trainable_weights, write_output, write_result
+from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
 from trainer.signals import StopSignals
@@ -59,7 +62,7 @@ def train(config: PipelineConfig) -> TrainingResult:
 
 def train_job(job: Job) -> TrainingResult:
     if job.ranks.is_first:
-        checkpoint.remove_leftovers(job.folder)
+        remove_leftovers(job.folder)
     make_deterministic(job)
     tokenizer = load_tokenizer(job.config)
     model = apply_method(job, load_model(job))
@@ -127,19 +130,16 @@ def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
 
 def restore(job: Job, optimizer: Optimizer) -> Progress:
     """Take over the newest usable checkpoint, if there is one."""
-    found = checkpoint.read_newest(job.folder, facts=facts(job), report=lambda line: tell(job, line))
-    num_steps = found.progress.num_steps if found is not None else 0
-    if num_steps != job.ranks.largest(num_steps):
-        raise TrainingError(
-            f"process {job.ranks.number} can't read a checkpoint that another one reads; look at its disk"
-        )
+    found = checkpoint.read_newest(
+        job.folder, facts=facts(job), report=lambda line: tell(job, line), ranks=job.ranks
+    )
     if found is None:
         return Progress()
-    optimizer.restore(found.weights, found.moments, num_updates=found.progress.num_updates)
-    tell(job, f"going on after step {num_steps}")
+    check_shapes(found.shapes, optimizer.shapes())
+    optimizer.restore(found.read, num_updates=found.progress.num_updates)
+    tell(job, f"going on after step {found.progress.num_steps}")
     if job.ranks.is_first:
-        newest = job.folder / checkpoint.step_name(num_steps)
-        checkpoint.settle(job.folder, newest=newest, keep=job.config.train.keep_checkpoints)
+        checkpoint.settle(job.folder, newest=found.folder, keep=job.config.train.keep_checkpoints)
     return found.progress
 
 
@@ -170,20 +170,25 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
 
 def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
     steps = job.steps[progress.num_steps :]
-    with StopSignals() as signals, open_metrics(job, progress) as metrics:
+    with (
+        StopSignals() as signals,
+        open_metrics(job, progress) as metrics,
+        open_writer(job, optimizer) as writer,
+    ):
         for step in steps:
             started_at = time.monotonic()
             outcome = run_step(job, model, optimizer, step)
             progress = advance(job, progress, step, outcome)
             metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
             check_progress(job, progress)
+            writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
                 progress = validate(job, model, metrics, progress)
             received = job.ranks.largest(signals.received or 0)
             if received or is_due(job, step, job.config.train.checkpoint_every_steps):
-                metrics.sync()
-                save(job, optimizer, progress)
+                save(optimizer, writer, metrics, progress)
             if received:
+                writer.wait()
                 stop(job, progress, received)
     return progress
 
@@ -262,12 +267,22 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
 
 
-def save(job: Job, optimizer: Optimizer, progress: Progress) -> None:
-    """All ranks gather; the first one writes while the others go on."""
-    found = Checkpoint(progress, weights=optimizer.weights(), moments=optimizer.moments())
-    if job.ranks.is_first:
-        keep = job.config.train.keep_checkpoints
-        checkpoint.write_checkpoint(job.folder, found, facts=facts(job), keep=keep)
+def open_writer(job: Job, optimizer: Optimizer) -> CheckpointWriter:
+    keep = job.config.train.keep_checkpoints
+    writer = CheckpointWriter(job.folder, job.ranks, facts=facts(job), keep=keep)
+    writer.reserve(optimizer)
+    return writer
+
+
+def save(
+    optimizer: Optimizer, writer: CheckpointWriter, metrics: Metrics | NoMetrics, progress: Progress
+) -> None:
+    """Training goes on while it is written; the seconds that it could not are told."""
+
+    def tell_seconds(seconds: float) -> None:
+        metrics.log_checkpoint({"step": progress.num_steps, "checkpoint_seconds": seconds})
+
+    writer.save(optimizer, progress, when_copied=tell_seconds, before_publishing=metrics.sync)
 
 
 def facts(job: Job) -> dict[str, Any]:
