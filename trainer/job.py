@@ -38,6 +38,7 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "shard_base",
         "strategy",
         "offload",
         "num_processes",

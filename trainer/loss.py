@@ -5,10 +5,9 @@ of them. The sum is what a step needs: its divisor, the step's sum of weights, i
 result does not depend on how a step is cut into micro-batches.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.errors import RefusedError
 from trainer.attention import packing_arguments, unwrapped
-from trainer.data import MicroBatch, Plan, micro_batches, trained_bytes
+from trainer.data import MicroBatch, Plan, micro_batch, trained_bytes
 from trainer.ranks import ALONE, Ranks
 from trainer.shard_reader import ShardReader
-
-Forward = Callable[[torch.Tensor], torch.Tensor]
-Adjustment = Callable[[torch.Tensor], torch.Tensor]
+from trainer.steps import MicroStep
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits in memory at once: 256 MiB in fp32."""
@@ -66,55 +63,59 @@ def head_losses(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Ten
         )
     adjust = _logit_adjustment(causal_lm.config.get_text_config())
     num_rows = max(LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size, 1)
-    compute = functools.partial(_losses_in_chunks, head, head.forward, adjust, num_rows)
-    return _called_as(head, compute, hidden, targets)
+    forward = head.forward
+
+    def in_chunks(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
+        if not torch.is_grad_enabled():
+            losses = [_chunk_losses(forward, adjust, rows, ids) for rows, ids in chunks]
+        elif _is_frozen_linear(head) and adjust is None:
+            losses = [_FrozenHeadLoss.apply(rows, head.weight, head.bias, ids) for rows, ids in chunks]
+        else:
+            losses = [
+                checkpoint(_chunk_losses, forward, adjust, rows, ids, use_reentrant=False)
+                for rows, ids in chunks
+            ]
+        return torch.cat(losses)
+
+    return computed_by(head, in_chunks, hidden, targets)
 
 
-def _called_as(
+def computed_by(
     module: torch.nn.Module, compute: Callable[..., torch.Tensor], *inputs: torch.Tensor
 ) -> torch.Tensor:
-    """Call `compute` in the place of the module's forward: hooks around it gather the weights that are sharded."""
-    own_forward = vars(module).get("forward")
-    module.forward = compute
+    """compute(*inputs) as the forward pass of a module.
+
+    A strategy that keeps weights in parts gathers them in hooks around a module's forward pass, and again before
+    the gradient of its output is used: so they are there, and are gathered once for all that `compute` does.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = compute  # type: ignore[method-assign]
     try:
         result: torch.Tensor = module(*inputs)
+        return result
     finally:
-        del module.forward
-        if own_forward is not None:
-            module.forward = own_forward
-    return result
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
 
 
-def _losses_in_chunks(
-    head: torch.nn.Module,
-    forward: Forward,
-    adjust: Adjustment | None,
-    num_rows: int,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-) -> torch.Tensor:
-    chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
-    if not torch.is_grad_enabled():
-        losses = [_chunk_losses(forward, adjust, rows, ids) for rows, ids in chunks]
-    elif _is_frozen_linear(head) and adjust is None:
-        losses = [_FrozenHeadLoss.apply(rows, head.weight, head.bias, ids) for rows, ids in chunks]
-    else:
-        losses = [
-            checkpoint(_chunk_losses, forward, adjust, rows, ids, use_reentrant=False) for rows, ids in chunks
-        ]
-    return torch.cat(losses)
+Adjustment = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _chunk_losses(
-    forward: Forward, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
+    project: Adjustment, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    logits = forward(hidden)
+    logits = project(hidden)
     logits = adjust(logits) if adjust is not None else logits
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _is_frozen_linear(head: torch.nn.Module) -> bool:
-    return type(head) is torch.nn.Linear and not any(weight.requires_grad for weight in head.parameters())
+    # Strategies subclass it; what computes otherwise has another forward.
+    is_linear = isinstance(head, torch.nn.Linear) and type(head).forward is torch.nn.Linear.forward
+    return is_linear and head.weight.is_floating_point() and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -176,16 +177,15 @@ def split_loss(
 ) -> SplitLoss:
     """Loss of the model over every bin of a plan, in evaluation mode; leaves the model in the mode it had.
 
-    The ranks take turns over the bins, and all get the whole result. All go through the model equally often: where
-    weights are sharded, each needs the others for it.
+    The ranks take turns over the bins, each runs the model equally often, and all get the whole result.
     """
     was_training = model.training
     model.eval()
     nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0.0
-    batches = micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=bins_per_micro_step)
-    for batch, is_own in _dealt_out((batch for _, batch in batches if batch.num_trained_tokens), ranks):
+    for turn in _turns(plan, bins_per_micro_step, ranks):
+        batch = micro_batch(plan, reader, turn.first_bin, turn.end_bin)
         losses = token_losses(model, batch.to(device)).double().cpu()
-        if not is_own:
+        if turn.is_filler:
             continue
         nats += float(losses.sum())
         weighted += float((losses * batch.weights).sum())
@@ -202,12 +202,15 @@ def split_loss(
     )
 
 
-def _dealt_out(batches: Iterable[MicroBatch], ranks: Ranks) -> Iterator[tuple[MicroBatch, bool]]:
-    """This rank's batches; at the end another one's where it has one less than others, and False."""
-    number, batch = -1, None
-    for number, batch in enumerate(batches):
-        if number % ranks.count == ranks.number:
-            yield batch, True
-    num_left_over = (number + 1) % ranks.count
-    if batch is not None and num_left_over and ranks.number >= num_left_over:
-        yield batch, False
+def _turns(plan: Plan, bins_per_micro_step: int, ranks: Ranks) -> list[MicroStep]:
+    """This rank's part of a plan. Fillers run the model where others still do: they may gather weights for that."""
+    useful = [
+        MicroStep(first, end)
+        for first in range(0, plan.num_bins, bins_per_micro_step)
+        if plan.num_trained_tokens[
+            plan.documents(first, end := min(first + bins_per_micro_step, plan.num_bins))
+        ].any()
+    ]
+    own = useful[ranks.number :: ranks.count]
+    num_missing = -(-len(useful) // ranks.count) - len(own)
+    return own + [replace(turn, is_filler=True) for turn in useful[:num_missing]]
