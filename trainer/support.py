@@ -92,6 +92,13 @@ ONE_PROCESS = ("single", "pipeline")
 """Strategies of one process."""
 SHARDED_STRATEGIES = ("zero3", "fsdp2")
 """They cut the frozen weights into pieces too."""
+OFFLOADS = {
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer",),
+    "zero3": ("optimizer", "all"),
+    "fsdp2": ("all",),
+}
+"""What a strategy can leave in the CPU's memory."""
 RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "mamba2", "recurrent", "conv"}
 RECURRENT_MODEL_TYPES = {
     "bamba",
@@ -169,6 +176,13 @@ def _strategy_to_come(config: PipelineConfig, architecture: dict[str, Any]) -> s
     if train.base == "int8" or train.strategy != "fsdp2":
         return None  # refused for good by the rule above
     return f"train.strategy is {train.strategy}"
+
+
+def _cannot_offload(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.offload in ("none", *OFFLOADS.get(train.strategy, ())):
+        return None
+    return f"train.offload is {train.offload}, train.strategy {train.strategy}"
 
 
 def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -260,6 +274,12 @@ RULES = (
         "set train.strategy to zero2, zero1 or ddp, which keep the base whole on each device",
     ),
     Rule("strategy", _strategy_to_come, "it is not built yet", "set train.strategy to ddp, zero1 or zero2"),
+    Rule(
+        "offload",
+        _cannot_offload,
+        "this strategy does not leave that in the CPU's memory",
+        "set train.offload to optimizer with train.strategy zero1, zero2 or zero3, or to all with zero3 or fsdp2",
+    ),
     Rule(
         "int8-full",
         _int8_trained_whole,

@@ -30,6 +30,7 @@ from trainer.data import Plan
 from trainer.job import plan_job, read_result
 from trainer.ranks import ALONE, joined_ranks
 from trainer.steps import Step, micro_steps
+from trainer.support import ONE_PROCESS
 from trainer.train import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -74,7 +75,7 @@ def run_of(folder: Path, *, dtype: str = "float32", **train_settings: Any) -> Pi
     if not model.exists():
         write_model(model)
     settings = SETTINGS | train_settings
-    if settings["strategy"] != "single":
+    if settings["strategy"] not in ONE_PROCESS:
         settings["num_processes"] = 2
     return tiny_run(folder, epochs=4, train=settings, model={"path": str(model), "dtype": dtype})
 

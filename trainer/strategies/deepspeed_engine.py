@@ -34,7 +34,9 @@ def start_engine(
         )[0]
 
 
-def engine_settings(trained: list[torch.nn.Parameter], train: TrainConfig, *, stage: int) -> dict[str, Any]:
+def engine_settings(
+    trained: list[torch.nn.Parameter], train: TrainConfig, *, stage: int, device: torch.device
+) -> dict[str, Any]:
     bucket = min(sum(parameter.numel() for parameter in trained), MAX_BUCKET_NUMBERS)
     bucket += bucket % 2  # it wants an even one
     zero: dict[str, Any] = {
@@ -42,7 +44,7 @@ def engine_settings(trained: list[torch.nn.Parameter], train: TrainConfig, *, st
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
-    on_cpu = {"device": "cpu", "pin_memory": trained[0].is_cuda}
+    on_cpu = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if train.offload != "none":
         zero["offload_optimizer"] = on_cpu
     if train.offload == "all":

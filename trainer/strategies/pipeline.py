@@ -33,6 +33,10 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     return model.train()
 
 
+def lay_out(model: torch.nn.Module, device: torch.device, base: BaseForm) -> dict[str, torch.device]:
+    return device_map(model, visible_devices(device), base=base)
+
+
 def visible_devices(device: torch.device) -> list[torch.device]:
     if device.type != "cuda":
         return [device]

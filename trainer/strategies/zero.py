@@ -24,7 +24,8 @@ Parameters = Mapping[str, torch.nn.Parameter]
 def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks, *, stage: int) -> "ZeroAdamW":
     parameters = trainable(trained_parameters(model))
     weights = list(parameters.values())
-    settings = engine_settings(weights, train, stage=stage) | {"gradient_allreduce_op": "sum"}
+    settings = engine_settings(weights, train, stage=stage, device=ranks.device)
+    settings["gradient_allreduce_op"] = "sum"
     engine = start_engine(_TrainedWeights(weights), weights, train, ranks, settings)
     return ZeroAdamW(parameters, engine, ranks, SHARDS)
 

@@ -5,7 +5,7 @@ weight has to stand inside the forward of a module that DeepSpeed knows to need 
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,29 +14,72 @@ from trainer.attention import unwrapped
 from trainer.optimizers import ComputeLoss, trainable, trained_parameters
 from trainer.pieces import MOMENTS
 from trainer.ranks import Ranks
-from trainer.strategies.deepspeed_engine import engine_settings, start_engine
+from trainer.strategies.deepspeed_engine import engine_settings, import_deepspeed, start_engine
 from trainer.strategies.zero import Fragment, Parameters, Shards, ZeroAdamW
+from trainer.weights import WeightFiles, is_stand_in, name_in_files
+
+
+class Placed(NamedTuple):
+    """What `place` leaves at the model for those who come after."""
+
+    engine: Any
+    to_be_filled: tuple[str, ...]
 
 
 def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
     """Cut every weight into as many parts as there are ranks. The engine is made with it: its hooks gather them."""
     trained = [parameter for _, parameter in trained_parameters(model)]
-    settings = engine_settings(trained, train, stage=3)
+    settings = engine_settings(trained, train, stage=3, device=device)
     # By default small ones are kept whole, which hides that something reads them without gathering them.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    to_be_filled = tuple(name for name, parameter in model.named_parameters() if is_stand_in(parameter))
+    _cut(model, device, ranks, settings)
     engine = start_engine(_Whole(model), trained, train, ranks, settings)
     _start_afresh_outside_of_steps(unwrapped(model).base_model, engine)
     _know_what_lora_layers_read(model)
-    model.zero3_engine = [engine]  # in a list: else the model would be a part of itself
+    vars(model)["zero3"] = Placed(engine, to_be_filled)  # not as a submodule: the engine's module holds the model
     return model.train()
 
 
+@torch.no_grad()
+def _cut(model: torch.nn.Module, device: torch.device, ranks: Ranks, settings: dict[str, Any]) -> None:
+    """One weight after the other: no rank holds more than one of them whole."""
+    deepspeed = import_deepspeed(device)
+    cutter = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=settings)
+    for parameter in model.parameters():
+        if is_stand_in(parameter):
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        else:
+            parameter.data = parameter.to(device)
+            ranks.copy_from_first([parameter.data])
+        cutter._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
+    """Read this rank's parts of the weights that came without numbers."""
+    placed: Placed = vars(model)["zero3"]
+    parameters = dict(model.named_parameters())
+    for name in placed.to_be_filled:
+        parameter: Any = parameters[name]
+        length = parameter.ds_tensor.ds_numel
+        start = ranks.number * length
+        if start < parameter.ds_numel:
+            end = min(start + length, parameter.ds_numel)
+            parameter.ds_tensor.narrow(0, 0, end - start).copy_(files.read(name_in_files(name), start, end))
+    placed.engine.optimizer.refresh_fp32_params()
+
+
 def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> ZeroAdamW:
-    (engine,) = model.zero3_engine
-    return ZeroAdamW(trainable(trained_parameters(model)), engine, ranks, SHARDS)
+    placed: Placed = vars(model)["zero3"]
+    return ZeroAdamW(trainable(trained_parameters(model)), placed.engine, ranks, SHARDS)
 
 
 def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All gather, one weight at a time; the first one keeps it."""
     from deepspeed.runtime.zero import GatheredParameters
 
     parameters = dict(model.named_parameters())
