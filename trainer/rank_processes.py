@@ -21,8 +21,8 @@ from typing import IO, TYPE_CHECKING
 from pipelines.run_lock import PARENT_FD_VARIABLE, Lock, lock_variables
 from schemas.errors import SftPipelineError, TrainingError, UsageError
 from trainer.launch import ERROR_FD_VARIABLE
-from trainer.support import ONE_PROCESS
 from trainer.signals import HANDED_ON_VARIABLE, TOLD_SIGNALS, StopSignals
+from trainer.support import ONE_PROCESS
 
 if TYPE_CHECKING:
     from schemas.pipeline_config import PipelineConfig

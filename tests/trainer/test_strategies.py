@@ -76,7 +76,7 @@ def run_of(folder: Path, *, dtype: str = "float32", **train_settings: Any) -> Pi
         write_model(model)
     settings = SETTINGS | train_settings
     if settings["strategy"] not in ONE_PROCESS:
-        settings["num_processes"] = 2
+        settings.setdefault("num_processes", 2)
     return tiny_run(folder, epochs=4, train=settings, model={"path": str(model), "dtype": dtype})
 
 
@@ -94,8 +94,8 @@ def unfinished_after(step: int, other: Finished, folder: Path, **settings: Any) 
     return config
 
 
-def train_with_two_processes(configs: dict[str, PipelineConfig], extensions: Path) -> str:
-    """All of them, in one pair of processes; what they said."""
+def train_with_processes(configs: dict[str, PipelineConfig], extensions: Path, *, count: int = 2) -> str:
+    """All of them, in one group of processes; what they said."""
     paths = []
     for config in configs.values():
         paths.append(config.run_root / "config.json")
@@ -103,7 +103,7 @@ def train_with_two_processes(configs: dict[str, PipelineConfig], extensions: Pat
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tests.trainer.ranks_program", *map(str, paths)]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment = os.environ | place | {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(extensions)}
     processes = [
         subprocess.Popen(
@@ -114,10 +114,10 @@ def train_with_two_processes(configs: dict[str, PipelineConfig], extensions: Pat
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     said = [process.communicate(timeout=500)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
     return "".join(said)
 
 
@@ -157,7 +157,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     for strategy in DISTRIBUTED:
         name = f"resumed-{strategy}"
         configs[name] = unfinished_after(10, finished["plain-single"], folder / name, strategy=strategy)
-    said = train_with_two_processes(configs, folder / "extensions")
+    said = train_with_processes(configs, folder / "extensions")
     for name, config in configs.items():
         result = read_result(plan_job(config))
         assert result is not None

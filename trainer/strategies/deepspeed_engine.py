@@ -71,7 +71,9 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
 
     # DeepSpeed 0.19 gathers by names that torch 2.13 is giving up; nobody can act on the warnings.
-    warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor. is deprecated", FutureWarning)
+    warnings.filterwarnings(
+        "ignore", ".*(all_gather_into|reduce_scatter)_tensor. is deprecated", FutureWarning
+    )
     # It would compile its own all-reduce for CPUs, half a minute at first use, and look for a compiler for that.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed

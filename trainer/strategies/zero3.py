@@ -37,7 +37,8 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     engine = start_engine(_Whole(model), trained, train, ranks, settings)
     _start_afresh_outside_of_steps(unwrapped(model).base_model, engine)
     _know_what_lora_layers_read(model)
-    vars(model)["zero3"] = Placed(engine, to_be_filled)  # not as a submodule: the engine's module holds the model
+    # Beside its submodules: the engine is one that holds the model itself.
+    vars(model)["zero3"] = Placed(engine, to_be_filled)
     return model.train()
 
 
@@ -138,7 +139,8 @@ def _fragments(engine: Any, parameters: Parameters) -> Iterator[Fragment]:
         count = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]
         if count > 0:  # parts are of one length, so the last ranks may have less or nothing
             part = optimizer.fp32_partitioned_groups_flat[group]
-            tensors = {"weight": part.detach()} | {kind: optimizer.optimizer.state[part][kind] for kind in MOMENTS}
+            state = optimizer.optimizer.state[part]
+            tensors = {"weight": part.detach(), **{kind: state[kind] for kind in MOMENTS}}
             yield Fragment(name, start, {kind: t.narrow(0, offset, count) for kind, t in tensors.items()})
 
 
