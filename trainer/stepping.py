@@ -36,8 +36,8 @@ def run_step(job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step)
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
     total = torch.zeros((), device=job.device)
     own = _own_micro_steps(job, step)
-    for micro_step in own:
-        total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=micro_step is own[-1])
+    for number, micro_step in enumerate(own, 1):
+        total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=number == len(own))
     loss, grad_norm = optimizer.update(total, rate)
     return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate)
 
