@@ -94,7 +94,11 @@ def unfinished_after(step: int, other: Finished, folder: Path, **settings: Any) 
     return config
 
 
-def train_with_processes(configs: dict[str, PipelineConfig], extensions: Path, *, count: int = 2) -> str:
+def train_with_two_processes(configs: dict[str, PipelineConfig], extensions: Path) -> str:
+    return train_with_processes(configs, extensions, count=2)
+
+
+def train_with_processes(configs: dict[str, PipelineConfig], extensions: Path, *, count: int) -> str:
     """All of them, in one group of processes; what they said."""
     paths = []
     for config in configs.values():
@@ -157,7 +161,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     for strategy in DISTRIBUTED:
         name = f"resumed-{strategy}"
         configs[name] = unfinished_after(10, finished["plain-single"], folder / name, strategy=strategy)
-    said = train_with_processes(configs, folder / "extensions")
+    said = train_with_two_processes(configs, folder / "extensions")
     for name, config in configs.items():
         result = read_result(plan_job(config))
         assert result is not None
