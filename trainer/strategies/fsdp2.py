@@ -222,7 +222,7 @@ def _read_together(
     part = torch.zeros(share, dtype=parameter.dtype, device=parameter.device)
     part[: end - start] = read(start, end)
     parts = torch.empty(share * ranks.count, dtype=parameter.dtype, device=parameter.device)
-    dist.all_gather_into_tensor(parts, part)
+    dist.all_gather(list(parts.split(share)), part)
     return parts[:count].view(parameter.shape)
 
 
