@@ -27,7 +27,13 @@ from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
 from trainer.methods import METHODS
 from trainer.metrics import Metrics, NoMetrics, memory_gib, report
-from trainer.model import check_model_folder, enable_gradient_checkpointing, load_base_model, load_tokenizer
+from trainer.model import (
+    check_dtypes,
+    check_model_folder,
+    enable_gradient_checkpointing,
+    load_base_model,
+    load_tokenizer,
+)
 from trainer.optimizers import Optimizer
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
@@ -105,6 +111,7 @@ def load_model(job: Job) -> torch.nn.Module:
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    check_dtypes(trained, job.dtype)
     return trained
 
 
