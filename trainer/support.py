@@ -106,13 +106,6 @@ def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str
     return f"train.base is int8, train.strategy {train.strategy}"
 
 
-def _strategy_to_come(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    train = config.train
-    if train.base == "int8" or train.strategy != "fsdp2":
-        return None  # refused for good by the rule above
-    return f"train.strategy is {train.strategy}"
-
-
 def _cannot_offload(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
     if train.offload in ("none", *OFFLOADS.get(train.strategy, ())):
@@ -166,7 +159,6 @@ RULES = (
             "huggingface/accelerate#1415",
         ),
     ),
-    Rule("strategy", _strategy_to_come, "it is not built yet", "set train.strategy to ddp, zero1 or zero2"),
     Rule(
         "offload",
         _cannot_offload,

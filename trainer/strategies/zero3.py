@@ -4,13 +4,16 @@ A module's weights are gathered before it computes, by hooks on it, and given ba
 weight has to stand inside the forward of a module that DeepSpeed knows to need it.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from schemas.training_config import TrainConfig
+from trainer import nf4
 from trainer.attention import unwrapped
+from trainer.nf4 import NF4Linear
 from trainer.optimizers import ComputeLoss, trainable, trained_parameters
 from trainer.pieces import MOMENTS
 from trainer.ranks import Ranks
@@ -63,15 +66,38 @@ def _cut(model: torch.nn.Module, device: torch.device, ranks: Ranks, settings: d
 def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
     """Read this rank's parts of the weights that came without numbers."""
     placed: Placed = vars(model)["zero3"]
-    parameters = dict(model.named_parameters())
     for name in placed.to_be_filled:
-        parameter: Any = parameters[name]
-        length = parameter.ds_tensor.ds_numel
-        start = ranks.number * length
-        if start < parameter.ds_numel:
-            end = min(start + length, parameter.ds_numel)
-            parameter.ds_tensor.narrow(0, 0, end - start).copy_(files.read(name_in_files(name), start, end))
+        layer_name, _, kind = name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        if not isinstance(layer, NF4Linear) or kind == "bias":
+            parameter = layer.get_parameter(kind)
+            _keep(parameter, files.read(name_in_files(name), *_own_range(parameter)))
+        elif kind == "packed":  # together with its scales, so that the weight is read once
+            _fill_in_4_bits(
+                layer, functools.partial(files.read, name_in_files(f"{layer_name}.weight")), ranks
+            )
     placed.engine.optimizer.refresh_fp32_params()
+
+
+def _fill_in_4_bits(layer: NF4Linear, read: Callable[[int, int], torch.Tensor], ranks: Ranks) -> None:
+    def read_as_it_computes(start: int, end: int) -> torch.Tensor:
+        return read(start, end).to(ranks.device, layer.dtype)
+
+    ranges = _own_range(layer.packed), _own_range(layer.absmax)
+    packed, scales = nf4.quantised_part(read_as_it_computes, layer.shape, *ranges)
+    _keep(layer.packed, packed)
+    _keep(layer.absmax, scales)
+
+
+def _own_range(parameter: Any) -> tuple[int, int]:
+    """Numbers of a flattened weight that this rank keeps: equally many each, so the last ranks may have less or none."""
+    length = parameter.ds_tensor.ds_numel
+    start = min(parameter.ds_zero_partition_rank * length, parameter.ds_numel)
+    return start, min(start + length, parameter.ds_numel)
+
+
+def _keep(parameter: Any, part: torch.Tensor) -> None:
+    parameter.ds_tensor.narrow(0, 0, len(part)).copy_(part)
 
 
 def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> ZeroAdamW:
@@ -134,14 +160,15 @@ def _parts(engine: Any) -> list[torch.Tensor]:
 def _fragments(engine: Any, parameters: Parameters) -> Iterator[Fragment]:
     optimizer = engine.optimizer
     for name, parameter in parameters.items():
-        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = parameter.ds_zero_partition_rank * length  # type: ignore[attr-defined]
-        count = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]
-        if count > 0:  # parts are of one length, so the last ranks may have less or nothing
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start, end = _own_range(parameter)
+        if start < end:
             part = optimizer.fp32_partitioned_groups_flat[group]
             state = optimizer.optimizer.state[part]
             tensors = {"weight": part.detach(), **{kind: state[kind] for kind in MOMENTS}}
-            yield Fragment(name, start, {kind: t.narrow(0, offset, count) for kind, t in tensors.items()})
+            yield Fragment(
+                name, start, {kind: t.narrow(0, offset, end - start) for kind, t in tensors.items()}
+            )
 
 
 def _write_back(engine: Any) -> None:
