@@ -8,10 +8,10 @@ from schemas.training_config import ModelConfig
 from trainer.rules import Rule
 from trainer.start_adapter import adapter_folder, adapter_problem, adapter_settings, contradiction
 
-WHOLE_BASE_STRATEGIES = ("single", "ddp", "zero1", "zero2")
+WHOLE_BASE_STRATEGIES = ("single", "ddp", "zero1", "zero2", "pipeline")
 """They hold the whole base on each device, and load it as one."""
-FLOAT16_STRATEGIES = ("single", "ddp")
-"""They sum whole gradients in fp32, and divide those by the loss scale."""
+FLOAT16_STRATEGIES = ("single", "ddp", "fsdp2", "pipeline")
+"""They sum gradients in fp32, and divide the sums by the loss scale."""
 
 
 def _float16_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -148,6 +148,6 @@ SETTING_RULES = (
         "float16-strategy",
         _float16_elsewhere,
         "this strategy sums gradients in its own place, which does not know the loss scale",
-        "set train.strategy to ddp or single, or model.dtype to bfloat16 or float32",
+        "set train.strategy to ddp, fsdp2 or single, or model.dtype to bfloat16 or float32",
     ),
 )

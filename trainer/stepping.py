@@ -41,10 +41,10 @@ def run_step(
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
     total = torch.zeros((), device=job.device)
     own = _own_micro_steps(job, step)
-    for micro_step in own:
+    for number, micro_step in enumerate(own, 1):
         factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
         total += _run_micro_step(
-            job, model, optimizer, step, micro_step, factor=factor, is_last=micro_step is own[-1]
+            job, model, optimizer, step, micro_step, factor=factor, is_last=number == len(own)
         )
     loss, grad_norm = optimizer.update(total / loss_scale, rate, loss_scale=loss_scale)
     overflowed = is_overflow(loss, grad_norm, loss_scale)

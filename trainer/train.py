@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
@@ -29,7 +29,13 @@ from trainer.loss import split_loss
 from trainer.loss_scale import after_step, loss_scale
 from trainer.methods import METHODS, lora
 from trainer.metrics import Metrics, NoMetrics, memory_gib, report
-from trainer.model import check_dtypes, enable_gradient_checkpointing, load_base_model, load_tokenizer
+from trainer.model import (
+    check_dtypes,
+    check_model_folder,
+    enable_gradient_checkpointing,
+    load_base_model,
+    load_tokenizer,
+)
 from trainer.optimizers import Optimizer
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
@@ -41,6 +47,7 @@ from trainer.stepping import StepOutcome, run_step
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
+from trainer.weights import WeightFiles, model_without_weights
 
 
 def train(config: PipelineConfig) -> TrainingResult:
@@ -69,8 +76,8 @@ def train_job(job: Job) -> TrainingResult:
     tokenizer = load_tokenizer(job.config)
     model = apply_method(job, load_model(job))
     speed_up(job, model)
-    model = place(job, model)
-    check_packing(model, device=job.device)
+    model = fill(job, place(job, model))
+    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
     optimizer = build_optimizer(job, model)
     progress = restore(job, optimizer)
     announce(job, model, progress)
@@ -92,7 +99,20 @@ def make_deterministic(job: Job) -> None:
 
 
 def load_model(job: Job) -> torch.nn.Module:
-    model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+    """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
+    model: PreTrainedModel | None = None
+    if STRATEGIES[job.config.train.strategy].fill is not None:
+        model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
+        if model is None:
+            tell(job, "each process loads the whole model first: this family's files can't be read in parts")
+    if model is None:
+        model = load_base_model(
+            job.model,
+            base=job.config.train.base,
+            device=job.device,
+            dtype=job.dtype,
+            lay_out=STRATEGIES[job.config.train.strategy].lay_out,
+        )
     if job.model.adapter is not None and job.model.adapter_use == "merge":
         merge_into(model, adapter_folder(job.model))
     if job.config.train.attention == "by_document":
@@ -114,6 +134,14 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks, job.config.train)
+
+
+def fill(job: Job, model: torch.nn.Module) -> torch.nn.Module:
+    fill_in = STRATEGIES[job.config.train.strategy].fill
+    if fill_in is not None:
+        with WeightFiles(check_model_folder(job.model)) as files:
+            fill_in(model, files, job.ranks)
+    return model
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:

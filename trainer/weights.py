@@ -7,6 +7,7 @@ byte is read once there. A model to be filled this way is built without memory b
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,15 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from schemas.errors import InputError, TrainingError
-from trainer.model import weight_files
+from schemas.training_config import BaseForm, ModelConfig
+from trainer import nf4
+from trainer.attention import use_packed_attention
+from trainer.model import check_model_folder, weight_files
+from trainer.stand_ins import change_parameters, stand_in
 
 DTYPES = {
     "F64": torch.float64,
@@ -104,6 +111,47 @@ def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, tupl
     for name, tensor in found.items():
         if tensor.numel() == 0 or not bool(tensor.isfinite().all()):
             raise TrainingError(f"weight {name} {shapes[name]} is empty or not finite; not saved")
+
+
+# Models without memory behind their weights -----------------------------------------------------------------
+
+
+def model_without_weights(
+    model_config: ModelConfig, *, base: BaseForm = "plain", dtype: torch.dtype
+) -> PreTrainedModel | None:
+    """The model as load_base_model gives it, but with stand-ins for its weights.
+
+    None where its files can't be read tensor by tensor: transformers puts some families' weights together while it
+    loads them, and keeps some in another dtype.
+    """
+    folder = check_model_folder(model_config)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    if not _is_filled_by(model, folder):
+        return None
+    if base == "nf4":
+        nf4.replace_linear_layers(model)
+    change_parameters(model, stand_in)
+    use_packed_attention(model)
+    return model.eval()
+
+
+def _is_filled_by(model: PreTrainedModel, folder: Path) -> bool:
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return False
+    with WeightFiles(folder) as files:
+        found = {name: stored.shape for name, stored in files.tensors.items()}
+    return all(found.get(name) == tuple(parameter.shape) for name, parameter in model.named_parameters())
+
+
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
+
+
+def name_in_files(name: str) -> str:
+    """Of a parameter that PEFT may have wrapped."""
+    return _WRAPPERS.sub("", name.removeprefix("base_model.model."))
 
 
 # Headers ----------------------------------------------------------------------------------------------------

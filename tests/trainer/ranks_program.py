@@ -3,8 +3,11 @@
 Several trainings one after the other in one group of ranks: loading the libraries takes longer than all of them.
 """
 
+import gc
+import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from schemas.pipeline_config import PipelineConfig
 from trainer import stepping
+from trainer import train as training
 from trainer.job import plan_job
 from trainer.launch import _silence_libraries, read_config
 from trainer.ranks import joined_ranks
@@ -42,16 +46,52 @@ def poison_some_losses(config: PipelineConfig) -> None:
     stepping.summed_loss = poisoned
 
 
+MEASURED_SEED = 8
+"""Trainings of this seed write bytes-<rank>.json into their run root: what a rank holds after its first step."""
+
+
+def measure_first_step(config: PipelineConfig) -> None:
+    original = training.run_step
+
+    def measured(job: Any, model: torch.nn.Module, optimizer: Any, step: Any) -> Any:
+        outcome = original(job, model, optimizer, step)
+        if step.number == 0:
+            found = json.dumps(held(model, optimizer))
+            (config.run_root / f"bytes-{job.ranks.number}.json").write_text(found)
+        return outcome
+
+    training.run_step = measured
+
+
+def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Bytes behind the weights, masters and moments of this rank, and shapes of weights that lie whole somewhere."""
+    weights = [t for p in model.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
+    shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
+    alive = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return {
+        "weights": num_bytes(weights),
+        "all": num_bytes([*weights, *(piece.values for piece in optimizer.pieces())]),
+        "whole": sorted({shape for t in alive if len(shape := tuple(t.shape)) == 2 and shape in shapes}),
+    }
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def main(paths: list[str]) -> None:
     _silence_libraries()
     configs = [read_config(Path(path)) for path in paths]
-    original = stepping.summed_loss
+    original, original_step = stepping.summed_loss, training.run_step
     with joined_ranks(configs[0]) as ranks:
         for config in configs:
             if config.train.seed == POISONED_SEED:
                 poison_some_losses(config)
+            if config.train.seed == MEASURED_SEED:
+                measure_first_step(config)
             train_job(plan_job(config, ranks))
-            stepping.summed_loss = original
+            stepping.summed_loss, training.run_step = original, original_step
 
 
 if __name__ == "__main__":

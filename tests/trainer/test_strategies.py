@@ -30,6 +30,7 @@ from trainer.data import Plan
 from trainer.job import plan_job, read_result
 from trainer.ranks import ALONE, joined_ranks
 from trainer.steps import Step, micro_steps
+from trainer.support import ONE_PROCESS
 from trainer.train import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -74,8 +75,8 @@ def run_of(folder: Path, *, dtype: str = "float32", **train_settings: Any) -> Pi
     if not model.exists():
         write_model(model)
     settings = SETTINGS | train_settings
-    if settings["strategy"] != "single":
-        settings["num_processes"] = 2
+    if settings["strategy"] not in ONE_PROCESS:
+        settings.setdefault("num_processes", 2)
     return tiny_run(folder, epochs=4, train=settings, model={"path": str(model), "dtype": dtype})
 
 
@@ -94,7 +95,11 @@ def unfinished_after(step: int, other: Finished, folder: Path, **settings: Any) 
 
 
 def train_with_two_processes(configs: dict[str, PipelineConfig], extensions: Path) -> str:
-    """All of them, in one pair of processes; what they said."""
+    return train_with_processes(configs, extensions, count=2)
+
+
+def train_with_processes(configs: dict[str, PipelineConfig], extensions: Path, *, count: int) -> str:
+    """All of them, in one group of processes; what they said."""
     paths = []
     for config in configs.values():
         paths.append(config.run_root / "config.json")
@@ -102,7 +107,7 @@ def train_with_two_processes(configs: dict[str, PipelineConfig], extensions: Pat
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tests.trainer.ranks_program", *map(str, paths)]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment = os.environ | place | {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(extensions)}
     processes = [
         subprocess.Popen(
@@ -113,10 +118,10 @@ def train_with_two_processes(configs: dict[str, PipelineConfig], extensions: Pat
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     said = [process.communicate(timeout=500)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
     return "".join(said)
 
 
