@@ -15,6 +15,7 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.support import RULES, check_supported, model_folder, refusals
 
 ROOT = Path(__file__).parent.parent.parent
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 
 
@@ -42,7 +43,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
     "positions": {"split": {"max_tokens": 8192}},
-    "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}},
+    "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "gptq"}}},
+    "quantised-form": {"architecture": {**LLAMA, "quantization_config": NF4}, "train": {"base": "int8"}},
     "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
     "recurrent-layers": {"architecture": {"model_type": "jamba"}},
     "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
@@ -51,6 +53,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
     "strategy": {"train": {"strategy": "fsdp2"}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
+    "nf4-full": {"train": {"base": "nf4", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},
     "bitsandbytes": {"train": {"base": "int8"}},
@@ -122,11 +125,12 @@ def test_the_whole_cross_product_answers(tmp_path: Path, installed: None) -> Non
         "": LLAMA,
         "recurrent-layers": {"model_type": "jamba"},
         "quantised-base": {"model_type": "x", "quantization_config": {}},
+        "quantised-form": {"model_type": "x", "quantization_config": NF4},
     }
     choices: Any = itertools.product(
         architectures,
         ("lora", "full"),
-        ("plain", "int8"),
+        ("plain", "int8", "nf4"),
         ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2"),
         ("auto", "float32"),
         ("auto", "cuda"),
@@ -153,8 +157,10 @@ def test_the_whole_cross_product_answers(tmp_path: Path, installed: None) -> Non
         expected = {flaw} - {""}
         if strategy in ("zero3", "fsdp2"):
             expected.add("int8-sharded" if base == "int8" else "strategy")
-        if (base, method) == ("int8", "full"):
-            expected.add("int8-full")
+        if base != "plain" and method == "full":
+            expected.add(f"{base}-full")
+        if base == "nf4":
+            expected -= {"quantised-form"}
         assert {problem.split(":")[0] for problem in refusals(config)} == expected
 
 
