@@ -49,7 +49,11 @@ class TrainConfig(_Section):
     4-bit floats, as in QLoRA, a bit more than a quarter."""
     strategy: Strategy = "single"
     """How the work is laid over devices. ddp: each holds everything; zero1, zero2: DeepSpeed, each holds a part of
-    the optimiser, with zero2 of the gradients too."""
+    the optimiser, with zero2 of the gradients too; fsdp2: each holds a part of all that is trained, and of the frozen
+    weights where train.shard_base says so."""
+    shard_base: Literal["auto", "always", "never"] = "auto"
+    """fsdp2: whether frozen weights are cut over the ranks too; auto: only where they would take over half of the free
+    memory of a device. Whole ones are faster."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
     epochs: int = Field(default=1, gt=0)

@@ -38,11 +38,12 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "shard_base",
         "strategy",
         "num_processes",
     }
 )
-"""They shape no weight, the last two but for rounding, so they may change between two runs of one training."""
+"""They shape no weight, the last three but for rounding, so they may change between two runs of one training."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
