@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from schemas.errors import InputError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig, TrainConfig
 from schemas.training_result import TrainingResult
+from tests.trainer import shards_program
 from tests.trainer.tiny_models import tiny_lora, tiny_model, tiny_run, write_model
 from trainer import nf4
 from trainer.attention import use_plain_attention
@@ -34,6 +39,7 @@ from trainer.optimizers import MasterAdamW
 from trainer.output import num_trainable_weights
 from trainer.train import train
 
+ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
@@ -119,6 +125,36 @@ def test_the_same_bytes_stored_as_another_dtype_compute_the_same(dtype: torch.dt
     assert torch.equal(other.packed.view(torch.uint8), layer.packed)
     x = torch.randn(3, 24)
     assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.slow
+def test_two_ranks_keep_half_the_bytes_each_and_gather_and_compute_what_was_cut() -> None:
+    """Under torch's own fully_shard, stored as bytes and as float32, bytes that are no numbers among them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.trainer.shards_program"],
+            cwd=ROOT,
+            env=os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    of_ranks = [json.loads(line) for line in said]
+    for storage in ("torch.uint8", "torch.float32"):
+        found = [rank[storage] for rank in of_ranks]
+        for layer, shape in enumerate(shards_program.SHAPES):
+            num_weights = math.prod(shape)
+            packed, absmax = (sum(rank["bytes"][layer][kind] for rank in found) for kind in (0, 1))
+            assert packed == 4 * math.ceil(num_weights / 2 / 4)
+            assert absmax == 4 * math.ceil(num_weights / 64)
+            for kept, whole in zip(found[0]["bytes"][layer], (packed, absmax), strict=True):
+                assert abs(kept - whole / 2) <= 4
+        assert all(all(rank["gathered"]) and all(rank["computed"]) for rank in found)
 
 
 # Models -----------------------------------------------------------------------------------------------------
