@@ -26,9 +26,10 @@ from tests.trainer.tiny_models import (
 from trainer import stepping
 from trainer import train as train_module
 from trainer.attention import use_plain_attention
+from trainer.draws import draw_seed
 from trainer.job import plan_job
 from trainer.model import load_adapter, load_base_model, model_digest
-from trainer.stepping import StepOutcome, draw_seed
+from trainer.stepping import StepOutcome
 from trainer.train import train
 
 

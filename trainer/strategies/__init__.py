@@ -28,11 +28,13 @@ class Strategy(NamedTuple):
     build_optimizer: Callable[[torch.nn.Module, TrainConfig, Ranks], Optimizer]
     full_weights: Callable[[torch.nn.Module, Iterable[str]], Iterator[tuple[str, torch.Tensor]]]
     fill: Callable[[torch.nn.Module, WeightFiles, Ranks], None] | None = None
+    can_redo_step: bool = False
+    """Ranks exchange nothing before a step's update: one that runs out of memory can begin its part again."""
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "single": Strategy(single.place, single.build_optimizer, single.full_weights),
-    "ddp": Strategy(ddp.place, ddp.build_optimizer, single.full_weights),
+    "single": Strategy(single.place, single.build_optimizer, single.full_weights, can_redo_step=True),
+    "ddp": Strategy(ddp.place, ddp.build_optimizer, single.full_weights, can_redo_step=True),
     "zero1": Strategy(ddp.place, partial(zero.build_optimizer, stage=1), single.full_weights),
     "zero2": Strategy(ddp.place, partial(zero.build_optimizer, stage=2), single.full_weights),
 }
