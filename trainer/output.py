@@ -76,7 +76,7 @@ def num_trainable_weights(model: torch.nn.Module) -> int:
 
 def _libraries(job: Job) -> Iterator[str]:
     yield from LIBRARIES
-    if job.config.train.base == "int8":
+    if job.config.train.base != "plain":
         yield "bitsandbytes"
     if job.config.train.strategy.startswith("zero"):
         yield "deepspeed"

@@ -70,8 +70,8 @@ def _accumulate(
 ) -> torch.Tensor:
     total = torch.zeros((), device=job.device)
     own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
-    for micro_step in own:
-        total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=micro_step is own[-1])
+    for number, micro_step in enumerate(own, 1):
+        total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=number == len(own))
     return total
 
 

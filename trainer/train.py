@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
@@ -29,7 +29,13 @@ from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
 from trainer.methods import METHODS
 from trainer.metrics import Metrics, NoMetrics, memory_gib, report
-from trainer.model import enable_gradient_checkpointing, load_base_model, load_tokenizer
+from trainer.model import (
+    check_dtypes,
+    check_model_folder,
+    enable_gradient_checkpointing,
+    load_base_model,
+    load_tokenizer,
+)
 from trainer.optimizers import Optimizer
 from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
@@ -41,6 +47,7 @@ from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
+from trainer.weights import WeightFiles, model_without_weights
 
 
 def train(config: PipelineConfig) -> TrainingResult:
@@ -72,8 +79,8 @@ def train_job(job: Job) -> TrainingResult:
             model = apply_method(job, load_model(job))
             use_bin_dropout(model)
             speed_up(job, model)
-            model = place(job, model)
-            check_packing(model, device=job.device)
+            model = fill(job, place(job, model))
+            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
@@ -95,7 +102,14 @@ def make_deterministic(job: Job) -> None:
 
 
 def load_model(job: Job) -> torch.nn.Module:
-    model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+    """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
+    model: PreTrainedModel | None = None
+    if STRATEGIES[job.config.train.strategy].fill is not None:
+        model = model_without_weights(job.model, dtype=job.dtype)
+        if model is None:
+            tell(job, "each process loads the whole model first: this family's files can't be read in parts")
+    if model is None:
+        model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
@@ -103,11 +117,20 @@ def load_model(job: Job) -> torch.nn.Module:
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    check_dtypes(trained, job.dtype)
     return trained
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks, job.config.train)
+
+
+def fill(job: Job, model: torch.nn.Module) -> torch.nn.Module:
+    fill_in = STRATEGIES[job.config.train.strategy].fill
+    if fill_in is not None:
+        with WeightFiles(check_model_folder(job.model)) as files:
+            fill_in(model, files, job.ranks)
+    return model
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:

@@ -7,16 +7,21 @@ byte is read once there. A model to be filled this way is built without memory b
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from schemas.errors import InputError, TrainingError
-from trainer.model import weight_files
+from schemas.training_config import ModelConfig
+from trainer.attention import use_packed_attention
+from trainer.model import check_model_folder, weight_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -104,6 +109,73 @@ def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, tupl
     for name, tensor in found.items():
         if tensor.numel() == 0 or not bool(tensor.isfinite().all()):
             raise TrainingError(f"weight {name} {shapes[name]} is empty or not finite; not saved")
+
+
+# Models without memory behind their weights -----------------------------------------------------------------
+
+
+def model_without_weights(model_config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model as load_base_model gives it, but with stand-ins for its weights.
+
+    None where its files can't be read tensor by tensor: transformers puts some families' weights together while it
+    loads them, and keeps some in another dtype.
+    """
+    folder = check_model_folder(model_config)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    if not _is_filled_by(model, folder):
+        return None
+    change_parameters(model, stand_in)
+    use_packed_attention(model)
+    return model.eval()
+
+
+def _is_filled_by(model: PreTrainedModel, folder: Path) -> bool:
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return False
+    with WeightFiles(folder) as files:
+        found = {name: stored.shape for name, stored in files.tensors.items()}
+    return all(found.get(name) == tuple(parameter.shape) for name, parameter in model.named_parameters())
+
+
+def stand_in(parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU of that shape whose numbers all lie in one place: it takes no memory.
+
+    It has a device and a dtype, so that PEFT draws its fresh matrices on the CPU and keeps them.
+    """
+    return torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
+
+
+def is_stand_in(tensor: torch.Tensor) -> bool:
+    return tensor.dim() > 0 and tensor.device.type == "cpu" and not any(tensor.stride())
+
+
+def change_parameters(
+    model: torch.nn.Module, change: Callable[[torch.nn.Parameter], torch.Tensor | None]
+) -> None:
+    """Put change(parameter) in the place of each parameter that it is not None for. Shared ones stay shared."""
+    changed: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in changed:
+                tensor = change(parameter)
+                is_kept = tensor is None
+                changed[parameter] = (
+                    parameter
+                    if is_kept
+                    else torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                )
+            setattr(module, name, changed[parameter])
+
+
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
+
+
+def name_in_files(name: str) -> str:
+    """Of a parameter that PEFT may have wrapped."""
+    return _WRAPPERS.sub("", name.removeprefix("base_model.model."))
 
 
 # Headers ----------------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ def apply(model: PreTrainedModel, train: TrainConfig) -> PeftModel:
     with outdated_names_allowed():
         wrapped = get_peft_model(model, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     assert isinstance(wrapped, PeftModel)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:  # beside 8-bit layers PEFT knows no dtype and takes fp32
+            parameter.data = parameter.data.to(model.dtype)
     return wrapped
 
 

@@ -11,7 +11,7 @@ import torch
 from schemas.training_config import TrainConfig
 from trainer.optimizers import Optimizer
 from trainer.ranks import Ranks
-from trainer.strategies import ddp, single, zero
+from trainer.strategies import ddp, fsdp2, single, zero
 from trainer.weights import WeightFiles
 
 
@@ -35,6 +35,7 @@ class Strategy(NamedTuple):
 STRATEGIES: dict[str, Strategy] = {
     "single": Strategy(single.place, single.build_optimizer, single.full_weights, can_redo_step=True),
     "ddp": Strategy(ddp.place, ddp.build_optimizer, single.full_weights, can_redo_step=True),
+    "fsdp2": Strategy(fsdp2.place, fsdp2.build_optimizer, fsdp2.full_weights, fsdp2.fill),
     "zero1": Strategy(ddp.place, partial(zero.build_optimizer, stage=1), single.full_weights),
     "zero2": Strategy(ddp.place, partial(zero.build_optimizer, stage=2), single.full_weights),
 }
