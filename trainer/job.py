@@ -31,7 +31,7 @@ from trainer.start_adapter import adapter_digest, adapter_folder, check_base_of
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
-TRAINER_VERSION = 1
+TRAINER_VERSION = 2
 """Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
 
 SETTINGS_OUTSIDE_KEY = frozenset(
@@ -40,6 +40,7 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "bins_per_micro_step",
         "shard_base",
         "strategy",
         "offload",

@@ -7,6 +7,7 @@ run that was killed goes on from its last checkpoint to the same weights, bit fo
 import dataclasses
 import math
 import os
+import signal
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer import checkpoint
 from trainer.attention import unwrapped, use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
+from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
@@ -37,13 +39,14 @@ from trainer.model import (
     load_tokenizer,
 )
 from trainer.optimizers import Optimizer
+from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
-from trainer.signals import StopSignals
+from trainer.signals import StopSignals, stopped_exit_code
 from trainer.start_adapter import adapter_folder, merge_into
-from trainer.stepping import StepOutcome, run_step
+from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
@@ -54,10 +57,10 @@ def train(config: PipelineConfig) -> TrainingResult:
     """Train, or go on with, or skip, what the config asks for. The caller holds the run root.
 
     One of several processes where the environment says so: all compute, the first one writes.
-    Raises errors of schemas.errors; SystemExit(128 + signal) after SIGTERM or SIGINT, once a checkpoint is
-    written.
+    Raises errors of schemas.errors; SystemExit after a signal, once a checkpoint is written.
     """
     check_supported(config)
+    config = lowered(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
         finished = read_result(job)
@@ -70,19 +73,22 @@ def train(config: PipelineConfig) -> TrainingResult:
 
 
 def train_job(job: Job) -> TrainingResult:
-    if job.ranks.is_first:
-        remove_leftovers(job.folder)
-    make_deterministic(job)
-    tokenizer = load_tokenizer(job.config)
-    model = apply_method(job, load_model(job))
-    speed_up(job, model)
-    model = fill(job, place(job, model))
-    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
-    optimizer = build_optimizer(job, model)
-    progress = restore(job, optimizer)
-    announce(job, model, progress)
-    progress = run_steps(job, model, optimizer, progress)
-    return finish(job, model, tokenizer, progress)
+    with StopSignals() as signals:
+        if job.ranks.is_first:
+            remove_leftovers(job.folder)
+        make_deterministic(job)
+        tokenizer = load_tokenizer(job.config)
+        with memory_explained(job):
+            model = apply_method(job, load_model(job))
+            use_bin_dropout(model)
+            speed_up(job, model)
+            model = fill(job, place(job, model))
+            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            optimizer = build_optimizer(job, model)
+            progress = restore(job, optimizer)
+        announce(job, model, progress)
+        progress = run_steps(job, model, optimizer, progress, signals)
+        return finish(job, model, tokenizer, progress)
 
 
 def tell(job: Job, message: str) -> None:
@@ -192,17 +198,17 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
 # The loop ---------------------------------------------------------------------------------------------------
 
 
-def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
+def run_steps(
+    job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
+) -> Progress:
     steps = job.steps[progress.num_steps :]
-    with (
-        StopSignals() as signals,
-        open_metrics(job, progress) as metrics,
-        open_writer(job, optimizer) as writer,
-    ):
+    with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
+        stepper = Stepper(job, model, optimizer)
+        signals.begin()
         for step in steps:
             started_at = time.monotonic()
             scale = loss_scale(progress, job.dtype)
-            outcome = run_step(job, model, optimizer, step, loss_scale=scale)
+            outcome = stepper.run(step, loss_scale=scale)
             progress = advance(job, progress, step, outcome)
             if job.dtype == torch.float16:
                 progress = after_step(progress, scale, overflowed=outcome.is_overflow)
@@ -322,10 +328,10 @@ def facts(job: Job) -> dict[str, Any]:
 def stop(job: Job, progress: Progress, signal_number: int) -> None:
     tell(
         job,
-        f"stopped by signal {signal_number} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
+        f"stopped by {signal.Signals(signal_number).name} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
         f"{job.folder / checkpoint.step_name(progress.num_steps)}; run the same command to go on",
     )
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(stopped_exit_code(signal_number))
 
 
 def finish(
