@@ -40,9 +40,10 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "max_nonfinite_steps",
         "strategy",
         "num_processes",
+        "trackers",
     }
 )
-"""They shape no weight, the last two but for rounding, so they may change between two runs of one training."""
+"""They shape no weight, strategy and num_processes but for rounding, so they may change between two runs of one training."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -194,6 +194,12 @@ def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> st
     return "train.base is int8"
 
 
+def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if "wandb" not in config.train.trackers or importlib.util.find_spec("wandb") is not None:
+        return None
+    return "train.trackers names wandb"
+
+
 def _micro_step_above_step(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     micro_step, step = config.train.bins_per_micro_step, config.train.bins_per_step
     if micro_step <= step:
@@ -281,5 +287,11 @@ RULES = (
         _no_bitsandbytes,
         "bitsandbytes is not installed",
         "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain",
+    ),
+    Rule(
+        "wandb",
+        _no_wandb,
+        "wandb is not installed",
+        "pip install 'sft-pipeline[wandb]', or take it out of train.trackers",
     ),
 )

@@ -22,8 +22,9 @@ from trainer.checkpoint import Checkpoint, Progress
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
+from trainer.meter import StepMeter
 from trainer.methods import METHODS
-from trainer.metrics import Metrics, NoMetrics, memory_gib, report
+from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import enable_gradient_checkpointing, load_base_model, load_tokenizer
 from trainer.optimizers import Optimizer
 from trainer.output import num_trainable_weights, write_output, write_result
@@ -34,6 +35,7 @@ from trainer.stepping import StepOutcome, run_step
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
+from trainer.trackers import TrackedRun
 
 
 def train(config: PipelineConfig) -> TrainingResult:
@@ -153,12 +155,14 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
 
 def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
     steps = job.steps[progress.num_steps :]
+    meter = StepMeter(job, model)
     with StopSignals() as signals, open_metrics(job, progress) as metrics:
         for step in steps:
             started_at = time.monotonic()
             outcome = run_step(job, model, optimizer, step)
             progress = advance(job, progress, step, outcome)
-            metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
+            seconds = time.monotonic() - started_at
+            metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
             check_progress(job, progress)
             if is_due(job, step, job.config.train.evaluate_every_steps):
                 progress = validate(job, model, metrics, progress)
@@ -176,10 +180,10 @@ def open_metrics(job: Job, progress: Progress) -> AbstractContextManager[Metrics
         return NoMetrics()
     num_tokens_left = sum(step.num_tokens for step in job.steps[progress.num_steps :])
     return Metrics(
-        job.folder,
-        num_steps_done=progress.num_steps,
+        TrackedRun(job.folder, job.key, progress.num_steps, job.settings),
         num_steps=len(job.steps),
         num_tokens_left=num_tokens_left,
+        trackers=job.config.train.trackers,
     )
 
 
@@ -198,7 +202,7 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
     )
 
 
-def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
+def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
     return {
         "step": step.number + 1,
         "epoch": step.epoch,
@@ -207,9 +211,7 @@ def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> d
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
         "num_trained_tokens": step.num_trained_tokens,
-        "tokens_per_second": step.num_tokens / max(seconds, 1e-9),
         "seconds": seconds,
-        "memory_gib": memory_gib(job.device),
     }
 
 
