@@ -211,7 +211,7 @@ BUILD_TOOLS = ("g++", "ninja")
 
 def tool_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
     """What the chosen strategy and base need beside torch."""
-    if config.train.base == "int8":
+    if config.train.base != "plain":
         yield check_bitsandbytes()
     if config.train.strategy.startswith("zero"):
         yield check_deepspeed(config.train.strategy, tools=(*BUILD_TOOLS, *(("nvcc",) if torch.gpus else ())))
@@ -238,13 +238,13 @@ def check_deepspeed(strategy: str, *, tools: Sequence[str] = BUILD_TOOLS) -> Fin
 
 
 def check_bitsandbytes() -> Finding:
-    """8-bit weights are bitsandbytes'."""
+    """Quantised weights are bitsandbytes'."""
     if is_there("bitsandbytes"):
-        return Finding("ok", "8-bit base", "bitsandbytes is there")
+        return Finding("ok", "quantised base", "bitsandbytes is there")
     return Finding(
         "fails",
-        "8-bit base",
+        "quantised base",
         "missing: bitsandbytes",
-        "bitsandbytes for train.base: int8",
+        "bitsandbytes for train.base: int8 or nf4",
         "pip install 'sft-pipeline[gpu]', or train.base: plain",
     )

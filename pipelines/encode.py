@@ -21,7 +21,7 @@ from pipelines.fast_encoding import FastBackend, fast_backend
 from pipelines.habits import compile_template
 from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
-from pipelines.tokenizer_files import load_tokenizer, num_embeddings
+from pipelines.tokenizer_files import copied, load_tokenizer, num_embeddings
 from pipelines.twin import free_plane, twin_of
 from schemas.conversation import Drop, utf8
 from schemas.pipeline_config import PipelineConfig
@@ -91,11 +91,7 @@ def load_encoder(config: PipelineConfig) -> ChatEncoder:
 
 def build_encoder(tokenizer: Any) -> ChatEncoder:
     """An encoder of a loaded tokenizer that has a chat template."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = None
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
+    backend = copied(tokenizer.backend_tokenizer)
     control_ids = _control_ids(backend)
     # One more than there are ids: the last stands for what is no token, see _encode_aliased.
     is_control = np.zeros(max(backend.get_vocab(with_added_tokens=True).values()) + 2, np.bool_)

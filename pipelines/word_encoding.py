@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import regex
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from pipelines.tokenizer_files import copied
 
 # The pattern of GPT-2, which the pre-tokenizer ByteLevel applies by itself.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -18,14 +21,15 @@ _MAX_REMEMBERED_CHARS = 64
 
 def word_encoder(backend: Tokenizer) -> Callable[[str], np.ndarray] | None:
     """Text to ids, int32 [tokens]; None for a tokenizer of another kind than byte-level BPE without normalisation."""
-    state = json.loads(backend.to_str())
-    patterns = _patterns(state)
-    if patterns is None or any(
-        token["lstrip"] or token["rstrip"] or token["single_word"] for token in state["added_tokens"]
-    ):
+    if not isinstance(backend.model, BPE) or backend.model.dropout or backend.model.byte_fallback:
+        return None
+    # Without the vocabulary, whose JSON takes half a second to read.
+    patterns = _patterns(json.loads(copied(backend, BPE()).to_str()))
+    known = backend.get_added_tokens_decoder()
+    if patterns is None or any(token.lstrip or token.rstrip or token.single_word for token in known.values()):
         return None
     words = _Words(backend)
-    added_ids = {token["content"]: token["id"] for token in state["added_tokens"]}
+    added_ids = {token.content: token_id for token_id, token in known.items()}
     longest_first = sorted(added_ids, key=len, reverse=True)
     added = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
@@ -91,9 +95,8 @@ def _isolated(text: str, pattern: regex.Pattern[str]) -> list[str]:
 
 def _patterns(state: Mapping[str, Any]) -> list[regex.Pattern[str]] | None:
     """What the pre-tokenizers cut by, in order; None where the tokenizer does anything else besides."""
-    normalizer, model = state["normalizer"], state["model"]
-    is_plain = normalizer is None or normalizer == {"type": "Sequence", "normalizers": []}
-    if not is_plain or model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
+    normalizer = state["normalizer"]
+    if normalizer is not None and normalizer != {"type": "Sequence", "normalizers": []}:
         return None
     steps = _steps(state["pre_tokenizer"])
     if not steps or steps[-1]["type"] != "ByteLevel" or any(map(_is_strange, steps)):

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from schemas.local_path import LocalPath
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-BaseForm = Literal["plain", "int8"]
+BaseForm = Literal["plain", "int8", "nf4"]
 Tracker = Literal["tensorboard", "wandb"]
 
 
@@ -46,10 +46,15 @@ class TrainConfig(_Section):
     """What is trained: small matrices beside the frozen weights, or all weights."""
     lora: LoraConfig = LoraConfig()
     base: BaseForm = "plain"
-    """In what form the frozen weights are held; int8: bitsandbytes' LLM.int8, half the memory of bfloat16."""
+    """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
+    4-bit floats, as in QLoRA, a bit more than a quarter."""
     strategy: Strategy = "single"
     """How the work is laid over devices. ddp: each holds everything; zero1, zero2: DeepSpeed, each holds a part of
-    the optimiser, with zero2 of the gradients too."""
+    the optimiser, with zero2 of the gradients too; fsdp2: each holds a part of all that is trained, and of the frozen
+    weights where train.shard_base says so."""
+    shard_base: Literal["auto", "always", "never"] = "auto"
+    """fsdp2: whether frozen weights are cut over the ranks too; auto: only where they would take over half of the free
+    memory of a device. Whole ones are faster."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
     epochs: int = Field(default=1, gt=0)

@@ -38,12 +38,13 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "trackers",
+        "shard_base",
         "strategy",
         "num_processes",
-        "trackers",
     }
 )
-"""They shape no weight, strategy and num_processes but for rounding, so they may change between two runs of one training."""
+"""They shape no weight, the last three but for rounding, so they may change between two runs of one training."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -57,8 +57,12 @@ class Metrics:
         loss, bits = record["validation_loss"], record["validation_bits_per_byte"]
         report(f"step {record['step']}: validation loss {_number(loss)}, bits per byte {_number(bits)}")
 
+    def log_checkpoint(self, record: dict[str, Any]) -> None:
+        """How long training has waited for a checkpoint after that many steps."""
+        self._write(record)
+
     def sync(self) -> None:
-        """Before a checkpoint is published: its steps' lines are on the disk."""
+        """Before a checkpoint is published, from its thread: its steps' lines are on the disk."""
         with disk_errors(self._path):
             os.fsync(self._file.fileno())
 
@@ -93,6 +97,8 @@ class NoMetrics:
     def log_step(self, record: dict[str, Any]) -> None: ...
 
     def log_validation(self, record: dict[str, Any]) -> None: ...
+
+    def log_checkpoint(self, record: dict[str, Any]) -> None: ...
 
     def sync(self) -> None: ...
 

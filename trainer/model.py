@@ -15,10 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from pipelines.built_in_templates import template_for
-from schemas.errors import ConfigError, InputError, RefusedError
+from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import BaseForm, ModelConfig
-from trainer.attention import use_packed_attention
+from trainer import nf4
+from trainer.attention import unwrapped, use_packed_attention
 from trainer.support import model_folder
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The model with packed attention, all weights from safetensors; device and dtype default to the config's.
 
-    With base int8 its linear layers, but for the head, are held in 8 bits. Raises InputError when a weight is
-    missing or only pickles are there, RefusedError when the architecture can't be trained packed.
+    With base int8 its linear layers, but for the head, are held in 8 bits, with nf4 in 4: each is quantised on the
+    device as it is read, so the whole of them is never there. Raises InputError when a weight is missing or only
+    pickles are there, RefusedError when the architecture can't be trained packed.
     """
     folder = check_model_folder(model)
     device = device if device is not None else resolve_device(model)
@@ -47,8 +49,8 @@ def load_base_model(
     result: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        device_map={"": device} if device.type == "cuda" or base == "int8" else None,
-        quantization_config=_quantisation(base),
+        device_map={"": device} if device.type == "cuda" or base != "plain" else None,
+        **_quantisation(folder, base),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
@@ -62,16 +64,52 @@ def load_base_model(
             f"{folder}: {len(lost)} weights of {type(loaded).__name__} are missing or of another shape, "
             f"first {lost[0]}; they would be random: use a complete model folder"
         )
+    if base == "nf4":
+        nf4.take_over(loaded, dtype)
+    if base != "plain":
+        _cast(loaded, dtype)
     use_packed_attention(loaded)
     return loaded
 
 
-def _quantisation(base: BaseForm) -> BitsAndBytesConfig | None:
-    if base == "plain":
-        return None
-    # Each product casts its inputs to fp16 to quantise them, as the method does, and says so each time.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_8bit=True)
+def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
+    if base == "int8":
+        # Each product casts its inputs to fp16 to quantise them, as the method does, and says so each time.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # A folder that is quantised already says itself how; support.py has seen that it is the form of `base`.
+    if base == "plain" or "quantization_config" in json.loads((folder / "config.json").read_bytes()):
+        return {}
+    if base == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """From a quantised folder transformers takes norms, biases and the head in the dtype that they have there."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not _is_own_dtype(model, name):
+            parameter.data = parameter.data.to(dtype)
+
+
+def check_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """PEFT and bitsandbytes make fp32 of adapters, norms or the head here and there: slower, and no mistake shows.
+
+    Raises TrainingError when a parameter computes in another dtype, unless its family asks for fp32 itself.
+    """
+    causal_lm = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        is_floating = parameter.is_floating_point()
+        if is_floating and parameter.dtype != dtype and not _is_own_dtype(causal_lm, name):
+            raise TrainingError(f"{name} is {parameter.dtype}, expected {dtype}: report this")
+
+
+def _is_own_dtype(model: Any, name: str) -> bool:
+    """Quantised bytes, their scales, and what a model's family computes in fp32 whatever the rest does."""
+    in_fp32 = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    }
+    return name.endswith((".packed", ".absmax")) or any(part in in_fp32 for part in name.split("."))
 
 
 @contextmanager

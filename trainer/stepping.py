@@ -35,8 +35,9 @@ def run_step(job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step)
     if step.weight_sum <= 0:
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
     total = torch.zeros((), device=job.device)
-    for micro_step in _own_micro_steps(job, step):
-        total += _run_micro_step(job, model, optimizer, step, micro_step)
+    own = _own_micro_steps(job, step)
+    for number, micro_step in enumerate(own, 1):
+        total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=number == len(own))
     loss, grad_norm = optimizer.update(total, rate)
     return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate)
 
@@ -52,7 +53,13 @@ def _own_micro_steps(job: Job, step: Step) -> list[MicroStep]:
 
 
 def _run_micro_step(
-    job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step, micro_step: MicroStep
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    micro_step: MicroStep,
+    *,
+    is_last: bool,
 ) -> torch.Tensor:
     batch = micro_batch(
         job.plans[step.epoch],
@@ -63,7 +70,7 @@ def _run_micro_step(
     ).to(job.device)
     share = 0.0 if micro_step.is_filler else 1.0
     torch.manual_seed(draw_seed(job.config.train.seed, step.number, micro_step.first_bin))
-    return optimizer.backward(lambda: summed_loss(model, batch) / step.weight_sum * share)
+    return optimizer.backward(lambda: summed_loss(model, batch) / step.weight_sum * share, is_last=is_last)
 
 
 def draw_seed(seed: int, step: int, first_bin: int) -> int:

@@ -9,25 +9,35 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, Progress
+from trainer.checkpoint import Progress
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
 from trainer.meter import StepMeter
 from trainer.methods import METHODS
 from trainer.metrics import Metrics, NoMetrics, report
-from trainer.model import enable_gradient_checkpointing, load_base_model, load_tokenizer
+from trainer.model import (
+    check_dtypes,
+    check_model_folder,
+    enable_gradient_checkpointing,
+    load_base_model,
+    load_tokenizer,
+)
 from trainer.optimizers import Optimizer
 from trainer.output import num_trainable_weights, write_output, write_result
+from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
 from trainer.signals import StopSignals
@@ -36,6 +46,7 @@ from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
 from trainer.trackers import TrackedRun
+from trainer.weights import WeightFiles, model_without_weights
 
 
 def train(config: PipelineConfig) -> TrainingResult:
@@ -59,12 +70,13 @@ def train(config: PipelineConfig) -> TrainingResult:
 
 def train_job(job: Job) -> TrainingResult:
     if job.ranks.is_first:
-        checkpoint.remove_leftovers(job.folder)
+        remove_leftovers(job.folder)
     make_deterministic(job)
     tokenizer = load_tokenizer(job.config)
-    model = place(job, apply_method(job, load_model(job)))
+    model = apply_method(job, load_model(job))
     speed_up(job, model)
-    check_packing(model, device=job.device)
+    model = fill(job, place(job, model))
+    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
     optimizer = build_optimizer(job, model)
     progress = restore(job, optimizer)
     announce(job, model, progress)
@@ -86,7 +98,14 @@ def make_deterministic(job: Job) -> None:
 
 
 def load_model(job: Job) -> torch.nn.Module:
-    model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+    """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
+    model: PreTrainedModel | None = None
+    if STRATEGIES[job.config.train.strategy].fill is not None:
+        model = model_without_weights(job.model, dtype=job.dtype)
+        if model is None:
+            tell(job, "each process loads the whole model first: this family's files can't be read in parts")
+    if model is None:
+        model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
@@ -94,11 +113,20 @@ def load_model(job: Job) -> torch.nn.Module:
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    check_dtypes(trained, job.dtype)
     return trained
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks)
+    return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks, job.config.train)
+
+
+def fill(job: Job, model: torch.nn.Module) -> torch.nn.Module:
+    fill_in = STRATEGIES[job.config.train.strategy].fill
+    if fill_in is not None:
+        with WeightFiles(check_model_folder(job.model)) as files:
+            fill_in(model, files, job.ranks)
+    return model
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
@@ -106,25 +134,21 @@ def speed_up(job: Job, model: torch.nn.Module) -> None:
 
 
 def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return STRATEGIES[job.config.train.strategy].build_optimizer(trained, job.config.train, job.ranks)
+    return STRATEGIES[job.config.train.strategy].build_optimizer(model, job.config.train, job.ranks)
 
 
 def restore(job: Job, optimizer: Optimizer) -> Progress:
     """Take over the newest usable checkpoint, if there is one."""
-    found = checkpoint.read_newest(job.folder, facts=facts(job), report=lambda line: tell(job, line))
-    num_steps = found.progress.num_steps if found is not None else 0
-    if num_steps != job.ranks.largest(num_steps):
-        raise TrainingError(
-            f"process {job.ranks.number} can't read a checkpoint that another one reads; look at its disk"
-        )
+    found = checkpoint.read_newest(
+        job.folder, facts=facts(job), report=lambda line: tell(job, line), ranks=job.ranks
+    )
     if found is None:
         return Progress()
-    optimizer.restore(found.weights, found.moments, num_updates=found.progress.num_updates)
-    tell(job, f"going on after step {num_steps}")
+    check_shapes(found.shapes, optimizer.shapes())
+    optimizer.restore(found.read, num_updates=found.progress.num_updates)
+    tell(job, f"going on after step {found.progress.num_steps}")
     if job.ranks.is_first:
-        newest = job.folder / checkpoint.step_name(num_steps)
-        checkpoint.settle(job.folder, newest=newest, keep=job.config.train.keep_checkpoints)
+        checkpoint.settle(job.folder, newest=found.folder, keep=job.config.train.keep_checkpoints)
     return found.progress
 
 
@@ -156,7 +180,11 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
 def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
     steps = job.steps[progress.num_steps :]
     meter = StepMeter(job, model)
-    with StopSignals() as signals, open_metrics(job, progress) as metrics:
+    with (
+        StopSignals() as signals,
+        open_metrics(job, progress) as metrics,
+        open_writer(job, optimizer) as writer,
+    ):
         for step in steps:
             started_at = time.monotonic()
             outcome = run_step(job, model, optimizer, step)
@@ -164,13 +192,14 @@ def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: 
             seconds = time.monotonic() - started_at
             metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
             check_progress(job, progress)
+            writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
                 progress = validate(job, model, metrics, progress)
             received = job.ranks.largest(signals.received or 0)
             if received or is_due(job, step, job.config.train.checkpoint_every_steps):
-                metrics.sync()
-                save(job, optimizer, progress)
+                save(optimizer, writer, metrics, progress)
             if received:
+                writer.wait()
                 stop(job, progress, received)
     return progress
 
@@ -247,12 +276,22 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
 
 
-def save(job: Job, optimizer: Optimizer, progress: Progress) -> None:
-    """All ranks gather; the first one writes while the others go on."""
-    found = Checkpoint(progress, weights=optimizer.weights(), moments=optimizer.moments())
-    if job.ranks.is_first:
-        keep = job.config.train.keep_checkpoints
-        checkpoint.write_checkpoint(job.folder, found, facts=facts(job), keep=keep)
+def open_writer(job: Job, optimizer: Optimizer) -> CheckpointWriter:
+    keep = job.config.train.keep_checkpoints
+    writer = CheckpointWriter(job.folder, job.ranks, facts=facts(job), keep=keep)
+    writer.reserve(optimizer)
+    return writer
+
+
+def save(
+    optimizer: Optimizer, writer: CheckpointWriter, metrics: Metrics | NoMetrics, progress: Progress
+) -> None:
+    """Training goes on while it is written; the seconds that it could not are told."""
+
+    def tell_seconds(seconds: float) -> None:
+        metrics.log_checkpoint({"step": progress.num_steps, "checkpoint_seconds": seconds})
+
+    writer.save(optimizer, progress, when_copied=tell_seconds, before_publishing=metrics.sync)
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -272,17 +311,15 @@ def stop(job: Job, progress: Progress, signal_number: int) -> None:
 def finish(
     job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> TrainingResult:
-    written = publish(job, model, tokenizer, progress) if job.ranks.is_first else None
+    output = write_output(job, model, tokenizer)
+    written = publish(job, model, progress, output) if job.ranks.is_first else None
     job.ranks.wait_for_all()
     result = written if written is not None else read_result(job)
     assert result is not None, "the first rank has just written it"
     return result
 
 
-def publish(
-    job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> TrainingResult:
-    output = write_output(job, model, tokenizer)
+def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) -> TrainingResult:
     result = write_result(job, model, progress, output)
     mark_current(job)
     report(f"trained weights in {output}")

@@ -15,6 +15,7 @@ from pipelines.encode import ChatEncoder, Encoded, build_encoder, encode, traine
 from pipelines.probes import check_encoder, check_template
 from pipelines.render import Rendered, TrainedSpan, render
 from pipelines.segments import KnownGaps, encode_again, learn
+from pipelines.tokenizer_files import copied
 from schemas.conversation import Drop, Message
 from schemas.errors import RefusedError
 from tests.pipelines.tiny_tokenizers import (
@@ -383,6 +384,20 @@ def load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_copy_is_what_reading_the_json_again_gives_but_for_what_trims_and_pads(family: str) -> None:
+    backend = tiny_tokenizer(family).backend_tokenizer
+    backend.enable_truncation(5)
+    backend.enable_padding()
+    again = Tokenizer.from_str(backend.to_str())
+    again.post_processor = None
+    again.no_truncation()
+    again.no_padding()
+    assert copied(backend).to_str() == again.to_str()
+    backend.encode_special_tokens = True
+    assert copied(backend).encode_special_tokens
 
 
 def check_real_chats(encoder: ChatEncoder, *, strict: bool) -> None:

@@ -120,8 +120,8 @@ def test_with_a_damaged_newest_checkpoint_the_one_before_is_taken_and_said(
         with pytest.raises(Crash):
             train(config)
     newest, second, third = checkpoint.step_folders(plan_job(config).folder)
-    (newest / "weights.safetensors").write_bytes(b"")
-    path = second / "moments.safetensors"
+    (newest / "index.json").write_bytes(b"")
+    path = second / "pieces-00001-of-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(bytes(data))

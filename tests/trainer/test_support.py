@@ -1,6 +1,5 @@
 """The table of rules: each one fires, says what to do, and the whole cross product of settings has an answer."""
 
-import itertools
 import json
 import re
 import subprocess
@@ -115,48 +114,6 @@ def test_several_broken_rules_are_all_named_at_once(tmp_path: Path) -> None:
         "recurrent-layers",
         "warm-up",
     ]
-
-
-def test_the_whole_cross_product_answers(tmp_path: Path, installed: None) -> None:
-    """No combination of settings makes the table itself fail, and exactly the bad ones are refused."""
-    architectures: dict[str, dict[str, Any]] = {
-        "": LLAMA,
-        "recurrent-layers": {"model_type": "jamba"},
-        "quantised-base": {"model_type": "x", "quantization_config": {}},
-    }
-    choices: Any = itertools.product(
-        architectures,
-        ("lora", "full"),
-        ("plain", "int8"),
-        ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2"),
-        ("auto", "float32"),
-        ("auto", "cuda"),
-        (False, True),
-        (1, 8),
-        (None, 4096),
-    )
-    for flaw, method, base, strategy, dtype, device, switch, bins, capacity in choices:
-        config = config_of(
-            tmp_path,
-            architectures[flaw],
-            model={"path": str(tmp_path / "model"), "dtype": dtype, "device": device},
-            train={
-                "method": method,
-                "base": base,
-                "strategy": strategy,
-                "gradient_checkpointing": switch,
-                "deterministic": switch,
-                "bins_per_step": 8,
-                "bins_per_micro_step": bins,
-            },
-            pack={"capacity": capacity},
-        )
-        expected = {flaw} - {""}
-        if strategy in ("zero3", "fsdp2"):
-            expected.add("int8-sharded" if base == "int8" else "strategy")
-        if (base, method) == ("int8", "full"):
-            expected.add("int8-full")
-        assert {problem.split(":")[0] for problem in refusals(config)} == expected
 
 
 def test_a_model_that_is_not_here_is_no_broken_rule_but_loading_it_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021).
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipelines import storage
-from schemas.errors import ConfigError, TrainingError
+from schemas.errors import ConfigError
 from schemas.training_config import ModelConfig, TrainConfig
 from trainer.model import outdated_names_allowed
+from trainer.weights import check_weights, whole_shape
 
 OUTPUT_FOLDER = "adapter"
 ADAPTER_NAME = "default"
@@ -40,18 +42,28 @@ def apply(model: PreTrainedModel, train: TrainConfig) -> PeftModel:
     with outdated_names_allowed():
         wrapped = get_peft_model(model, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     assert isinstance(wrapped, PeftModel)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:  # beside 8-bit layers PEFT knows no dtype and takes fp32
+            parameter.data = parameter.data.to(model.dtype)
     return wrapped
 
 
-def save(model: PeftModel, folder: Path, model_config: ModelConfig) -> None:
+def saved_names(model: PeftModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def save(
+    model: PeftModel, folder: Path, model_config: ModelConfig, weights: Iterable[tuple[str, torch.Tensor]]
+) -> None:
     """adapter_config.json and adapter_model.safetensors. Raises TrainingError when a tensor is empty or odd.
 
     Sharded strategies have left empty tensors in this place in several trainers, without an error.
     """
     tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()
+        name: tensor.detach().contiguous()
+        for name, tensor in get_peft_model_state_dict(model, state_dict=dict(weights)).items()
     }
-    _check_tensors(tensors, model)
+    check_weights(tensors, _expected_shapes(model))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     storage.write_json(folder / "adapter_config.json", _adapter_config(model, model_config))
 
@@ -69,18 +81,12 @@ def _adapter_config(model: PeftModel, model_config: ModelConfig) -> dict[str, An
     }
 
 
-def _check_tensors(tensors: dict[str, torch.Tensor], model: PeftModel) -> None:
-    expected = {
-        name.replace(f".{ADAPTER_NAME}", ""): tuple(parameter.shape)
+def _expected_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    return {
+        name.replace(f".{ADAPTER_NAME}", ""): whole_shape(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if odd := sorted(set(found.items()) ^ set(expected.items())):
-        raise TrainingError(f"the adapter to save is incomplete: first odd tensor {odd[0]}; report this")
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0 or not bool(tensor.isfinite().all()):
-            raise TrainingError(f"adapter tensor {name} {found[name]} is empty or not finite; not saved")
 
 
 # Targets ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 line here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -11,22 +11,29 @@ import torch
 from schemas.training_config import TrainConfig
 from trainer.optimizers import Optimizer
 from trainer.ranks import Ranks
-from trainer.strategies import ddp, single, zero
+from trainer.strategies import ddp, fsdp2, single, zero
+from trainer.weights import WeightFiles
 
 
 class Strategy(NamedTuple):
     """`place` puts the model on this rank's device, in training mode, with the same trained weights on all ranks.
 
-    `build_optimizer` takes over its trained weights by name.
+    `build_optimizer` takes over its trained weights. `full_weights` yields the named parameters one at a
+    time, whole and on the CPU; all ranks call it and walk all of it, and on ranks but the first a tensor may be
+    empty. With `fill` the model comes to `place` with stand-ins (trainer/weights.py) for the weights of its files,
+    and `fill` reads into each rank what it keeps; None: the model comes with its weights.
     """
 
-    place: Callable[[torch.nn.Module, torch.device, Ranks], torch.nn.Module]
-    build_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]], TrainConfig, Ranks], Optimizer]
+    place: Callable[[torch.nn.Module, torch.device, Ranks, TrainConfig], torch.nn.Module]
+    build_optimizer: Callable[[torch.nn.Module, TrainConfig, Ranks], Optimizer]
+    full_weights: Callable[[torch.nn.Module, Iterable[str]], Iterator[tuple[str, torch.Tensor]]]
+    fill: Callable[[torch.nn.Module, WeightFiles, Ranks], None] | None = None
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "single": Strategy(single.place, single.build_optimizer),
-    "ddp": Strategy(ddp.place, ddp.build_optimizer),
-    "zero1": Strategy(ddp.place, partial(zero.ZeroAdamW, stage=1)),
-    "zero2": Strategy(ddp.place, partial(zero.ZeroAdamW, stage=2)),
+    "single": Strategy(single.place, single.build_optimizer, single.full_weights),
+    "ddp": Strategy(ddp.place, ddp.build_optimizer, single.full_weights),
+    "fsdp2": Strategy(fsdp2.place, fsdp2.build_optimizer, fsdp2.full_weights, fsdp2.fill),
+    "zero1": Strategy(ddp.place, partial(zero.build_optimizer, stage=1), single.full_weights),
+    "zero2": Strategy(ddp.place, partial(zero.build_optimizer, stage=2), single.full_weights),
 }

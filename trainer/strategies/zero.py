@@ -18,17 +18,20 @@ import torch
 from schemas.training_config import TrainConfig
 from trainer.optimizers import (
     ComputeLoss,
-    Tensors,
-    check_restored,
     step_count,
     torch_adamw,
     trainable,
+    trained_parameters,
 )
+from trainer.pieces import KINDS, MOMENTS, Piece, ReadPiece, Shapes
 from trainer.ranks import Ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_BUCKET_NUMBERS = 1 << 26
 """Gradients in one message. DeepSpeed allocates a buffer of this size, by default 500 million numbers."""
+
+
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks, *, stage: int) -> "ZeroAdamW":
+    return ZeroAdamW(trained_parameters(model), train, ranks, stage=stage)
 
 
 class ZeroAdamW:
@@ -69,7 +72,7 @@ class ZeroAdamW:
         for group in self._adamw.param_groups:
             yield from group["params"]
 
-    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
+    def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
         loss = self._engine(compute_loss)
         # A loss that is not finite may have a finite gradient; so it has not, and DeepSpeed drops the step.
         self._engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
@@ -82,36 +85,38 @@ class ZeroAdamW:
         self._engine.step()
         return loss_value, float(self._engine.get_global_grad_norm())
 
-    def weights(self) -> Tensors:
-        from deepspeed.utils import safe_get_full_fp32_param
+    def shapes(self) -> Shapes:
+        return {name: parameter.shape for name, parameter in self.parameters.items()}
 
-        gathered = ((name, safe_get_full_fp32_param(p)) for name, p in self.parameters.items())
-        return self._kept(gathered)
+    def pieces(self) -> Iterator[Piece]:
+        for name, fragment in self._fragments():
+            for kind in KINDS:
+                yield Piece(kind, name, fragment.lp_fragment_address.start, _numbers(fragment, kind))
 
-    def moments(self) -> Tensors:
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def _fragments(self) -> Iterator[tuple[str, Any]]:
+        """Of each weight the part whose master is here, as DeepSpeed's own record of it."""
+        for name, parameter in self.parameters.items():
+            fragment: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+            if fragment is not None:
+                yield name, fragment
 
-        names = ((kind, name, p) for kind in MOMENTS for name, p in self.parameters.items())
-        return self._kept(
-            (f"{kind}.{name}", safe_get_full_optimizer_state(p, kind)) for kind, name, p in names
-        )
-
-    def _kept(self, gathered: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
-        """All ranks gather, one weight at a time; the first one keeps them, off the GPU."""
-        return {name: tensor.cpu() for name, tensor in gathered if self._ranks.is_first}
-
-    def restore(self, weights: Tensors, moments: Tensors, *, num_updates: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        check_restored(weights, self.parameters)
+    @torch.no_grad()
+    def restore(self, read: ReadPiece, *, num_updates: int) -> None:
         for part in self._parts():
             self._adamw.state[part]["step"].fill_(float(num_updates))
-        for name, parameter in self.parameters.items():
-            safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
-            for kind in MOMENTS:
-                value = moments.get(f"{kind}.{name}", torch.zeros_like(weights[name]))
-                safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
+        for name, fragment in self._fragments():
+            start = fragment.lp_fragment_address.start
+            for kind in KINDS:
+                here = _numbers(fragment, kind)
+                found = read(kind, name, start, start + here.numel())
+                here.copy_(found if found is not None else torch.zeros_like(here))
         self._engine.optimizer.update_lp_params()
+
+
+def _numbers(fragment: Any, kind: str) -> torch.Tensor:
+    """fp32, 1-D, where DeepSpeed keeps them."""
+    found: torch.Tensor = fragment.get_hp_fragment(None if kind == "weight" else kind)
+    return found
 
 
 class _TrainedWeights(torch.nn.Module):
