@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
+from trainer.loss_by_group import SplitLoss
 from trainer.meter import StepMeter
 from trainer.methods import METHODS
 from trainer.metrics import Metrics, NoMetrics, report
@@ -271,6 +273,8 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_by_source": _by_name(found.by_source),
+            "validation_by_language": _by_name(found.by_language),
         }
     )
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
@@ -324,6 +328,13 @@ def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) 
     mark_current(job)
     report(f"trained weights in {output}")
     return result
+
+
+def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        for name, found in losses.items()
+    }
 
 
 def _finite(value: float) -> float | None:
