@@ -106,6 +106,8 @@ class TrainConfig(_Section):
     attention: Literal["auto", "by_document"] = "auto"
     """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and
     CPUs, torch's plain attention on one document after the other."""
+    compile: bool = False
+    """torch.compile of the decoder layers: minutes at the start, then faster steps. It needs a C++ compiler."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0

@@ -40,6 +40,10 @@ def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
     return "model.dtype is float32" if config.model and config.model.dtype == "float32" else None
 
 
+def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    return "train.compile is true" if config.train.compile else None
+
+
 ADAPTATIONS = (
     Adaptation(
         "lora-over-bits",
@@ -58,6 +62,13 @@ ADAPTATIONS = (
         _wide_floats,
         "attention runs one document after the other, also on CUDA",
         "the variable-length kernel computes in 16 bits",
+    ),
+    Adaptation(
+        "compile-parts",
+        _compiled,
+        "each layer is compiled in two parts, attention runs between them; Liger's kernels are left out",
+        "attention knows the documents' borders as numbers, and a compiler would make a program for each set of them",
+        links=("huggingface/peft#1199", "huggingface/peft#2900"),
     ),
     Adaptation(
         "loss-scale",

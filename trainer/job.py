@@ -41,6 +41,8 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "evaluate_every_steps",
         "max_nonfinite_steps",
         "bins_per_micro_step",
+        "attention",
+        "compile",
         "trackers",
         "shard_base",
         "strategy",

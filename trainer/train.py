@@ -24,6 +24,7 @@ from trainer import checkpoint
 from trainer.attention import unwrapped, use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
+from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
@@ -88,6 +89,8 @@ def train_job(job: Job) -> TrainingResult:
             speed_up(job, model)
             model = fill(job, place(job, model))
             check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            if job.config.train.compile:
+                tell(job, compile_layers(model))
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
