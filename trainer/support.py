@@ -99,8 +99,8 @@ def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str
 
 def _strategy_to_come(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.base == "int8" or train.strategy not in SHARDED_STRATEGIES:
-        return None  # refused for good by the rule above
+    if train.base == "int8" or train.strategy != "zero3":
+        return None  # int8 is refused for good by the rule above
     return f"train.strategy is {train.strategy}"
 
 

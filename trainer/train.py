@@ -105,7 +105,7 @@ def load_model(job: Job) -> torch.nn.Module:
     """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
     model: PreTrainedModel | None = None
     if STRATEGIES[job.config.train.strategy].fill is not None:
-        model = model_without_weights(job.model, dtype=job.dtype)
+        model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
             tell(job, "each process loads the whole model first: this family's files can't be read in parts")
     if model is None:
