@@ -155,6 +155,12 @@ def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> st
     return f"train.base is {config.train.base}"
 
 
+def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if "wandb" not in config.train.trackers or importlib.util.find_spec("wandb") is not None:
+        return None
+    return "train.trackers names wandb"
+
+
 RULES = (
     Rule("model", _no_model, "there is nothing to train", "add model.path"),
     Rule(
@@ -213,6 +219,13 @@ RULES = (
         _no_bitsandbytes,
         "bitsandbytes is not installed",
         "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain",
+        of_machine=True,
+    ),
+    Rule(
+        "wandb",
+        _no_wandb,
+        "wandb is not installed",
+        "pip install 'sft-pipeline[wandb]', or take it out of train.trackers",
         of_machine=True,
     ),
 )

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
+from trainer.loss_by_group import SplitLoss
+from trainer.meter import StepMeter
 from trainer.methods import METHODS
-from trainer.metrics import Metrics, NoMetrics, memory_gib, report
+from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
     check_model_folder,
@@ -47,6 +50,7 @@ from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
+from trainer.trackers import TrackedRun
 from trainer.weights import WeightFiles, model_without_weights
 
 
@@ -185,6 +189,7 @@ def run_steps(
     job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
 ) -> Progress:
     steps = job.steps[progress.num_steps :]
+    meter = StepMeter(job, model)
     with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
         stepper = Stepper(job, model, optimizer)
         signals.begin()
@@ -192,7 +197,8 @@ def run_steps(
             started_at = time.monotonic()
             outcome = stepper.run(step)
             progress = advance(job, progress, step, outcome)
-            metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
+            seconds = time.monotonic() - started_at
+            metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
             check_progress(job, progress)
             writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
@@ -211,10 +217,10 @@ def open_metrics(job: Job, progress: Progress) -> AbstractContextManager[Metrics
         return NoMetrics()
     num_tokens_left = sum(step.num_tokens for step in job.steps[progress.num_steps :])
     return Metrics(
-        job.folder,
-        num_steps_done=progress.num_steps,
+        TrackedRun(job.folder, job.key, progress.num_steps, job.settings),
         num_steps=len(job.steps),
         num_tokens_left=num_tokens_left,
+        trackers=job.config.train.trackers,
     )
 
 
@@ -233,7 +239,7 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
     )
 
 
-def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
+def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
     return {
         "step": step.number + 1,
         "epoch": step.epoch,
@@ -242,9 +248,7 @@ def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> d
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
         "num_trained_tokens": step.num_trained_tokens,
-        "tokens_per_second": step.num_tokens / max(seconds, 1e-9),
         "seconds": seconds,
-        "memory_gib": memory_gib(job.device),
     }
 
 
@@ -275,6 +279,8 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_by_source": _by_name(found.by_source),
+            "validation_by_language": _by_name(found.by_language),
         }
     )
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
@@ -328,6 +334,13 @@ def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) 
     mark_current(job)
     report(f"trained weights in {output}")
     return result
+
+
+def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        for name, found in losses.items()
+    }
 
 
 def _finite(value: float) -> float | None:

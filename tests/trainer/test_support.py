@@ -56,8 +56,9 @@ BROKEN: dict[str, dict[str, Any]] = {
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},
     "bitsandbytes": {"train": {"base": "int8"}},
+    "wandb": {"train": {"trackers": ["wandb"]}},
 }
-PACKAGES = ("deepspeed", "bitsandbytes")
+PACKAGES = ("deepspeed", "bitsandbytes", "wandb")
 
 
 @pytest.fixture
