@@ -215,6 +215,12 @@ def read_rows(path: Path) -> Iterator[Conversation]:
                 yield _row(record)
 
 
+def read_metas(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Row ids and meta of a part, in order, without its messages."""
+    table = pq.read_table(path, columns=["row_id", "meta"], page_checksum_verification=True)
+    return table["row_id"].to_pylist(), [json.loads(meta) for meta in table["meta"].to_pylist()]
+
+
 def _write_parquet(path: Path, schema: pa.Schema, records: Iterable[dict[str, Any]]) -> int:
     with parquet_file(path, schema) as write:
         return sum(
