@@ -209,10 +209,10 @@ def run_steps(
     job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
 ) -> Progress:
     steps = job.steps[progress.num_steps :]
+    meter = StepMeter(job, model)
     with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
         stepper = Stepper(job, model, optimizer)
         signals.begin()
-        meter = StepMeter(job, model)
         for step in steps:
             started_at = time.monotonic()
             scale = loss_scale(progress, job.dtype)
