@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.local_path import LocalPath
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8", "nf4"]
 
 
@@ -49,11 +49,14 @@ class TrainConfig(_Section):
     4-bit floats, as in QLoRA, a bit more than a quarter."""
     strategy: Strategy = "single"
     """How the work is laid over devices. ddp: each holds everything; zero1, zero2: DeepSpeed, each holds a part of
-    the optimiser, with zero2 of the gradients too; fsdp2: each holds a part of all that is trained, and of the frozen
-    weights where train.shard_base says so."""
+    the optimiser, with zero2 of the gradients, with zero3 of all weights too; fsdp2: each holds a part of all that is
+    trained, and of the frozen weights where train.shard_base says so; pipeline: one process, layers lie on all GPUs."""
     shard_base: Literal["auto", "always", "never"] = "auto"
     """fsdp2: whether frozen weights are cut over the ranks too; auto: only where they would take over half of the free
     memory of a device. Whole ones are faster."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the CPU's memory for its turn. optimizer: masters, moments and their update; all: the weights
+    too."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
     epochs: int = Field(default=1, gt=0)

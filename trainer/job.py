@@ -40,6 +40,7 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "max_nonfinite_steps",
         "shard_base",
         "strategy",
+        "offload",
         "num_processes",
     }
 )

@@ -14,6 +14,7 @@ from schemas.errors import TrainingError
 from schemas.training_config import TrainConfig
 from trainer.pieces import MOMENTS, Piece, ReadPiece, Shapes, own_names, read_whole
 from trainer.ranks import ALONE, Ranks
+from trainer.weights import whole_shape
 
 ComputeLoss = Callable[[], torch.Tensor]
 
@@ -193,8 +194,8 @@ def torch_adamw(weights: Iterable[torch.Tensor], train: TrainConfig) -> torch.op
 def _groups(weights: Iterable[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation."""
     everything = list(weights)
-    matrices = [weight for weight in everything if weight.dim() >= 2]
-    vectors = [weight for weight in everything if weight.dim() < 2]
+    matrices = [weight for weight in everything if len(whole_shape(weight)) >= 2]
+    vectors = [weight for weight in everything if len(whole_shape(weight)) < 2]
     groups = ((matrices, weight_decay), (vectors, 0.0))
     return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 

@@ -103,7 +103,13 @@ def load_model(job: Job) -> torch.nn.Module:
         if model is None:
             tell(job, "each process loads the whole model first: this family's files can't be read in parts")
     if model is None:
-        model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+        model = load_base_model(
+            job.model,
+            base=job.config.train.base,
+            device=job.device,
+            dtype=job.dtype,
+            lay_out=STRATEGIES[job.config.train.strategy].lay_out,
+        )
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model

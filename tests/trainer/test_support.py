@@ -48,7 +48,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "warm-up": {"train": {"warmup_steps": 10, "max_steps": 10}},
     "micro-step": {"train": {"bins_per_step": 2, "bins_per_micro_step": 4}},
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
-    "strategy": {"train": {"strategy": "fsdp2"}},
+    "offload": {"train": {"offload": "all", "strategy": "zero2"}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},

@@ -6,7 +6,6 @@ are gathered in the dtype that computes. A frozen base that fits is better kept 
 """
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -243,19 +242,11 @@ def _fill_in_4_bits(
     size = layer.packed.itemsize
     first_byte, end_byte = (element * size for element in _own_range(layer.packed, ranks))
     first_block, end_block = _own_range(layer.absmax, ranks)
-    # All blocks of which the bytes or the scale are kept here.
-    start = min(first_byte * 2 // nf4.BLOCK_SIZE, first_block) * nf4.BLOCK_SIZE
-    end = min(max(-(-end_byte * 2 // nf4.BLOCK_SIZE), end_block) * nf4.BLOCK_SIZE, math.prod(layer.shape))
-    start = min(start, end)
-    weight = _read(model, files, f"{name}.weight", start, end).to(ranks.device)
-    quantised = nf4.quantise(weight.view(1, -1)) if len(weight) else {}
-    packed = torch.zeros(end_byte - first_byte, dtype=torch.uint8, device=ranks.device)
-    if quantised:
-        found = quantised["packed"][first_byte - start // 2 :][: len(packed)]
-        packed[: len(found)] = found
-        scales = quantised["absmax"][first_block - start // nf4.BLOCK_SIZE :][: end_block - first_block]
-    else:
-        scales = torch.empty(0, device=ranks.device)
+
+    def read(start: int, end: int) -> torch.Tensor:
+        return _read(model, files, f"{name}.weight", start, end).to(ranks.device)
+
+    packed, scales = nf4.quantised_part(read, layer.shape, (first_byte, end_byte), (first_block, end_block))
     _put(layer.packed, packed.view(layer.packed.dtype), ranks)
     _put(layer.absmax, scales, ranks)
 
