@@ -77,14 +77,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero2": {"strategy": "zero2"},
     "fsdp2": {"strategy": "fsdp2", "shard_base": "always"},
     "fsdp2 whole base": {"strategy": "fsdp2", "shard_base": "never"},
+    "fsdp2, optimizer on CPU": {"strategy": "fsdp2", "offload": "optimizer"},
+    "fsdp2, all on CPU": {"strategy": "fsdp2", "offload": "all"},
     "zero3": {"strategy": "zero3"},  # by default in test_zero3.py
 }
 RESUMED = "resumed"
 """A variant goes on after step 10 of strategy single's LoRA."""
-IMPOSSIBLE = {("int8", "fsdp2"), ("int8", "fsdp2 whole base"), ("int8", "zero3")}
+IMPOSSIBLE = {
+    ("int8", variant) for variant, settings in VARIANTS.items() if settings["strategy"] in ("fsdp2", "zero3")
+}
 SHORT = [
     *((case, variant) for case in ("lora", "full") for variant in ("ddp", "zero1", "zero2", "fsdp2")),
     ("lora", "fsdp2 whole base"),
+    ("lora", "fsdp2, all on CPU"),
+    ("full", "fsdp2, optimizer on CPU"),
+    ("bfloat16 full", "fsdp2, all on CPU"),
     *((case, variant) for case in ("measured", "measured full") for variant in ("ddp", "fsdp2")),
     *((RESUMED, variant) for variant in ("ddp", "zero2", "fsdp2")),
     *(("poisoned", variant) for variant in ("ddp", "zero2", "fsdp2")),

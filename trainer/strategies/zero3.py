@@ -19,7 +19,8 @@ from trainer.pieces import MOMENTS
 from trainer.ranks import Ranks
 from trainer.strategies.deepspeed_engine import engine_settings, import_deepspeed, start_engine
 from trainer.strategies.zero import Fragment, Parameters, Shards, ZeroAdamW
-from trainer.weights import WeightFiles, is_stand_in, name_in_files
+from trainer.stand_ins import is_stand_in
+from trainer.weights import WeightFiles, name_in_files
 
 
 class Placed(NamedTuple):
