@@ -67,7 +67,7 @@ def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
     """Bytes behind the weights, masters and moments of this rank, and shapes of weights that lie whole somewhere."""
     weights = [t for p in model.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
-    alive = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return {
         "weights": num_bytes(weights),
         "all": num_bytes([*weights, *(piece.values for piece in optimizer.pieces())]),

@@ -32,7 +32,7 @@ WHAT: dict[str, dict[str, Any]] = {
     "fused": {**FUSED, "gradient_checkpointing": True},
     "bfloat16": {**FUSED, "dtype": "bfloat16"},
     "poisoned": POISONED,
-    "measured": {**FUSED, "max_steps": 1, "seed": ranks_program.MEASURED_SEED},
+    "measured": {**FUSED, "dtype": "bfloat16", "max_steps": 1, "seed": ranks_program.MEASURED_SEED},
 }
 LAID_OUT: dict[str, tuple[str, dict[str, Any], int]] = {
     "lora": ("lora", {"strategy": "zero3"}, 2),
