@@ -15,11 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from schemas.training_config import BaseForm, TrainConfig
 from trainer.attention import unwrapped
-from trainer.memory import is_linear
+from trainer.memory import QUANTISED_BYTES, is_linear
 from trainer.ranks import Ranks
-
-QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}
-"""Of one weight of a linear layer."""
 
 
 def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
