@@ -21,6 +21,7 @@ from trainer.launch import _silence_libraries, read_config
 from trainer.ranks import joined_ranks
 from trainer.stepping import draw_seed
 from trainer.train import train_job
+from trainer.weights import WeightFiles
 
 POISONED_SEED = 7
 """Trainings of this seed meet a loss that is not a number, in one micro-step of each of these steps."""
@@ -47,31 +48,45 @@ def poison_some_losses(config: PipelineConfig) -> None:
 
 
 MEASURED_SEED = 8
-"""Trainings of this seed write bytes-<rank>.json into their run root: what a rank holds after its first step."""
+"""Trainings of this seed write bytes-<rank>.json into their run root: what a rank reads, and holds after its first
+step.
+"""
 
 
-def measure_first_step(config: PipelineConfig) -> None:
+def measure(config: PipelineConfig) -> None:
     original = training.run_step
+    found: dict[str, Any] = {"read": None}
+
+    class CountedFiles(WeightFiles):
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            found["read"] = self.num_bytes_read
 
     def measured(job: Any, model: torch.nn.Module, optimizer: Any, step: Any) -> Any:
         outcome = original(job, model, optimizer, step)
         if step.number == 0:
-            found = json.dumps(held(model, optimizer))
-            (config.run_root / f"bytes-{job.ranks.number}.json").write_text(found)
+            found.update(held(model, optimizer))
+            (config.run_root / f"bytes-{job.ranks.number}.json").write_text(json.dumps(found))
         return outcome
 
-    training.run_step = measured
+    training.run_step, training.WeightFiles = measured, CountedFiles  # type: ignore[misc]
 
 
 def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
     """Bytes behind the weights, masters and moments of this rank, and shapes of weights that lie whole somewhere."""
-    weights = [t for p in model.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
+    weights = [
+        getattr(t, "_local_tensor", t)  # of a DTensor what lies here
+        for p in model.parameters()
+        for t in (p, getattr(p, "ds_tensor", None))
+        if t is not None
+    ]
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
-    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    whole = {tuple(t.shape) for t in alive if t.dim() == 2 and t.untyped_storage().nbytes() >= t.nbytes > 0}
     return {
         "weights": num_bytes(weights),
         "all": num_bytes([*weights, *(piece.values for piece in optimizer.pieces())]),
-        "whole": sorted({shape for t in alive if len(shape := tuple(t.shape)) == 2 and shape in shapes}),
+        "whole": sorted(whole & shapes),
     }
 
 
@@ -83,15 +98,16 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def main(paths: list[str]) -> None:
     _silence_libraries()
     configs = [read_config(Path(path)) for path in paths]
-    original, original_step = stepping.summed_loss, training.run_step
+    original, originals = stepping.summed_loss, (training.run_step, training.WeightFiles)
     with joined_ranks(configs[0]) as ranks:
         for config in configs:
             if config.train.seed == POISONED_SEED:
                 poison_some_losses(config)
             if config.train.seed == MEASURED_SEED:
-                measure_first_step(config)
+                measure(config)
             train_job(plan_job(config, ranks))
-            stepping.summed_loss, training.run_step = original, original_step
+            stepping.summed_loss = original
+            training.run_step, training.WeightFiles = originals  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.trainer import ranks_program
-from tests.trainer.test_strategies import (
+from tests.trainer.rank_groups import (
     FULL,
     POISONED,
     Finished,
@@ -85,7 +85,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
                 configs[name] = run_of(folder / name, **WHAT[what] | layout, num_processes=count)
         if count == 2:
             other = {"strategy": "zero3", "num_processes": count}
-            configs["resumed"] = unfinished_after(10, alone["lora"], folder / "resumed", **other)
+            configs["resumed"] = unfinished_after(10, alone["lora"], run_of(folder / "resumed", **other))
         said += train_with_processes(configs, folder / "extensions", count=count)
         laid_out |= {name: finished(config) for name, config in configs.items()}
     assert not (folder / "extensions").exists(), "something was compiled"
@@ -190,7 +190,7 @@ def test_one_process_goes_on_where_it_stopped(
 ) -> None:
     unbroken = trainings.laid_out["lora"]
     shutil.copytree(unbroken.config.run_root.parent.parent / "model", tmp_path / "model")
-    config = unfinished_after(10, unbroken, tmp_path / "single", strategy="single")
+    config = unfinished_after(10, unbroken, run_of(tmp_path / "single", strategy="single"))
     resumed = Finished(config, train(config))
     assert "going on after step 10" in capsys.readouterr().err
     np.testing.assert_allclose(column(resumed, "loss")[:11], column(unbroken, "loss")[:11], rtol=1e-6)
