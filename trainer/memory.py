@@ -73,6 +73,8 @@ def memory_need(
     )
     if train.method != "full":
         weights += num_trained * bytes_per_weight
+    if train.strategy == "zero3":
+        weights = math.ceil(weights / num_processes)
     states = num_trained * _state_bytes(train, bytes_per_weight, num_processes)
     return MemoryNeed(weights, int(states), _activation_bytes(config, architecture, bytes_per_weight))
 
@@ -82,7 +84,7 @@ def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) 
     optimizer = MOMENTS_BYTES + (MASTER_BYTES if bytes_per_weight < MASTER_BYTES else 0)
     if train.strategy == "zero1":
         return optimizer / num_processes + GRADIENT_BYTES
-    if train.strategy == "zero2":
+    if train.strategy in ("zero2", "zero3"):
         return (optimizer + GRADIENT_BYTES) / num_processes
     return optimizer + GRADIENT_BYTES
 

@@ -84,7 +84,7 @@ OFFLOADS = {
     "zero1": ("optimizer",),
     "zero2": ("optimizer",),
     "zero3": ("optimizer", "all"),
-    "fsdp2": ("all",),
+    "fsdp2": ("optimizer", "all"),
 }
 """What a strategy can leave in the CPU's memory."""
 
@@ -203,7 +203,7 @@ RULES = (
         "offload",
         _cannot_offload,
         "this strategy does not leave that in the CPU's memory",
-        "set train.offload to optimizer with train.strategy zero1, zero2 or zero3, or to all with zero3 or fsdp2",
+        "set train.offload to optimizer with train.strategy zero1, zero2, zero3 or fsdp2, or to all with zero3 or fsdp2",
     ),
     Rule(
         "int8-full",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
-from tests.trainer.test_strategies import train_with_two_processes
+from tests.trainer.rank_groups import train_with_two_processes
 from tests.trainer.tiny_models import learnable_documents, tiny_run, write_model, write_plans
 from trainer.job import plan_job
 from trainer.support import ONE_PROCESS

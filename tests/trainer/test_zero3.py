@@ -1,6 +1,5 @@
 """ZeRO 3 and what it leaves in the CPU's memory. Judges: strategy single, plain transformers and PEFT, storages."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.trainer import ranks_program
-from tests.trainer.test_strategies import (
+from tests.trainer.rank_groups import (
     FULL,
     POISONED,
     Finished,
+    finished,
     run_of,
     train_with_processes,
     unfinished_after,
 )
 from trainer import stepping
-from trainer.job import plan_job, read_result
 from trainer.train import train
 
 FUSED: dict[str, Any] = {"lora": {"dropout": 0.0}, "max_steps": 6}
@@ -31,8 +31,9 @@ WHAT: dict[str, dict[str, Any]] = {
     "full": FULL,
     "fused": {**FUSED, "gradient_checkpointing": True},
     "bfloat16": {**FUSED, "dtype": "bfloat16"},
+    "nf4": {"base": "nf4", **FUSED},
     "poisoned": POISONED,
-    "measured": {**FUSED, "max_steps": 1, "seed": ranks_program.MEASURED_SEED},
+    "measured": {**FUSED, "dtype": "bfloat16", "max_steps": 1, "seed": ranks_program.MEASURED_SEED},
 }
 LAID_OUT: dict[str, tuple[str, dict[str, Any], int]] = {
     "lora": ("lora", {"strategy": "zero3"}, 2),
@@ -45,6 +46,7 @@ LAID_OUT: dict[str, tuple[str, dict[str, Any], int]] = {
         {"strategy": "zero3", "offload": "all", "gradient_checkpointing": True},
         2,
     ),
+    "nf4": ("nf4", {"strategy": "zero3"}, 2),
     "bfloat16": ("bfloat16", {"strategy": "zero3"}, 2),
     "poisoned": ("poisoned", {"strategy": "zero3"}, 2),
     "measured": ("measured", {"strategy": "zero3"}, 2),
@@ -53,7 +55,7 @@ LAID_OUT: dict[str, tuple[str, dict[str, Any], int]] = {
     "zero2, optimizer on CPU": ("fused", {"strategy": "zero2", "offload": "optimizer"}, 2),
 }
 """Name -> what is trained, how, and by how many processes."""
-EXACT = [name for name, (what, _, _) in LAID_OUT.items() if what in ("lora", "fused", "full")]
+EXACT = [name for name, (what, _, _) in LAID_OUT.items() if what in ("lora", "fused", "full", "nf4")]
 
 
 @dataclass(frozen=True)
@@ -85,22 +87,11 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
                 configs[name] = run_of(folder / name, **WHAT[what] | layout, num_processes=count)
         if count == 2:
             other = {"strategy": "zero3", "num_processes": count}
-            configs["resumed"] = unfinished_after(10, alone["lora"], folder / "resumed", **other)
+            configs["resumed"] = unfinished_after(10, alone["lora"], run_of(folder / "resumed", **other))
         said += train_with_processes(configs, folder / "extensions", count=count)
         laid_out |= {name: finished(config) for name, config in configs.items()}
     assert not (folder / "extensions").exists(), "something was compiled"
     return Trainings(alone, laid_out, laid_out.pop("resumed"), said)
-
-
-def finished(config: Any) -> Finished:
-    result = read_result(plan_job(config))
-    assert result is not None
-    return Finished(config, result)
-
-
-def column(training: Finished, name: str) -> np.ndarray:
-    lines = [json.loads(line) for line in (training.folder / "metrics.jsonl").read_text().splitlines()]
-    return np.array([line[name] for line in lines if "loss" in line], float)
 
 
 slow = pytest.mark.slow
@@ -114,7 +105,7 @@ def test_each_step_has_the_loss_and_the_gradient_of_one_process(trainings: Train
     assert ours.result.strategy == LAID_OUT[name][1]["strategy"]
     assert ours.result.num_trainable_weights == expected.result.num_trainable_weights
     for what in ("loss", "grad_norm"):
-        np.testing.assert_allclose(column(ours, what), column(expected, what), rtol=1e-5, err_msg=what)
+        np.testing.assert_allclose(ours.numbers(what), expected.numbers(what), rtol=1e-5, err_msg=what)
     assert ours.result.validation_loss == pytest.approx(expected.result.validation_loss, rel=1e-5)
     assert ours.weights.keys() == expected.weights.keys()
     for tensor_name, tensor in ours.weights.items():
@@ -125,7 +116,7 @@ def test_each_step_has_the_loss_and_the_gradient_of_one_process(trainings: Train
 @slow
 def test_bfloat16_has_the_loss_of_one_process_within_its_rounding(trainings: Trainings) -> None:
     ours, expected = (side["bfloat16"] for side in (trainings.laid_out, trainings.alone))
-    np.testing.assert_allclose(column(ours, "loss"), column(expected, "loss"), atol=2e-2)
+    np.testing.assert_allclose(ours.numbers("loss"), expected.numbers("loss"), atol=2e-2)
     assert {tensor.dtype for tensor in ours.weights.values()} == {torch.bfloat16}
 
 
@@ -134,25 +125,28 @@ def test_a_loss_or_gradient_that_is_not_finite_skips_the_step(trainings: Trainin
     ours, expected = (side["poisoned"] for side in (trainings.laid_out, trainings.alone))
     assert [number for number, loss in enumerate(ours.losses) if loss is None] == [2, 5]
     assert (ours.result.num_steps, ours.result.num_updates) == (8, 6)
-    np.testing.assert_allclose(column(ours, "loss"), column(expected, "loss"), rtol=1e-5)
+    np.testing.assert_allclose(ours.numbers("loss"), expected.numbers("loss"), rtol=1e-5)
 
 
 @slow
-def test_a_rank_holds_its_share_of_the_frozen_weights_too_and_none_of_them_whole(
+def test_a_rank_reads_and_holds_its_share_of_the_frozen_weights_too_and_none_of_them_whole(
     trainings: Trainings,
 ) -> None:
-    def measured(name: str) -> list[dict[str, Any]]:
-        folder = trainings.laid_out[name].config.run_root
-        return [json.loads((folder / f"bytes-{rank}.json").read_text()) for rank in range(2)]
-
-    whole = measured("measured whole")[0]
-    assert whole["whole"]  # so the absence of any says something
-    # Of what each rank holds whole, one rank's pieces are a share already.
-    pieces = sum(rank["all"] - rank["weights"] for rank in measured("measured whole"))
-    for rank in measured("measured"):
-        assert rank["weights"] == pytest.approx(whole["weights"] / 2, rel=0.02)
-        assert rank["all"] == pytest.approx((whole["weights"] + pieces) / 2, rel=0.02)
+    whole = trainings.laid_out["measured whole"].measured
+    assert whole[0]["whole"]  # so the absence of any says something
+    # ddp's ranks share the writing of what each of them holds.
+    states = sum(rank["all"] - rank["weights"] for rank in whole)
+    ranks = trainings.laid_out["measured"].measured
+    for rank in ranks:
+        assert rank["weights"] == pytest.approx(whole[0]["weights"] / 2, rel=0.02)
+        assert rank["all"] == pytest.approx((whole[0]["weights"] + states) / 2, rel=0.02)
         assert rank["whole"] == []
+    settings = trainings.alone["lora"].config.model
+    assert settings is not None
+    weights = load_file(Path(settings.path) / "model.safetensors").values()
+    num_bytes = sum(tensor.nbytes for tensor in weights)
+    assert sum(rank["read"] for rank in ranks) == num_bytes
+    assert max(rank["read"] for rank in ranks) < 0.52 * num_bytes
 
 
 @slow
@@ -179,9 +173,9 @@ def test_what_is_saved_loads_in_plain_libraries_and_says_what_one_process_says(
 
 @slow
 def test_it_goes_on_where_one_process_stopped(trainings: Trainings) -> None:
-    expected = column(trainings.alone["lora"], "loss")
-    np.testing.assert_allclose(column(trainings.resumed, "loss")[:11], expected[:11], rtol=1e-6)
-    np.testing.assert_allclose(column(trainings.resumed, "loss"), expected, rtol=1e-5)
+    expected = trainings.alone["lora"].numbers("loss")
+    np.testing.assert_allclose(trainings.resumed.numbers("loss")[:11], expected[:11], rtol=1e-6)
+    np.testing.assert_allclose(trainings.resumed.numbers("loss"), expected, rtol=1e-5)
 
 
 @slow
@@ -190,11 +184,11 @@ def test_one_process_goes_on_where_it_stopped(
 ) -> None:
     unbroken = trainings.laid_out["lora"]
     shutil.copytree(unbroken.config.run_root.parent.parent / "model", tmp_path / "model")
-    config = unfinished_after(10, unbroken, tmp_path / "single", strategy="single")
+    config = unfinished_after(10, unbroken, run_of(tmp_path / "single", strategy="single"))
     resumed = Finished(config, train(config))
     assert "going on after step 10" in capsys.readouterr().err
-    np.testing.assert_allclose(column(resumed, "loss")[:11], column(unbroken, "loss")[:11], rtol=1e-6)
-    np.testing.assert_allclose(column(resumed, "loss"), column(unbroken, "loss"), rtol=1e-5)
+    np.testing.assert_allclose(resumed.numbers("loss")[:11], unbroken.numbers("loss")[:11], rtol=1e-6)
+    np.testing.assert_allclose(resumed.numbers("loss"), unbroken.numbers("loss"), rtol=1e-5)
 
 
 @slow

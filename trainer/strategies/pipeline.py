@@ -6,7 +6,7 @@ computed.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,11 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from schemas.training_config import BaseForm, TrainConfig
 from trainer.attention import unwrapped
-from trainer.memory import is_linear
+from trainer.memory import QUANTISED_BYTES, is_linear
 from trainer.ranks import Ranks
-
-QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}
-"""Of one weight of a linear layer."""
 
 
 def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
@@ -46,13 +43,23 @@ def visible_devices(device: torch.device) -> list[torch.device]:
 def device_map(
     model: torch.nn.Module, devices: Sequence[torch.device], *, base: BaseForm = "plain"
 ) -> dict[str, torch.device]:
-    """Where the weights of which module go; `model` may be without memory. "" stands for all that is not named."""
+    """Where the weights of which module go; `model` may be without memory."""
     prefix, layers = decoder_layers(model)
     sizes = [_num_bytes(layer, base) for layer in layers]
     rest = _num_bytes(model, base) - sum(sizes)
     numbers = cut(sizes, rest, len(devices))
     places = {f"{prefix}.{layer}": devices[number] for layer, number in enumerate(numbers)}
-    return {"": devices[0], **places}
+    return dict.fromkeys(_beside(unwrapped(model), prefix), devices[0]) | places
+
+
+def _beside(model: torch.nn.Module, path: str) -> Iterator[str]:
+    """The largest modules, and parameters, that hold nothing of the one at `path`."""
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        names = [name for name, _ in parent.named_children() if name != part]
+        names += [name for name, _ in parent.named_parameters(recurse=False)]
+        yield from (".".join([*parts[:depth], name]) for name in names)
 
 
 def cut(sizes: Sequence[int], rest: int, num_devices: int) -> list[int]:

@@ -17,9 +17,10 @@ from trainer.nf4 import NF4Linear
 from trainer.optimizers import ComputeLoss, trainable, trained_parameters
 from trainer.pieces import MOMENTS
 from trainer.ranks import Ranks
+from trainer.stand_ins import is_stand_in
 from trainer.strategies.deepspeed_engine import engine_settings, import_deepspeed, start_engine
 from trainer.strategies.zero import Fragment, Parameters, Shards, ZeroAdamW
-from trainer.weights import WeightFiles, is_stand_in, name_in_files
+from trainer.weights import WeightFiles, name_in_files
 
 
 class Placed(NamedTuple):
