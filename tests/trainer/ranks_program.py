@@ -6,6 +6,7 @@ Several trainings one after the other in one group of ranks: loading the librari
 import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from schemas.pipeline_config import PipelineConfig
-from trainer import stepping
+from trainer import compiling, stepping
 from trainer import train as training
 from trainer.job import plan_job
 from trainer.launch import _silence_libraries, read_config
@@ -23,6 +24,8 @@ from trainer.stepping import draw_seed
 from trainer.train import train_job
 from trainer.weights import WeightFiles
 
+BACKEND_VARIABLE = "SFT_PIPELINE_TEST_BACKEND"
+"""What torch.compile is to compile with: another one than the slow default."""
 POISONED_SEED = 7
 """Trainings of this seed meet a loss that is not a number, in one micro-step of each of these steps."""
 POISONED_STEPS = (2, 5)
@@ -97,6 +100,8 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def main(paths: list[str]) -> None:
     _silence_libraries()
+    if backend := os.environ.get(BACKEND_VARIABLE):
+        compiling.BACKEND = backend
     configs = [read_config(Path(path)) for path in paths]
     original, originals = stepping.summed_loss, (training.run_step, training.WeightFiles)
     with joined_ranks(configs[0]) as ranks:
