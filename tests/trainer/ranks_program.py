@@ -4,22 +4,25 @@ Several trainings one after the other in one group of ranks: loading the librari
 """
 
 import gc
+import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 
 from schemas.pipeline_config import PipelineConfig
 from trainer import stepping
 from trainer import train as training
+from trainer.draws import draw_seed
 from trainer.job import plan_job
 from trainer.launch import _silence_libraries, read_config
 from trainer.ranks import joined_ranks
-from trainer.stepping import draw_seed
 from trainer.train import train_job
 from trainer.weights import WeightFiles
 
@@ -63,13 +66,41 @@ def measure(config: PipelineConfig) -> None:
             found["read"] = self.num_bytes_read
 
     def measured(job: Any, model: torch.nn.Module, optimizer: Any, step: Any) -> Any:
-        outcome = original(job, model, optimizer, step)
+        if step.number > 0:
+            return original(job, model, optimizer, step)
+        with computing_parameters(model) as seen:
+            outcome = original(job, model, optimizer, step)
         if step.number == 0:
-            found.update(held(model, optimizer))
+            found.update(held(model, optimizer), seen=seen)
             (config.run_root / f"bytes-{job.ranks.number}.json").write_text(json.dumps(found))
         return outcome
 
     training.run_step, training.WeightFiles = measured, CountedFiles  # type: ignore[misc]
+
+
+@contextmanager
+def computing_parameters(model: torch.nn.Module) -> Iterator[dict[str, str]]:
+    """Of each parameter, as its module or the LoRA layer around that sees it in a forward pass: shape, dtype, and of
+    4-bit weights the digest of their bytes.
+    """
+    seen: dict[str, str] = {}
+
+    def look(name: str, module: torch.nn.Module) -> None:
+        for part, parameter in module.named_parameters():
+            seen[f"{name}.{part}"] = f"{tuple(parameter.shape)} {parameter.dtype}"
+            if part.endswith(("packed", "absmax")):
+                numbers = parameter.detach().contiguous().view(torch.uint8).numpy()
+                seen[f"{name}.{part}"] += f" {hashlib.sha256(numbers.tobytes()).hexdigest()}"
+
+    # The last to be registered, after those that gather.
+    handles = [
+        module.register_forward_pre_hook(lambda module, _, name=name: look(name, module))  # type: ignore[misc]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) or list(module.parameters(recurse=False))
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
 
 
 def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
