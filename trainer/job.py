@@ -29,7 +29,7 @@ from trainer.shard_reader import ShardReader
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
-TRAINER_VERSION = 1
+TRAINER_VERSION = 2
 """Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
 
 SETTINGS_OUTSIDE_KEY = frozenset(
@@ -38,6 +38,8 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "bins_per_micro_step",
+        "trackers",
         "shard_base",
         "strategy",
         "offload",

@@ -38,6 +38,9 @@ class Optimizer(Protocol):
         `loss` is this rank's part. Returns the step's loss and the norm of its gradient before clipping.
         """
 
+    def drop_gradients(self) -> None:
+        """Forget what was added up since the last update; asked of strategies that can redo a step."""
+
     def shapes(self) -> Shapes:
         """Of all trained weights, whole, by parameter name; equal on all ranks."""
 

@@ -7,7 +7,9 @@ run that was killed goes on from its last checkpoint to the same weights, bit fo
 import dataclasses
 import math
 import os
+import signal
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ from schemas.training_result import TrainingResult
 from trainer import checkpoint
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
+from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
+from trainer.loss_by_group import SplitLoss
+from trainer.meter import StepMeter
 from trainer.methods import METHODS
-from trainer.metrics import Metrics, NoMetrics, memory_gib, report
+from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
     check_model_folder,
@@ -35,15 +40,17 @@ from trainer.model import (
     load_tokenizer,
 )
 from trainer.optimizers import Optimizer
+from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
-from trainer.signals import StopSignals
-from trainer.stepping import StepOutcome, run_step
+from trainer.signals import StopSignals, stopped_exit_code
+from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
+from trainer.trackers import TrackedRun
 from trainer.weights import WeightFiles, model_without_weights
 
 
@@ -51,10 +58,10 @@ def train(config: PipelineConfig) -> TrainingResult:
     """Train, or go on with, or skip, what the config asks for. The caller holds the run root.
 
     One of several processes where the environment says so: all compute, the first one writes.
-    Raises errors of schemas.errors; SystemExit(128 + signal) after SIGTERM or SIGINT, once a checkpoint is
-    written.
+    Raises errors of schemas.errors; SystemExit after a signal, once a checkpoint is written.
     """
     check_supported(config)
+    config = lowered(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
         finished = read_result(job)
@@ -67,19 +74,22 @@ def train(config: PipelineConfig) -> TrainingResult:
 
 
 def train_job(job: Job) -> TrainingResult:
-    if job.ranks.is_first:
-        remove_leftovers(job.folder)
-    make_deterministic(job)
-    tokenizer = load_tokenizer(job.config)
-    model = apply_method(job, load_model(job))
-    speed_up(job, model)
-    model = fill(job, place(job, model))
-    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
-    optimizer = build_optimizer(job, model)
-    progress = restore(job, optimizer)
-    announce(job, model, progress)
-    progress = run_steps(job, model, optimizer, progress)
-    return finish(job, model, tokenizer, progress)
+    with StopSignals() as signals:
+        if job.ranks.is_first:
+            remove_leftovers(job.folder)
+        make_deterministic(job)
+        tokenizer = load_tokenizer(job.config)
+        with memory_explained(job):
+            model = apply_method(job, load_model(job))
+            use_bin_dropout(model)
+            speed_up(job, model)
+            model = fill(job, place(job, model))
+            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            optimizer = build_optimizer(job, model)
+            progress = restore(job, optimizer)
+        announce(job, model, progress)
+        progress = run_steps(job, model, optimizer, progress, signals)
+        return finish(job, model, tokenizer, progress)
 
 
 def tell(job: Job, message: str) -> None:
@@ -181,18 +191,20 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
 # The loop ---------------------------------------------------------------------------------------------------
 
 
-def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
+def run_steps(
+    job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
+) -> Progress:
     steps = job.steps[progress.num_steps :]
-    with (
-        StopSignals() as signals,
-        open_metrics(job, progress) as metrics,
-        open_writer(job, optimizer) as writer,
-    ):
+    meter = StepMeter(job, model)
+    with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
+        stepper = Stepper(job, model, optimizer)
+        signals.begin()
         for step in steps:
             started_at = time.monotonic()
-            outcome = run_step(job, model, optimizer, step)
+            outcome = stepper.run(step)
             progress = advance(job, progress, step, outcome)
-            metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
+            seconds = time.monotonic() - started_at
+            metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
             check_progress(job, progress)
             writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
@@ -211,10 +223,10 @@ def open_metrics(job: Job, progress: Progress) -> AbstractContextManager[Metrics
         return NoMetrics()
     num_tokens_left = sum(step.num_tokens for step in job.steps[progress.num_steps :])
     return Metrics(
-        job.folder,
-        num_steps_done=progress.num_steps,
+        TrackedRun(job.folder, job.key, progress.num_steps, job.settings),
         num_steps=len(job.steps),
         num_tokens_left=num_tokens_left,
+        trackers=job.config.train.trackers,
     )
 
 
@@ -233,7 +245,7 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
     )
 
 
-def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
+def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
     return {
         "step": step.number + 1,
         "epoch": step.epoch,
@@ -242,9 +254,7 @@ def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> d
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
         "num_trained_tokens": step.num_trained_tokens,
-        "tokens_per_second": step.num_tokens / max(seconds, 1e-9),
         "seconds": seconds,
-        "memory_gib": memory_gib(job.device),
     }
 
 
@@ -275,6 +285,8 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_by_source": _by_name(found.by_source),
+            "validation_by_language": _by_name(found.by_language),
         }
     )
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
@@ -306,10 +318,10 @@ def facts(job: Job) -> dict[str, Any]:
 def stop(job: Job, progress: Progress, signal_number: int) -> None:
     tell(
         job,
-        f"stopped by signal {signal_number} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
+        f"stopped by {signal.Signals(signal_number).name} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
         f"{job.folder / checkpoint.step_name(progress.num_steps)}; run the same command to go on",
     )
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(stopped_exit_code(signal_number))
 
 
 def finish(
@@ -328,6 +340,13 @@ def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) 
     mark_current(job)
     report(f"trained weights in {output}")
     return result
+
+
+def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        for name, found in losses.items()
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -16,10 +16,10 @@ import torch
 from schemas.pipeline_config import PipelineConfig
 from trainer import stepping
 from trainer import train as training
+from trainer.draws import draw_seed
 from trainer.job import plan_job
 from trainer.launch import _silence_libraries, read_config
 from trainer.ranks import joined_ranks
-from trainer.stepping import draw_seed
 from trainer.train import train_job
 from trainer.weights import WeightFiles
 

@@ -27,20 +27,26 @@ class Strategy(NamedTuple):
     """
 
     place: Callable[[torch.nn.Module, torch.device, Ranks, TrainConfig], torch.nn.Module]
-    build_optimizer: Callable[[Iterable[tuple[str, torch.nn.Parameter]], TrainConfig, Ranks], Optimizer]
+    build_optimizer: Callable[[torch.nn.Module, TrainConfig, Ranks], Optimizer]
     full_weights: Callable[[torch.nn.Module, Iterable[str]], Iterator[tuple[str, torch.Tensor]]]
     fill: Callable[[torch.nn.Module, WeightFiles, Ranks], None] | None = None
     lay_out: LayOut | None = None
+    can_redo_step: bool = False
+    """Ranks exchange nothing before a step's update: one that runs out of memory can begin its part again."""
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "single": Strategy(single.place, single.build_optimizer, single.full_weights),
-    "ddp": Strategy(ddp.place, ddp.build_optimizer, single.full_weights),
+    "single": Strategy(single.place, single.build_optimizer, single.full_weights, can_redo_step=True),
+    "ddp": Strategy(ddp.place, ddp.build_optimizer, single.full_weights, can_redo_step=True),
     "fsdp2": Strategy(fsdp2.place, fsdp2.build_optimizer, fsdp2.full_weights, fsdp2.fill),
     "zero1": Strategy(ddp.place, partial(zero.build_optimizer, stage=1), single.full_weights),
     "zero2": Strategy(ddp.place, partial(zero.build_optimizer, stage=2), single.full_weights),
     "zero3": Strategy(zero3.place, zero3.build_optimizer, zero3.full_weights, zero3.fill),
     "pipeline": Strategy(
-        pipeline.place, single.build_optimizer, single.full_weights, lay_out=pipeline.lay_out
+        pipeline.place,
+        single.build_optimizer,
+        single.full_weights,
+        lay_out=pipeline.lay_out,
+        can_redo_step=True,
     ),
 }

@@ -85,6 +85,9 @@ class ZeroAdamW:
         self._engine.step()
         return loss_value, float(self._engine.get_global_grad_norm())
 
+    def drop_gradients(self) -> None:
+        raise NotImplementedError("DeepSpeed exchanges gradients in the backward pass")
+
     def shapes(self) -> Shapes:
         return {name: torch.Size(whole_shape(parameter)) for name, parameter in self.parameters.items()}
 
