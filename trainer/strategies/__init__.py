@@ -43,6 +43,10 @@ STRATEGIES: dict[str, Strategy] = {
     "zero2": Strategy(ddp.place, partial(zero.build_optimizer, stage=2), single.full_weights),
     "zero3": Strategy(zero3.place, zero3.build_optimizer, zero3.full_weights, zero3.fill),
     "pipeline": Strategy(
-        pipeline.place, single.build_optimizer, single.full_weights, lay_out=pipeline.lay_out
+        pipeline.place,
+        single.build_optimizer,
+        single.full_weights,
+        lay_out=pipeline.lay_out,
+        can_redo_step=True,
     ),
 }
