@@ -24,10 +24,16 @@ class ModelConfig(_Section):
     """Commit or tag of a hub name."""
     tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 from compute capability 8.0 on, and on CPUs; else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What weights and activations compute in; what is trained adds up in float32 all the same. auto: bfloat16 from
+    compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where torch sees one."""
+    adapter: LocalPath | None = None
+    """Folder of a LoRA adapter over this model that training starts from."""
+    adapter_use: Literal["continue", "merge"] = "continue"
+    """continue: its weights are trained on, with its rank and targets; merge: it is added into the base and a fresh
+    adapter is trained over that, and both are saved as one."""
 
 
 class LoraConfig(_Section):
@@ -39,6 +45,9 @@ class LoraConfig(_Section):
     """Share of the inputs of the matrices that is dropped in training."""
     targets: str | list[str] = "all-linear"
     """'all-linear', or names of modules."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole beside the matrices and saved with them, by the end of their names: lm_head,
+    embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
 class TrainConfig(_Section):
@@ -94,6 +103,11 @@ class TrainConfig(_Section):
     """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: LoRA layers fused and, on CUDA with liger-kernel installed, its kernels; plain: the libraries' own."""
+    attention: Literal["auto", "by_document"] = "auto"
+    """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and
+    CPUs, torch's plain attention on one document after the other."""
+    compile: bool = False
+    """torch.compile of the decoder layers: minutes at the start, then faster steps. It needs a C++ compiler."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0

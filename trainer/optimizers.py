@@ -32,10 +32,13 @@ class Optimizer(Protocol):
         `is_last`: no other micro-step of this step follows on this rank, so gradients may be exchanged.
         """
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         """End a step: sum the ranks' losses and gradients, clip, and update unless one of them is not finite.
 
-        `loss` is this rank's part. Returns the step's loss and the norm of its gradient before clipping.
+        `loss` is this rank's part; the gradients are those of `loss_scale` times the loss, and are divided by it.
+        Returns the step's loss and the norm of its gradient before clipping.
         """
 
     def drop_gradients(self) -> None:
@@ -81,8 +84,14 @@ class MasterAdamW:
         self.collect_gradients()
         return loss.detach()
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         summed, num_gradients = self._sum_over_ranks(loss)
+        if loss_scale != 1.0:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad /= loss_scale
         # One wait for the device a step, here: the update depends on both numbers.
         numbers = torch.cat([summed.reshape(1), self.clip().reshape(1), num_gradients])
         loss_value, grad_norm, *counts = numbers.tolist()

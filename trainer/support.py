@@ -13,6 +13,7 @@ from typing import Any
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
+from trainer.setting_rules import SETTING_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -185,6 +186,7 @@ RULES = (
         "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
+    *SETTING_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,

@@ -21,16 +21,19 @@ from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
+from trainer.attention import unwrapped, use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
+from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
 from trainer.loss_by_group import SplitLoss
+from trainer.loss_scale import after_step, loss_scale
 from trainer.meter import StepMeter
-from trainer.methods import METHODS
+from trainer.methods import METHODS, lora
 from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
@@ -46,6 +49,7 @@ from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
+from trainer.start_adapter import adapter_folder, merge_into
 from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
@@ -85,6 +89,8 @@ def train_job(job: Job) -> TrainingResult:
             speed_up(job, model)
             model = fill(job, place(job, model))
             check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            if job.config.train.compile:
+                tell(job, compile_layers(model))
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
@@ -120,13 +126,21 @@ def load_model(job: Job) -> torch.nn.Module:
             dtype=job.dtype,
             lay_out=STRATEGIES[job.config.train.strategy].lay_out,
         )
+    if job.model.adapter is not None and job.model.adapter_use == "merge":
+        merge_into(model, adapter_folder(job.model))
+    if job.config.train.attention == "by_document":
+        use_packed_attention(model, by_document=True)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    trained: torch.nn.Module
+    if job.model.adapter is not None and job.model.adapter_use == "continue":
+        trained = lora.apply_existing(unwrapped(model), job.config.train, adapter_folder(job.model))
+    else:
+        trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
     return trained
 
@@ -201,10 +215,15 @@ def run_steps(
         signals.begin()
         for step in steps:
             started_at = time.monotonic()
-            outcome = stepper.run(step)
+            scale = loss_scale(progress, job.dtype)
+            outcome = stepper.run(step, loss_scale=scale)
             progress = advance(job, progress, step, outcome)
             seconds = time.monotonic() - started_at
-            metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
+            record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            if job.dtype == torch.float16:
+                progress = after_step(progress, scale, overflowed=outcome.is_overflow)
+                record["loss_scale"] = scale
+            metrics.log_step(record)
             check_progress(job, progress)
             writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
@@ -237,7 +256,8 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
         progress,
         num_steps=progress.num_steps + 1,
         num_updates=progress.num_updates + was_updated,
-        num_nonfinite_steps=progress.num_nonfinite_steps + (not outcome.is_finite),
+        num_nonfinite_steps=progress.num_nonfinite_steps
+        + (not outcome.is_finite and not outcome.is_overflow),
         num_tokens=progress.num_tokens + step.num_tokens,
         num_trained_tokens=progress.num_trained_tokens + step.num_trained_tokens,
         first_loss=loss if progress.num_steps == 0 else progress.first_loss,

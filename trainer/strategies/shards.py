@@ -63,9 +63,13 @@ class ShardedAdamW:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         self._take_gradients()
         gradients = [m.grad for m in self.masters.values() if m.grad is not None and m.grad.numel()]
+        if loss_scale != 1.0 and gradients:
+            torch._foreach_div_(gradients, loss_scale)
         norms = torch._foreach_norm(gradients) if gradients else []
         squares = sum((norm.double().square() for norm in norms), loss.new_zeros((), dtype=torch.float64))
         # One wait for the device a step, here: the update depends on both numbers.

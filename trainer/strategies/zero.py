@@ -78,7 +78,9 @@ class ZeroAdamW:
         self._engine.backward(loss * factor, scale_wrt_gas=False)
         return loss.detach()
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         loss_value = float(self._ranks.add_up(loss))
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
