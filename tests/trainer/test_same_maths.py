@@ -65,6 +65,12 @@ CASES = {
     "bfloat16 full": Case(FULL, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "bfloat16 nf4": Case({"base": "nf4"}, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "measured": Case({"seed": ranks_program.MEASURED_SEED}),
+    "measured bfloat16": Case(
+        {"seed": ranks_program.MEASURED_SEED}, dtype="bfloat16", limit=2e-2, weights_limit=0.1
+    ),
+    "measured nf4": Case(
+        {"base": "nf4", "seed": ranks_program.MEASURED_SEED}, dtype="bfloat16", limit=2e-2, weights_limit=0.1
+    ),
     "measured full": Case(FULL | {"seed": ranks_program.MEASURED_SEED}),
     "poisoned": Case({"seed": ranks_program.POISONED_SEED}),
     # Each step is a whole epoch: other bins and other micro-steps hold the same documents.
@@ -86,13 +92,14 @@ RESUMED = "resumed"
 IMPOSSIBLE = {
     ("int8", variant) for variant, settings in VARIANTS.items() if settings["strategy"] in ("fsdp2", "zero3")
 }
+MEASURED = [case for case in CASES if case.startswith("measured")]
 SHORT = [
     *((case, variant) for case in ("lora", "full") for variant in ("ddp", "zero1", "zero2", "fsdp2")),
     ("lora", "fsdp2 whole base"),
     ("lora", "fsdp2, all on CPU"),
     ("full", "fsdp2, optimizer on CPU"),
     ("bfloat16 full", "fsdp2, all on CPU"),
-    *((case, variant) for case in ("measured", "measured full") for variant in ("ddp", "fsdp2")),
+    *((case, variant) for case in MEASURED for variant in ("ddp", "fsdp2")),
     *((RESUMED, variant) for variant in ("ddp", "zero2", "fsdp2")),
     *(("poisoned", variant) for variant in ("ddp", "zero2", "fsdp2")),
     *((case, "fsdp2") for case in ("nf4", "tied", "checkpointing", "accumulation", "bfloat16 nf4")),
@@ -333,7 +340,7 @@ def test_nothing_is_compiled_and_nothing_warned_about(trainings: Trainings) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["measured", "measured full"])
+@pytest.mark.parametrize("case", MEASURED)
 def test_after_a_step_each_rank_holds_its_share_of_everything_and_no_weight_whole(
     trainings: Trainings, case: str
 ) -> None:
@@ -348,7 +355,24 @@ def test_after_a_step_each_rank_holds_its_share_of_everything_and_no_weight_whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["measured", "measured full"])
+@pytest.mark.parametrize("case", MEASURED)
+def test_layers_compute_with_the_shapes_dtypes_and_4_bit_bytes_of_whole_ones(
+    trainings: Trainings, case: str
+) -> None:
+    """The adapters beside 4-bit weights alone are gathered as fp32 masters, and cast by their layers."""
+    whole = trainings.variant(case, "ddp", 2, is_short=True).measured[0]["seen"]
+    assert sum("lora_A" in name for name in whole) == (0 if case == "measured full" else 28)
+    assert sum("packed" in name for name in whole) == (28 if case == "measured nf4" else 0)
+    for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured:
+        assert rank["seen"].keys() == whole.keys()
+        for name, seen in rank["seen"].items():
+            if case == "measured nf4" and "lora_" in name:
+                seen = seen.replace("float32", "bfloat16")
+            assert seen == whole[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MEASURED)
 def test_all_ranks_together_read_each_byte_of_the_weights_once(trainings: Trainings, case: str) -> None:
     read = [rank["read"] for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured]
     with (trainings.folder / "model" / "model.safetensors").open("rb") as file:
