@@ -56,6 +56,8 @@ class TrainConfig(_Section):
     memory of a device. Whole ones are faster."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
+    rank_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Several processes: one that does not go on for so long is named and ends the training."""
     epochs: int = Field(default=1, gt=0)
     """Passes over the training side; pack.weights says how often a source stands in one."""
     max_steps: int | None = Field(default=None, gt=0)

@@ -39,6 +39,7 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "evaluate_every_steps",
         "max_nonfinite_steps",
         "bins_per_micro_step",
+        "rank_timeout_seconds",
         "shard_base",
         "strategy",
         "num_processes",

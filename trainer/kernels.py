@@ -53,7 +53,11 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
 def _can_fuse(layer: LoraLayer) -> bool:
     """Plain LoRA, one adapter, no dropout, over a linear layer of the adapter's dtype, unquantised or NF4."""
     base = layer.base_layer
-    if len(layer.active_adapters) != 1 or layer.lora_variant or type(base) not in (torch.nn.Linear, NF4Linear):
+    if (
+        len(layer.active_adapters) != 1
+        or layer.lora_variant
+        or type(base) not in (torch.nn.Linear, NF4Linear)
+    ):
         return False
     name = layer.active_adapters[0]
     if name not in layer.lora_A or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
@@ -70,7 +74,9 @@ def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options:
         return LoraLayer.forward(layer, x, *arguments, **options)
     name = layer.active_adapters[0]
     base = layer.base_layer
-    form = (base.packed, base.absmax, base.shape) if isinstance(base, NF4Linear) else (base.weight, None, None)
+    form = (
+        (base.packed, base.absmax, base.shape) if isinstance(base, NF4Linear) else (base.weight, None, None)
+    )
     output: torch.Tensor = _FusedLora.apply(
         x, *form, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     )

@@ -183,6 +183,7 @@ def split_loss(
     model.eval()
     nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0.0
     for turn in _turns(plan, bins_per_micro_step, ranks):
+        ranks.pulse.move()
         batch = micro_batch(plan, reader, turn.first_bin, turn.end_bin)
         losses = token_losses(model, batch.to(device)).double().cpu()
         if turn.is_filler:

@@ -87,7 +87,9 @@ def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """From a quantised folder transformers takes norms, biases and the head in the dtype that they have there."""
     for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not _is_own_dtype(model, name):
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not _is_own_dtype(
+            model, name
+        ):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -54,6 +54,7 @@ def run_step(
         if not is_out_of_memory(error):
             raise
         raise MicroStepError from error
+    job.ranks.pulse.mark(f"updating in step {step.number + 1}")
     loss, grad_norm = optimizer.update(total, rate)
     return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate)
 
@@ -71,6 +72,7 @@ def _accumulate(
     total = torch.zeros((), device=job.device)
     own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
     for number, micro_step in enumerate(own, 1):
+        job.ranks.pulse.move()
         total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=number == len(own))
     return total
 

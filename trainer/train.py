@@ -24,6 +24,7 @@ from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
+from trainer.heartbeat import Heartbeat
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
@@ -185,11 +186,17 @@ def run_steps(
     job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
 ) -> Progress:
     steps = job.steps[progress.num_steps :]
-    with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
-        stepper = Stepper(job, model, optimizer)
+    stepper = Stepper(job, model, optimizer)
+    timeout_seconds = job.config.train.rank_timeout_seconds
+    with (
+        open_metrics(job, progress) as metrics,
+        open_writer(job, optimizer) as writer,
+        Heartbeat(job.ranks, timeout_seconds=timeout_seconds),
+    ):
         signals.begin()
         for step in steps:
             started_at = time.monotonic()
+            job.ranks.pulse.mark(f"computing step {step.number + 1}")
             outcome = stepper.run(step)
             progress = advance(job, progress, step, outcome)
             metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
@@ -197,6 +204,7 @@ def run_steps(
             writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
                 progress = validate(job, model, metrics, progress)
+            job.ranks.pulse.mark(f"at the end of step {step.number + 1}")
             received = job.ranks.largest(signals.received or 0)
             if received or is_due(job, step, job.config.train.checkpoint_every_steps):
                 save(optimizer, writer, metrics, progress)
@@ -268,6 +276,7 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
     if job.validation is None:
         return progress
     reader, plan = job.validation
+    job.ranks.pulse.mark(f"validating after step {progress.num_steps}")
     found = split_loss(model, reader, plan, device=job.device, ranks=job.ranks)
     loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
     metrics.log_validation(

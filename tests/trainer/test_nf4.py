@@ -53,7 +53,9 @@ def bitsandbytes_layer(linear: torch.nn.Linear, *, is_nested: bool = False) -> A
 
 def our_layer(linear: torch.nn.Linear) -> NF4Linear:
     shape = (linear.out_features, linear.in_features)
-    return NF4Linear(nf4.quantise(linear.weight.detach()), shape=shape, bias=linear.bias, dtype=linear.weight.dtype)
+    return NF4Linear(
+        nf4.quantise(linear.weight.detach()), shape=shape, bias=linear.bias, dtype=linear.weight.dtype
+    )
 
 
 def random_linear(shape: tuple[int, int], dtype: torch.dtype, *, bias: bool = True) -> torch.nn.Linear:
@@ -204,7 +206,9 @@ def folder_of(config: PipelineConfig, result: TrainingResult) -> Path:
 
 
 def losses_of(config: PipelineConfig, result: TrainingResult) -> list[float]:
-    lines = [json.loads(line) for line in (folder_of(config, result) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder_of(config, result) / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line["loss"] for line in lines if "loss" in line]
 
 
@@ -224,7 +228,9 @@ def qlora_of_peft_and_bitsandbytes(config: PipelineConfig) -> tuple[Any, list[fl
         total = torch.zeros(())
         for start, end in zip(starts, [*starts[1:], batch.input_ids.shape[1]], strict=True):
             inside = (batch.target_positions >= start) & (batch.target_positions < end)
-            logits = model(input_ids=batch.input_ids[:, start:end]).logits[0, batch.target_positions[inside] - start]
+            logits = model(input_ids=batch.input_ids[:, start:end]).logits[
+                0, batch.target_positions[inside] - start
+            ]
             nats = F.cross_entropy(logits, batch.targets[inside], reduction="none")
             total = total + (nats * batch.weights[inside]).sum()
         loss = total / step.weight_sum
@@ -312,7 +318,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plain = write_model(folder / "plain")
     settings = {
         "nf4": QUANTISED,
-        "nested": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        "nested": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
         "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }
@@ -328,7 +336,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_4_bit_folder_is_loaded_byte_by_byte_and_computes_bitsandbytes_logits(
     folders: dict[str, Path], name: str, dtype: Any
 ) -> None:
-    ours = load_base_model(ModelConfig(path=str(folders[name]), device="cpu", dtype=dtype), base="nf4").train()
+    ours = load_base_model(
+        ModelConfig(path=str(folders[name]), device="cpu", dtype=dtype), base="nf4"
+    ).train()
     saved = load_file(folders[name] / "model.safetensors")
     layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, NF4Linear)}
     assert len(layers) == 14
