@@ -8,6 +8,7 @@ from schemas.local_path import LocalPath
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 BaseForm = Literal["plain", "int8", "nf4"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 class _Section(BaseModel):
@@ -102,6 +103,8 @@ class TrainConfig(_Section):
     """Older ones are removed."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Loss on the validation side every so many steps; 0: only at the end."""
+    trackers: list[Tracker] = ["tensorboard"]
+    """Where the numbers of each step go beside metrics.jsonl. wandb: a folder for `wandb sync`, never a network."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
     """Skipped steps (loss or gradient not finite) before training gives up."""
 

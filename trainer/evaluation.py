@@ -188,7 +188,7 @@ def _write(config: PipelineConfig, work: Work, held_out: HeldOut, measured: Meas
     # The report before names the examples before: it goes first, then it never names others.
     (config.run_root / EVALUATION_NAME).unlink(missing_ok=True)
     sync_folder(config.run_root)
-    num_rows = write_arrow(examples, _examples_table(held_out, measured))
+    num_rows = write_arrow(examples, _examples_table(held_out, measured), is_part=False)
     questions = config.evaluate.questions
     answers = [measured.answers.get(label, []) for label in ("base", "candidate")]
     evaluation = Evaluation(

@@ -40,6 +40,7 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "max_nonfinite_steps",
         "bins_per_micro_step",
         "rank_timeout_seconds",
+        "trackers",
         "shard_base",
         "strategy",
         "num_processes",

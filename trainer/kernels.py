@@ -77,9 +77,9 @@ def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options:
     form = (
         (base.packed, base.absmax, base.shape) if isinstance(base, NF4Linear) else (base.weight, None, None)
     )
-    output: torch.Tensor = _FusedLora.apply(
-        x, *form, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    )
+    # A strategy may hand them over as fp32 masters; elsewhere this casts nothing.
+    down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+    output: torch.Tensor = _FusedLora.apply(x, *form, base.bias, down, up, layer.scaling[name])
     return output
 
 

@@ -5,9 +5,8 @@ of them. The sum is what a step needs: its divisor, the step's sum of weights, i
 result does not depend on how a step is cut into micro-batches.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.errors import RefusedError
 from trainer.attention import packing_arguments, unwrapped
-from trainer.data import MicroBatch, Plan, micro_batch, trained_bytes
+from trainer.data import MicroBatch, Plan, micro_batch
+from trainer.loss_by_group import LossSums, SplitLoss
 from trainer.ranks import ALONE, Ranks
 from trainer.shard_reader import ShardReader
 from trainer.steps import MicroStep
@@ -156,15 +156,6 @@ def _logit_adjustment(config: Any) -> Adjustment | None:
 # Loss of a whole split --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SplitLoss:
-    """Loss over a held-out split. `loss` is weighted, in nats a token; bits per byte count every trained token."""
-
-    loss: float
-    bits_per_byte: float
-    num_trained_tokens: int
-
-
 @torch.no_grad()
 def split_loss(
     model: torch.nn.Module,
@@ -181,26 +172,15 @@ def split_loss(
     """
     was_training = model.training
     model.eval()
-    nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0.0
+    sums = LossSums(reader, plan)
     for turn in _turns(plan, bins_per_micro_step, ranks):
         ranks.pulse.move()
         batch = micro_batch(plan, reader, turn.first_bin, turn.end_bin)
         losses = token_losses(model, batch.to(device)).double().cpu()
-        if turn.is_filler:
-            continue
-        nats += float(losses.sum())
-        weighted += float((losses * batch.weights).sum())
-        weight_sum += float(batch.weights.double().sum())
-        num_trained_tokens += batch.num_trained_tokens
+        if not turn.is_filler:
+            sums.add(batch, losses)
     model.train(was_training)
-    sums = torch.tensor([nats, weighted, weight_sum, num_trained_tokens], dtype=torch.float64, device=device)
-    nats, weighted, weight_sum, num_trained_tokens = ranks.add_up(sums).tolist()
-    num_bytes = float(trained_bytes(plan, reader).sum())
-    return SplitLoss(
-        loss=weighted / weight_sum if weight_sum else math.nan,
-        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
-        num_trained_tokens=int(num_trained_tokens),
-    )
+    return sums.result(ranks, device)
 
 
 def _turns(plan: Plan, bins_per_micro_step: int, ranks: Ranks) -> list[MicroStep]:

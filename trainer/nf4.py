@@ -8,13 +8,16 @@ Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (2023).
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from schemas.errors import InputError
+from trainer.stand_ins import is_stand_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK_SIZE = 64
 PACKED_MULTIPLE = 4
@@ -56,6 +59,8 @@ class NF4Linear(torch.nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """Unpacked anew each time, for those who ask a linear layer for its device, dtype or numbers."""
+        if is_stand_in(self.packed):
+            return torch.empty((), dtype=self.dtype).expand(self.shape)
         return unpacked(self.packed, self.absmax, self.shape, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +153,7 @@ def _state(absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> 
 # Whole models -----------------------------------------------------------------------------------------------
 
 
-def take_over(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def take_over(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Put an NF4Linear in the place of each 4-bit layer of bitsandbytes; bytes stay where they are.
 
     Raises InputError for another kind of 4 bits, which a model folder may bring along.
@@ -190,7 +195,7 @@ def _absmax(state: Any) -> torch.Tensor:
     return functional.dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
 
 
-def replace_linear_layers(model: PreTrainedModel) -> None:
+def replace_linear_layers(model: "PreTrainedModel") -> None:
     """Empty NF4Linear layers in the place of those that bitsandbytes would quantise, to be filled piece by piece.
 
     For models on the meta device, whose weights are read tensor by tensor: `quantise` what belongs to one of them.
@@ -200,7 +205,7 @@ def replace_linear_layers(model: PreTrainedModel) -> None:
             model.set_submodule(name, _empty(layer))
 
 
-def _is_quantised(model: PreTrainedModel, name: str) -> bool:
+def _is_quantised(model: "PreTrainedModel", name: str) -> bool:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 

@@ -83,11 +83,31 @@ def _no_model(config: PipelineConfig, architecture: dict[str, Any]) -> str | Non
     return "the config has no section model" if config.model is None else None
 
 
-def _quantised(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+def _foreign_quantisation(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     settings = architecture.get("quantization_config")
-    if settings is None:
+    if settings is None or _form(settings) is not None:
         return None
-    return f"the model's weights are quantised ({settings.get('quant_method', 'unknown method')})"
+    kind = settings.get("bnb_4bit_quant_type", "") if settings.get("load_in_4bit") else ""
+    return (
+        f"the model's weights are quantised ({settings.get('quant_method', 'unknown method')} {kind}".rstrip()
+        + ")"
+    )
+
+
+def _other_form(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    form = _form(architecture.get("quantization_config") or {})
+    if form in (None, config.train.base):
+        return None
+    return f"the model's weights are quantised to {form}, train.base is {config.train.base}"
+
+
+def _form(settings: dict[str, Any]) -> str | None:
+    """What train.base must be over a model folder that is quantised already; None for what we don't read."""
+    if settings.get("quant_method") != "bitsandbytes":
+        return None
+    if settings.get("load_in_8bit"):
+        return "int8"
+    return "nf4" if settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4" else None
 
 
 def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -99,8 +119,8 @@ def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str
 
 def _strategy_to_come(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.base == "int8" or train.strategy not in SHARDED_STRATEGIES:
-        return None  # refused for good by the rule above
+    if train.base == "int8" or train.strategy != "zero3":
+        return None  # int8 is refused for good by the rule above
     return f"train.strategy is {train.strategy}"
 
 
@@ -108,6 +128,12 @@ def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) ->
     if config.train.base != "int8" or config.train.method != "full":
         return None
     return "train.base is int8, train.method full"
+
+
+def _nf4_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if config.train.base != "nf4" or config.train.method != "full":
+        return None
+    return "train.base is nf4, train.method full"
 
 
 def _several_on_single(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -124,18 +150,30 @@ def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str |
 
 
 def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.base != "int8" or importlib.util.find_spec("bitsandbytes") is not None:
+    if config.train.base == "plain" or importlib.util.find_spec("bitsandbytes") is not None:
         return None
-    return "train.base is int8"
+    return f"train.base is {config.train.base}"
+
+
+def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if "wandb" not in config.train.trackers or importlib.util.find_spec("wandb") is not None:
+        return None
+    return "train.trackers names wandb"
 
 
 RULES = (
     Rule("model", _no_model, "there is nothing to train", "add model.path"),
     Rule(
         "quantised-base",
-        _quantised,
-        "training over a quantised base is not built yet",
-        "use the model's unquantised weights; train.base int8 holds them in 8 bits",
+        _foreign_quantisation,
+        "of quantised weights only bitsandbytes' int8 and nf4 are read",
+        "use the model's unquantised weights; train.base int8 or nf4 quantises them as they are read",
+    ),
+    Rule(
+        "quantised-form",
+        _other_form,
+        "what was cut off is not in the folder any more",
+        "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
     Rule(
@@ -158,6 +196,12 @@ RULES = (
         "set train.method to lora, or train.base to plain",
     ),
     Rule(
+        "nf4-full",
+        _nf4_trained_whole,
+        "4-bit weights have no gradients",
+        "set train.method to lora, or train.base to plain",
+    ),
+    Rule(
         "processes",
         _several_on_single,
         "this strategy uses one device",
@@ -175,6 +219,13 @@ RULES = (
         _no_bitsandbytes,
         "bitsandbytes is not installed",
         "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain",
+        of_machine=True,
+    ),
+    Rule(
+        "wandb",
+        _no_wandb,
+        "wandb is not installed",
+        "pip install 'sft-pipeline[wandb]', or take it out of train.trackers",
         of_machine=True,
     ),
 )

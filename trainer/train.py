@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from trainer.heartbeat import Heartbeat
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
+from trainer.loss_by_group import SplitLoss
+from trainer.meter import StepMeter
 from trainer.methods import METHODS
-from trainer.metrics import Metrics, NoMetrics, memory_gib, report
+from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
     check_model_folder,
@@ -48,6 +51,7 @@ from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
+from trainer.trackers import TrackedRun
 from trainer.weights import WeightFiles, model_without_weights
 
 
@@ -106,7 +110,7 @@ def load_model(job: Job) -> torch.nn.Module:
     """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
     model: PreTrainedModel | None = None
     if STRATEGIES[job.config.train.strategy].fill is not None:
-        model = model_without_weights(job.model, dtype=job.dtype)
+        model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
             tell(job, "each process loads the whole model first: this family's files can't be read in parts")
     if model is None:
@@ -186,6 +190,7 @@ def run_steps(
     job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
 ) -> Progress:
     steps = job.steps[progress.num_steps :]
+    meter = StepMeter(job, model)
     stepper = Stepper(job, model, optimizer)
     timeout_seconds = job.config.train.rank_timeout_seconds
     with (
@@ -199,7 +204,8 @@ def run_steps(
             job.ranks.pulse.mark(f"computing step {step.number + 1}")
             outcome = stepper.run(step)
             progress = advance(job, progress, step, outcome)
-            metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
+            seconds = time.monotonic() - started_at
+            metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
             check_progress(job, progress)
             writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
@@ -219,10 +225,10 @@ def open_metrics(job: Job, progress: Progress) -> AbstractContextManager[Metrics
         return NoMetrics()
     num_tokens_left = sum(step.num_tokens for step in job.steps[progress.num_steps :])
     return Metrics(
-        job.folder,
-        num_steps_done=progress.num_steps,
+        TrackedRun(job.folder, job.key, progress.num_steps, job.settings),
         num_steps=len(job.steps),
         num_tokens_left=num_tokens_left,
+        trackers=job.config.train.trackers,
     )
 
 
@@ -241,7 +247,7 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
     )
 
 
-def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
+def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
     return {
         "step": step.number + 1,
         "epoch": step.epoch,
@@ -250,9 +256,7 @@ def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> d
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
         "num_trained_tokens": step.num_trained_tokens,
-        "tokens_per_second": step.num_tokens / max(seconds, 1e-9),
         "seconds": seconds,
-        "memory_gib": memory_gib(job.device),
     }
 
 
@@ -284,6 +288,8 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_by_source": _by_name(found.by_source),
+            "validation_by_language": _by_name(found.by_language),
         }
     )
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
@@ -337,6 +343,13 @@ def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) 
     mark_current(job)
     report(f"trained weights in {output}")
     return result
+
+
+def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        for name, found in losses.items()
+    }
 
 
 def _finite(value: float) -> float | None:

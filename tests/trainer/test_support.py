@@ -14,6 +14,7 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.support import RULES, check_supported, model_folder, refusals
 
 ROOT = Path(__file__).parent.parent.parent
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 
 
@@ -41,7 +42,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
     "positions": {"split": {"max_tokens": 8192}},
-    "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}},
+    "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "gptq"}}},
+    "quantised-form": {"architecture": {**LLAMA, "quantization_config": NF4}, "train": {"base": "int8"}},
     "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
     "recurrent-layers": {"architecture": {"model_type": "jamba"}},
     "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
@@ -50,11 +52,13 @@ BROKEN: dict[str, dict[str, Any]] = {
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
     "strategy": {"train": {"strategy": "fsdp2"}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
+    "nf4-full": {"train": {"base": "nf4", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},
     "bitsandbytes": {"train": {"base": "int8"}},
+    "wandb": {"train": {"trackers": ["wandb"]}},
 }
-PACKAGES = ("deepspeed", "bitsandbytes")
+PACKAGES = ("deepspeed", "bitsandbytes", "wandb")
 
 
 @pytest.fixture

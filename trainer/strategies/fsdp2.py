@@ -5,11 +5,15 @@ are gathered in the dtype that computes. A frozen base that fits is better kept 
 (train.shard_base): then only what is trained is cut, and little is sent. Source: Zhao et al., PyTorch FSDP (2023).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -19,15 +23,19 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 from schemas.errors import RefusedError
 from schemas.training_config import TrainConfig
+from trainer import nf4
 from trainer.attention import unwrapped
 from trainer.loss import computed_by
+from trainer.nf4 import NF4Linear
 from trainer.optimizers import trained_parameters
 from trainer.ranks import Ranks
+from trainer.stand_ins import change_parameters, is_stand_in
 from trainer.strategies.shards import ShardedAdamW, element_range
-from trainer.weights import WeightFiles, change_parameters, is_stand_in, name_in_files
+from trainer.weights import WeightFiles, name_in_files
 
 WHOLE_BASE_SHARE = 0.5
 """Of the memory that is free on the fullest device: a frozen base that takes more is cut. The rest is for
@@ -37,6 +45,8 @@ activations, gathered layers and what is trained."""
 def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
     causal_lm = unwrapped(model)
     change_parameters(model, _prepared)
+    if torch.__version__ < TorchVersion("2.12"):
+        nf4.store_as(model, torch.float32)  # older ones cut floating-point parameters alone
     whole = set() if _is_base_cut(model, device, ranks, train) else _frozen(model)
     head = causal_lm.get_output_embeddings()
     is_tied = _tie_to_sharded(causal_lm.get_input_embeddings(), head, whole)
@@ -106,7 +116,28 @@ def _precision(
         return MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    raise RefusedError("not yet")
+    _cast_in_own_layers(unit, own)
+    return MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
+def _cast_in_own_layers(unit: torch.nn.Module, own: list[torch.nn.Parameter]) -> None:
+    trained = {parameter for parameter in own if parameter.requires_grad}
+    for name, module in unit.named_modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # PEFT would cast activations to fp32
+        if trained.isdisjoint(module.parameters(recurse=False)):
+            continue
+        if type(module) is not torch.nn.Linear:
+            raise RefusedError(
+                f"{name}, a {type(module).__name__}, is trained beside 4-bit weights, which strategy fsdp2 does not "
+                "do; use strategy ddp or zero2, or train.lora.targets without it"
+            )
+        module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def _offload_policy(device: torch.device, train: TrainConfig) -> OffloadPolicy:
@@ -186,23 +217,47 @@ class _BorrowingHead(torch.nn.Linear):
 @torch.no_grad()
 def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
     """Read what this rank keeps. Of weights that all keep whole each reads a share and sends it to the others."""
-    compute_dtype = unwrapped(model).config.dtype
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     change_parameters(model, lambda p: _allocated(p, ranks.device) if _is_plain_meta(p) else None)
     model._apply(lambda t: _allocated(t, ranks.device) if t.is_meta else t)
     parameters = dict(model.named_parameters())
     for name in empty:
-        parameter = parameters[name]
+        layer_name, _, kind = name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        if not isinstance(layer, NF4Linear) or kind == "bias":
+            part = _read(model, files, name, *_own_range(parameters[name], ranks))
+            _put(parameters[name], part, ranks)
+        elif kind == "packed":  # together with its scales, so that the weight is read once
+            _fill_in_4_bits(model, files, layer_name, layer, ranks)
 
-        def read(start: int, end: int, name: str = name_in_files(name)) -> torch.Tensor:
-            found = files.read(name, start, end)
-            return found.to(compute_dtype) if found.is_floating_point() else found
 
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            local.copy_(read(*element_range(parameter)).view(local.shape))
-        else:
-            parameter.copy_(_read_together(read, parameter, ranks))
+def _read(model: torch.nn.Module, files: WeightFiles, name: str, start: int, end: int) -> torch.Tensor:
+    """Numbers of a weight as it computes."""
+    found = files.read(name_in_files(name), start, end)
+    return found.to(unwrapped(model).config.dtype) if found.is_floating_point() else found
+
+
+def _fill_in_4_bits(
+    model: torch.nn.Module, files: WeightFiles, name: str, layer: NF4Linear, ranks: Ranks
+) -> None:
+    size = layer.packed.itemsize
+    first_byte, end_byte = (element * size for element in _own_range(layer.packed, ranks))
+    first_block, end_block = _own_range(layer.absmax, ranks)
+    # All blocks of which the bytes or the scale are kept here.
+    start = min(first_byte * 2 // nf4.BLOCK_SIZE, first_block) * nf4.BLOCK_SIZE
+    end = min(max(-(-end_byte * 2 // nf4.BLOCK_SIZE), end_block) * nf4.BLOCK_SIZE, math.prod(layer.shape))
+    start = min(start, end)
+    weight = _read(model, files, f"{name}.weight", start, end).to(ranks.device)
+    quantised = nf4.quantise(weight.view(1, -1)) if len(weight) else {}
+    packed = torch.zeros(end_byte - first_byte, dtype=torch.uint8, device=ranks.device)
+    if quantised:
+        found = quantised["packed"][first_byte - start // 2 :][: len(packed)]
+        packed[: len(found)] = found
+        scales = quantised["absmax"][first_block - start // nf4.BLOCK_SIZE :][: end_block - first_block]
+    else:
+        scales = torch.empty(0, device=ranks.device)
+    _put(layer.packed, packed.view(layer.packed.dtype), ranks)
+    _put(layer.absmax, scales, ranks)
 
 
 def _is_plain_meta(parameter: torch.Tensor) -> bool:
@@ -213,17 +268,26 @@ def _allocated(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(tensor, device=device)
 
 
-def _read_together(
-    read: Callable[[int, int], torch.Tensor], parameter: torch.Tensor, ranks: Ranks
-) -> torch.Tensor:
-    count = parameter.numel()
-    share = -(-count // ranks.count)
-    start, end = min(ranks.number * share, count), min((ranks.number + 1) * share, count)
-    part = torch.zeros(share, dtype=parameter.dtype, device=parameter.device)
-    part[: end - start] = read(start, end)
-    parts = torch.empty(share * ranks.count, dtype=parameter.dtype, device=parameter.device)
-    dist.all_gather_into_tensor(parts, part)
-    return parts[:count].view(parameter.shape)
+def _own_range(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
+    """What this rank keeps of a weight that is cut, or reads of one that all keep."""
+    if isinstance(parameter, DTensor):
+        return element_range(parameter)
+    share = -(-parameter.numel() // ranks.count)
+    start = min(ranks.number * share, parameter.numel())
+    return start, min(start + share, parameter.numel())
+
+
+def _put(parameter: torch.Tensor, part: torch.Tensor, ranks: Ranks) -> None:
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+        local.copy_(part.view(local.shape))
+        return
+    share = -(-parameter.numel() // ranks.count)
+    own = torch.zeros(share, dtype=parameter.dtype, device=parameter.device)
+    own[: len(part)] = part
+    whole = torch.empty(share * ranks.count, dtype=parameter.dtype, device=parameter.device)
+    dist.all_gather(list(whole.split(share)), own)
+    parameter.copy_(whole[: parameter.numel()].view(parameter.shape))
 
 
 def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,14 +1,15 @@
 """AdamW over the slices that FSDP2 leaves on each rank: fp32 masters, moments and gradients of a share of each weight."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import ComputeLoss, torch_adamw, trainable
+from trainer.optimizers import ComputeLoss, step_count, torch_adamw, trainable
+from trainer.pieces import MOMENTS, Piece, ReadPiece, Shapes
 from trainer.ranks import Ranks
 
 MAX_KEPT_GRADIENT_NUMBERS = 1 << 28
@@ -91,3 +92,35 @@ class ShardedAdamW:
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
+
+    # State, by parameter name --------------------------------------------------------------------------------
+
+    def shapes(self) -> Shapes:
+        return {name: parameter.shape for name, parameter in self.parameters.items()}
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, start, master in self._slices():
+            yield Piece("weight", name, start, master.detach().view(-1))
+            state = self._adamw.state.get(master, {})
+            for kind in MOMENTS:
+                if kind in state:
+                    yield Piece(kind, name, start, state[kind].view(-1))
+
+    @torch.no_grad()
+    def restore(self, read: ReadPiece, *, num_updates: int) -> None:
+        for name, start, master in self._slices():
+            end = start + master.numel()
+            weight = read("weight", name, start, end)
+            assert weight is not None, "a checkpoint holds all weights"
+            master.copy_(weight.view(master.shape))
+            moments = {kind: read(kind, name, start, end) for kind in MOMENTS}
+            if found := {kind: moment for kind, moment in moments.items() if moment is not None}:
+                there = {kind: moment.view(master.shape).to(master.device) for kind, moment in found.items()}
+                self._adamw.state[master] = {"step": step_count(num_updates, master), **there}
+        self.num_updates = num_updates
+
+    def _slices(self) -> Iterator[tuple[str, int, torch.nn.Parameter]]:
+        """Name, first element and master of each slice that is not empty."""
+        for name, master in self.masters.items():
+            if master.numel():
+                yield name, element_range(self.parameters[name])[0], master
