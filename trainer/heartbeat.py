@@ -1,6 +1,6 @@
 """Names the process that keeps the others waiting: stopped, hanging, or on a machine that is gone.
 
-Each rank has a thread that says every few seconds, in the store where the ranks have met, that it is alive and how
+Each rank has threads that say every few seconds, in the store where the ranks have met, that it is alive and how
 far its training is. The first rank watches all, the others watch the first one. A rank that a collective keeps waiting
 can't raise anything, so its thread says the last words and ends the process; whoever started the ranks ends the rest.
 """
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from schemas.errors import TrainingError
 from trainer.launch import say_last_words
-from trainer.rank_processes import LOST_RANKS_EXIT_CODE, PORT_VARIABLE
+from trainer.rank_processes import PORT_VARIABLE
 from trainer.ranks import Ranks
 
 BEATS_PER_TIMEOUT = 8
@@ -65,7 +65,7 @@ class Heartbeat:
         ranks: Ranks,
         *,
         timeout_seconds: float,
-        end: Callable[[str, int], None] | None = None,
+        end: Callable[[str], None] | None = None,
         connect: Callable[[float], dist.Store] | None = None,
     ) -> None:
         self._ranks = ranks
@@ -73,44 +73,44 @@ class Heartbeat:
         self._end = end or end_process
         self._connect = connect or connect_to_store
         self._watched = [n for n in range(ranks.count) if n == 0 or ranks.is_first]
+        self._seen = {number: _Seen() for number in self._watched}
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         if self._ranks.count > 1:
-            self._thread.start()
+            for run in (self._talk, self._watch):
+                threading.Thread(target=run, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Not joined: it may be waiting for a store whose process is gone.
+        # The threads are not joined: one may be waiting for a store whose process has stopped.
         self._is_over.set()
 
-    def _run(self) -> None:
-        pause_seconds = min(self._timeout_seconds / BEATS_PER_TIMEOUT, MAX_SECONDS_BETWEEN_BEATS)
-        seen = {number: _Seen() for number in self._watched}
-        tick = 0
+    @property
+    def _pause_seconds(self) -> float:
+        return min(self._timeout_seconds / BEATS_PER_TIMEOUT, MAX_SECONDS_BETWEEN_BEATS)
+
+    def _talk(self) -> None:
+        """Say our beat, hear the others'. The store is in the first process, or with its starter."""
         try:
             store = self._connect(self._timeout_seconds)
-            while not self._is_over.wait(pause_seconds):
+            tick = 0
+            while not self._is_over.wait(self._pause_seconds):
                 tick += 1
                 store.set(_key(self._ranks.number), str(Beat(tick, *self._ranks.pulse.state)))
-                self._look(store, seen)
-                if problem := problem_of(seen, self._ranks, self._timeout_seconds):
-                    self._end(problem, TrainingError.exit_code)
-                    return
-        except (RuntimeError, ValueError, OSError) as error:
-            # The store is in the first process, or with its starter. If that one has ended, it has said why.
-            if not self._is_over.is_set():
-                problem = _words(
-                    0, self._ranks, "has not answered", self._timeout_seconds, seen[0].beat.doing
-                )
-                self._end(f"{problem} ({' '.join(str(error).split())[:120]})", LOST_RANKS_EXIT_CODE)
+                for number, found in self._seen.items():
+                    if store.check([_key(number)]):
+                        tick_there, phase, moves, doing = store.get(_key(number)).decode().split(":", 3)
+                        found.note(Beat(int(tick_there), int(phase), int(moves), doing))
+        except (RuntimeError, OSError):
+            return  # a first process that is gone has said why; one that is silent is noticed by the other thread
 
-    def _look(self, store: dist.Store, seen: dict[int, _Seen]) -> None:
-        for number, found in seen.items():
-            if store.check([_key(number)]):
-                tick, phase, moves, doing = store.get(_key(number)).decode().split(":", 3)
-                found.note(Beat(int(tick), int(phase), int(moves), doing))
+    def _watch(self) -> None:
+        """Not in the other thread: a store whose process has stopped keeps it waiting, time-out or not."""
+        while not self._is_over.wait(self._pause_seconds):
+            if problem := problem_of(self._seen, self._ranks, self._timeout_seconds):
+                self._end(problem)
+                return
 
 
 def problem_of(seen: dict[int, _Seen], ranks: Ranks, timeout_seconds: float) -> str | None:
@@ -134,11 +134,11 @@ def _words(number: int, ranks: Ranks, what: str, seconds: float, doing: str) -> 
     )
 
 
-def end_process(problem: str, exit_code: int) -> None:
+def end_process(problem: str) -> None:
     """The main thread is waiting in a collective, where nothing can be raised."""
     say_last_words(f"error: {problem}\n")
     sys.stderr.flush()
-    os._exit(exit_code)
+    os._exit(TrainingError.exit_code)
 
 
 def connect_to_store(timeout_seconds: float) -> dist.Store:

@@ -43,7 +43,7 @@ class Training:
             Heartbeat(
                 ranks,
                 timeout_seconds=TIMEOUT_SECONDS,
-                end=lambda words, _, number=ranks.number: self.words.setdefault(number, words),  # type: ignore[misc]
+                end=lambda words, number=ranks.number: self.words.setdefault(number, words),  # type: ignore[misc]
                 connect=connect,
             )
             for ranks in self.ranks
