@@ -10,7 +10,7 @@ from trainer.data import micro_batch
 from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
-from trainer.optimizers import Optimizer, learning_rate
+from trainer.optimizers import NO_LIMITS, Limits, Optimizer, learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
 
 OUT_OF_MEMORY_SIGNS = (
@@ -27,6 +27,8 @@ class StepOutcome:
     loss: float
     grad_norm: float
     learning_rate: float
+    is_spike: bool = False
+    """Finite, and skipped."""
 
     @property
     def is_finite(self) -> bool:
@@ -38,10 +40,16 @@ class MicroStepError(Exception):
 
 
 def run_step(
-    job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step, *, bins_at_once: int | None = None
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    *,
+    limits: Limits = NO_LIMITS,
+    bins_at_once: int | None = None,
 ) -> StepOutcome:
     """The step's loss is the weighted mean over its trained tokens, on whichever rank they are; its divisor is
-    known from the plan. Weights change unless loss or gradient is not finite.
+    known from the plan. Weights change if the limits allow its loss and gradient.
 
     `bins_at_once` cuts this rank's micro-steps further. Raises MicroStepError where they don't fit into memory.
     """
@@ -55,8 +63,9 @@ def run_step(
             raise
         raise MicroStepError from error
     job.ranks.pulse.mark(f"updating in step {step.number + 1}")
-    loss, grad_norm = optimizer.update(total, rate)
-    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate)
+    loss, grad_norm = optimizer.update(total, rate, limits)
+    is_spike = NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm)
+    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate, is_spike=is_spike)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

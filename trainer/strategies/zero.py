@@ -17,7 +17,9 @@ import torch
 
 from schemas.training_config import TrainConfig
 from trainer.optimizers import (
+    NO_LIMITS,
     ComputeLoss,
+    Limits,
     step_count,
     torch_adamw,
     trainable,
@@ -78,7 +80,10 @@ class ZeroAdamW:
         self._engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
         return loss.detach()
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, limits: Limits = NO_LIMITS
+    ) -> tuple[float, float]:
+        assert limits == NO_LIMITS, "DeepSpeed decides by itself which step it skips: a rule refuses limits"
         loss_value = float(self._ranks.add_up(loss))
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
