@@ -73,6 +73,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     "whole-modules-sharded": {"train": {"strategy": "fsdp2", "lora": {"modules_to_save": ["norm"]}}},
     "saved-target": {"train": {"lora": {"targets": ["lm_head"], "modules_to_save": ["lm_head"]}}},
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
+    "early-stopping": {"train": {"early_stopping_evaluations": 2}},
+    "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},
     "compile-bits": {"train": {"compile": True, "base": "nf4"}},
     "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
     "compile-dropout": {"train": {"compile": True, "lora": {"dropout": 0.1}}},
