@@ -77,6 +77,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},
     "compile-bits": {"train": {"compile": True, "base": "nf4"}},
     "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
+    "compile-checkpointing": {"train": {"compile": True, "gradient_checkpointing": True}},
     "compile-dropout": {"train": {"compile": True, "lora": {"dropout": 0.1}}},
     "compiler": {"train": {"compile": True}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
