@@ -358,7 +358,13 @@ def support(
     from flows.support_page import support_text
 
     switches = {"checkpointing": checkpointing, "compile": compile}
-    chosen = {"strategy": strategy, "method": method, "base": base, "dtype": dtype, "packing": packing}
+    chosen: dict[str, tuple[str | bool, ...]] = {
+        "strategy": strategy,
+        "method": method,
+        "base": base,
+        "dtype": dtype,
+        "packing": packing,
+    }
     chosen |= {axis: (switch,) for axis, switch in switches.items() if switch is not None}
     given = {axis: values for axis, values in chosen.items() if values}
     print(support_text(given, as_json=json, as_markdown=markdown), end="")
