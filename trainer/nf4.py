@@ -7,7 +7,7 @@ Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (2023).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,6 +102,27 @@ def quantise(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
     packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4")
     return {"packed": _flat(packed), "absmax": state.absmax}
+
+
+def quantised_part(
+    read: Callable[[int, int], torch.Tensor],
+    shape: tuple[int, int],
+    kept_bytes: tuple[int, int],
+    kept_blocks: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """These bytes of `packed` and these elements of `absmax`; `read` gives a range of the flattened weight."""
+    (first_byte, end_byte), (first_block, end_block) = kept_bytes, kept_blocks
+    # All blocks of which the bytes or the scale are kept.
+    start = min(first_byte * 2 // BLOCK_SIZE, first_block) * BLOCK_SIZE
+    end = min(max(-(-end_byte * 2 // BLOCK_SIZE), end_block) * BLOCK_SIZE, math.prod(shape))
+    weight = read(min(start, end), end)
+    packed = torch.zeros(end_byte - first_byte, dtype=torch.uint8, device=weight.device)
+    if not len(weight):
+        return packed, torch.empty(0, device=weight.device)
+    quantised = quantise(weight.view(1, -1))
+    found = quantised["packed"][first_byte - start // 2 :][: len(packed)]
+    packed[: len(found)] = found
+    return packed, quantised["absmax"][first_block - start // BLOCK_SIZE :][: end_block - first_block]
 
 
 def unpacked(

@@ -57,6 +57,7 @@ def write_result(
         num_steps=progress.num_steps,
         output_step=output_step,
         num_updates=progress.num_updates,
+        num_overflow_steps=progress.num_overflow_steps,
         num_tokens=progress.num_tokens,
         num_trained_tokens=progress.num_trained_tokens,
         num_trainable_weights=num_trainable_weights(model),

@@ -22,6 +22,7 @@ from pipelines.run_lock import PARENT_FD_VARIABLE, Lock, lock_variables
 from schemas.errors import TrainingError, UsageError
 from trainer.launch import ERROR_FD_VARIABLE, read_config
 from trainer.signals import STOP_FD_VARIABLE, STOP_SIGNALS, StopSignals, stopped_exit_code
+from trainer.support import ONE_PROCESS
 
 if TYPE_CHECKING:
     from schemas.pipeline_config import PipelineConfig
@@ -53,7 +54,7 @@ run_as_module()
 
 def count_processes(config: "PipelineConfig", *, num_gpus: int | None = None) -> int:
     """How many ranks the config asks for; without a number one per visible GPU, as torch or `num_gpus` says."""
-    if config.train.strategy == "single":
+    if config.train.strategy in ONE_PROCESS:
         return 1
     if config.train.num_processes is not None:
         return config.train.num_processes

@@ -13,6 +13,7 @@ from typing import Any
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
+from trainer.setting_rules import SETTING_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -75,8 +76,17 @@ def model_architecture(config: PipelineConfig) -> dict[str, Any]:
 
 # The rules --------------------------------------------------------------------------------------------------
 
+ONE_PROCESS = ("single", "pipeline")
+"""Strategies of one process."""
 SHARDED_STRATEGIES = ("zero3", "fsdp2")
 """They cut the frozen weights into pieces too."""
+OFFLOADS = {
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer",),
+    "zero3": ("optimizer", "all"),
+    "fsdp2": ("optimizer", "all"),
+}
+"""What a strategy can leave in the CPU's memory."""
 
 
 def _no_model(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -117,11 +127,11 @@ def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str
     return f"train.base is int8, train.strategy {train.strategy}"
 
 
-def _strategy_to_come(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+def _cannot_offload(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.base == "int8" or train.strategy != "zero3":
-        return None  # int8 is refused for good by the rule above
-    return f"train.strategy is {train.strategy}"
+    if train.offload in ("none", *OFFLOADS.get(train.strategy, ())):
+        return None
+    return f"train.offload is {train.offload}, train.strategy {train.strategy}"
 
 
 def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -138,9 +148,9 @@ def _nf4_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> 
 
 def _several_on_single(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     num_processes = config.train.num_processes
-    if config.train.strategy != "single" or num_processes in (None, 1):
+    if config.train.strategy not in ONE_PROCESS or num_processes in (None, 1):
         return None
-    return f"train.num_processes is {num_processes}, train.strategy single"
+    return f"train.num_processes is {num_processes}, train.strategy {config.train.strategy}"
 
 
 def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -193,6 +203,7 @@ RULES = (
         "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
+    *SETTING_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,
@@ -205,7 +216,12 @@ RULES = (
             "huggingface/accelerate#1415",
         ),
     ),
-    Rule("strategy", _strategy_to_come, "it is not built yet", "set train.strategy to ddp, zero1 or zero2"),
+    Rule(
+        "offload",
+        _cannot_offload,
+        "this strategy does not leave that in the CPU's memory",
+        "set train.offload to optimizer with train.strategy zero1, zero2, zero3 or fsdp2, or to all with zero3 or fsdp2",
+    ),
     Rule(
         "early-stopping",
         _early_stopping_without_evaluations,
@@ -233,7 +249,7 @@ RULES = (
     Rule(
         "processes",
         _several_on_single,
-        "this strategy uses one device",
+        "this strategy uses one process",
         "set train.strategy to ddp, zero1 or zero2",
     ),
     Rule(

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint, judging
+from trainer.attention import unwrapped, use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
+from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
 from trainer.heartbeat import Heartbeat
@@ -28,8 +30,9 @@ from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
 from trainer.loss_by_group import SplitLoss
+from trainer.loss_scale import after_step, loss_scale
 from trainer.meter import StepMeter
-from trainer.methods import METHODS
+from trainer.methods import METHODS, lora
 from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
@@ -45,6 +48,7 @@ from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
+from trainer.start_adapter import adapter_folder, merge_into
 from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
@@ -84,6 +88,8 @@ def train_job(job: Job) -> TrainingResult:
             speed_up(job, model)
             model = fill(job, place(job, model))
             check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            if job.config.train.compile:
+                tell(job, compile_layers(model))
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
@@ -113,14 +119,28 @@ def load_model(job: Job) -> torch.nn.Module:
         if model is None:
             tell(job, "each process loads the whole model first: this family's files can't be read in parts")
     if model is None:
-        model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+        model = load_base_model(
+            job.model,
+            base=job.config.train.base,
+            device=job.device,
+            dtype=job.dtype,
+            lay_out=STRATEGIES[job.config.train.strategy].lay_out,
+        )
+    if job.model.adapter is not None and job.model.adapter_use == "merge":
+        merge_into(model, adapter_folder(job.model))
+    if job.config.train.attention == "by_document":
+        use_packed_attention(model, by_document=True)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    trained: torch.nn.Module
+    if job.model.adapter is not None and job.model.adapter_use == "continue":
+        trained = lora.apply_existing(unwrapped(model), job.config.train, adapter_folder(job.model))
+    else:
+        trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
     return trained
 
@@ -205,10 +225,15 @@ def run_steps(
                 break
             started_at = time.monotonic()
             job.ranks.pulse.mark(f"computing step {step.number + 1}")
-            outcome = stepper.run(step, judging.limits(progress, train))
+            scale = loss_scale(progress, job.dtype)
+            outcome = stepper.run(step, judging.limits(progress, train), loss_scale=scale)
             progress = judging.advance(progress, step, outcome)
             seconds = time.monotonic() - started_at
-            metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
+            record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            if job.dtype == torch.float16:
+                progress = after_step(progress, scale, overflowed=outcome.is_overflow)
+                record["loss_scale"] = scale
+            metrics.log_step(record)
             judging.check_progress(progress, train)
             writer.check()
             if is_due(job, step, train.evaluate_every_steps):

@@ -1,28 +1,25 @@
 """`python -m tests.trainer.ranks_program CONFIG...` in each of several processes, started as torchrun starts them.
 
 Several trainings one after the other in one group of ranks: loading the libraries takes longer than all of them.
-Each rank leaves beside each config what it saw: FACTS_NAME.
 """
 
 import gc
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from schemas.pipeline_config import PipelineConfig
 from trainer import stepping
-from trainer import train as train_module
-from trainer.draws import draw_seed
+from trainer import train as training
 from trainer.job import plan_job
 from trainer.launch import _silence_libraries, read_config
 from trainer.ranks import joined_ranks
+from trainer.stepping import draw_seed
 from trainer.train import train_job
 from trainer.weights import WeightFiles
 
@@ -50,57 +47,67 @@ def poison_some_losses(config: PipelineConfig) -> None:
     stepping.summed_loss = poisoned
 
 
-FACTS_NAME = "facts-{rank}.json"
+MEASURED_SEED = 8
+"""Trainings of this seed write bytes-<rank>.json into their run root: what a rank reads, and holds after its first
+step.
+"""
 
 
-def held_bytes() -> int:
-    """Of all tensors that are alive, each storage once. What a strategy has freed has no bytes any more."""
-    gc.collect()
-    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {tensor.untyped_storage() for tensor in tensors if not tensor.is_meta}
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-@contextmanager
-def watched(*, is_measured: bool) -> Iterator[dict[str, Any]]:
-    """Bytes read from the model's files by fill(); of fp32 FSDP2 bytes held before and after the first step."""
-    facts: dict[str, Any] = {"bytes_read": None}
-    run_step = stepping.run_step
-    bytes_before = held_bytes() if is_measured else 0
+def measure(config: PipelineConfig) -> None:
+    original = training.run_step
+    found: dict[str, Any] = {"read": None}
 
     class CountedFiles(WeightFiles):
         def __exit__(self, *error: Any) -> None:
             super().__exit__(*error)
-            facts["bytes_read"] = self.num_bytes_read
+            found["read"] = self.num_bytes_read
 
-    def measured_step(*arguments: Any) -> Any:
-        if not is_measured or "bytes_after_step" in facts:
-            return run_step(*arguments)
-        facts["bytes_before_step"] = held_bytes() - bytes_before
-        outcome = run_step(*arguments)
-        facts["bytes_after_step"] = held_bytes() - bytes_before
+    def measured(job: Any, model: torch.nn.Module, optimizer: Any, step: Any) -> Any:
+        outcome = original(job, model, optimizer, step)
+        if step.number == 0:
+            found.update(held(model, optimizer))
+            (config.run_root / f"bytes-{job.ranks.number}.json").write_text(json.dumps(found))
         return outcome
 
-    with (
-        mock.patch.object(train_module, "WeightFiles", CountedFiles),
-        mock.patch.object(train_module, "run_step", measured_step),
-    ):
-        yield facts
+    training.run_step, training.WeightFiles = measured, CountedFiles  # type: ignore[misc]
+
+
+def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Bytes behind the weights, masters and moments of this rank, and shapes of weights that lie whole somewhere."""
+    weights = [
+        getattr(t, "_local_tensor", t)  # of a DTensor what lies here
+        for p in model.parameters()
+        for t in (p, getattr(p, "ds_tensor", None))
+        if t is not None
+    ]
+    shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
+    alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    whole = {tuple(t.shape) for t in alive if t.dim() == 2 and t.untyped_storage().nbytes() >= t.nbytes > 0}
+    return {
+        "weights": num_bytes(weights),
+        "all": num_bytes([*weights, *(piece.values for piece in optimizer.pieces())]),
+        "whole": sorted(whole & shapes),
+    }
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def main(paths: list[str]) -> None:
     _silence_libraries()
     configs = [read_config(Path(path)) for path in paths]
-    original = stepping.summed_loss
+    original, originals = stepping.summed_loss, (training.run_step, training.WeightFiles)
     with joined_ranks(configs[0]) as ranks:
         for config in configs:
             if config.train.seed == POISONED_SEED:
                 poison_some_losses(config)
-            is_measured = config.train.strategy == "fsdp2" and config.train.method == "full"
-            with watched(is_measured=is_measured) as facts:
-                train_job(plan_job(config, ranks))
-            (config.run_root / FACTS_NAME.format(rank=ranks.number)).write_text(json.dumps(facts))
+            if config.train.seed == MEASURED_SEED:
+                measure(config)
+            train_job(plan_job(config, ranks))
             stepping.summed_loss = original
+            training.run_step, training.WeightFiles = originals  # type: ignore[misc]
 
 
 if __name__ == "__main__":

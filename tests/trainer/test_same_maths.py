@@ -7,12 +7,7 @@ processes runs all pairs of its size. Judges: strategy single, plain transformer
 
 import functools
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +16,15 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from schemas.pipeline_config import PipelineConfig
-from schemas.training_result import TrainingResult
-from tests.trainer import ranks_program
+from tests.trainer import rank_groups, ranks_program
+from tests.trainer.rank_groups import Finished, finished, train_with_processes
 from tests.trainer.tiny_models import learnable_documents, tiny_run, write_model, write_plans
 from trainer import stepping
-from trainer.checkpoint import step_name
-from trainer.job import plan_job, read_result
 from trainer.train import train
 
-ROOT = Path(__file__).parent.parent.parent
 NUM_STEPS = 20
 SETTINGS: dict[str, Any] = {
     "bins_per_step": 3,  # over two processes and over four, some compute a filler in each step
@@ -73,6 +64,8 @@ CASES = {
     "bfloat16": Case(LORA, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "bfloat16 full": Case(FULL, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "bfloat16 nf4": Case({"base": "nf4"}, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
+    "measured": Case({"seed": ranks_program.MEASURED_SEED}),
+    "measured full": Case(FULL | {"seed": ranks_program.MEASURED_SEED}),
     "poisoned": Case({"seed": ranks_program.POISONED_SEED}),
     # Each step is a whole epoch: other bins and other micro-steps hold the same documents.
     "accumulation": Case(WHOLE_EPOCHS, bins_per_micro_step=3),
@@ -84,12 +77,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero2": {"strategy": "zero2"},
     "fsdp2": {"strategy": "fsdp2", "shard_base": "always"},
     "fsdp2 whole base": {"strategy": "fsdp2", "shard_base": "never"},
+    "fsdp2, optimizer on CPU": {"strategy": "fsdp2", "offload": "optimizer"},
+    "fsdp2, all on CPU": {"strategy": "fsdp2", "offload": "all"},
+    "zero3": {"strategy": "zero3"},  # by default in test_zero3.py
 }
 RESUMED = "resumed"
 """A variant goes on after step 10 of strategy single's LoRA."""
-IMPOSSIBLE = {("int8", "fsdp2"), ("int8", "fsdp2 whole base")}
+IMPOSSIBLE = {
+    ("int8", variant) for variant, settings in VARIANTS.items() if settings["strategy"] in ("fsdp2", "zero3")
+}
 SHORT = [
-    *((case, variant) for case in ("lora", "full") for variant in VARIANTS),
+    *((case, variant) for case in ("lora", "full") for variant in ("ddp", "zero1", "zero2", "fsdp2")),
+    ("lora", "fsdp2 whole base"),
+    ("lora", "fsdp2, all on CPU"),
+    ("full", "fsdp2, optimizer on CPU"),
+    ("bfloat16 full", "fsdp2, all on CPU"),
+    *((case, variant) for case in ("measured", "measured full") for variant in ("ddp", "fsdp2")),
     *((RESUMED, variant) for variant in ("ddp", "zero2", "fsdp2")),
     *(("poisoned", variant) for variant in ("ddp", "zero2", "fsdp2")),
     *((case, "fsdp2") for case in ("nf4", "tied", "checkpointing", "accumulation", "bfloat16 nf4")),
@@ -107,43 +110,14 @@ ALL = [
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished training."""
-
-    config: PipelineConfig
-    result: TrainingResult
-
-    @property
-    def folder(self) -> Path:
-        return self.config.run_root / "checkpoints" / self.result.key
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "loss" in line]
-
-    def numbers(self, name: str) -> np.ndarray:
-        return np.array([step[name] for step in self.steps], float)  # None is not a number
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        (path,) = (self.folder / self.result.output).glob("*.safetensors")
-        return load_file(path)
-
-    @property
-    def facts(self) -> list[dict[str, Any]]:
-        """What each rank saw."""
-        names = [ranks_program.FACTS_NAME.format(rank=rank) for rank in range(self.result.num_processes)]
-        return [json.loads((self.config.run_root / name).read_text()) for name in names]
-
-
-@dataclass(frozen=True)
 class Trainings:
     """Made when they are first asked for: strategy single's in this process, others with all of their group."""
 
     folder: Path
     single: Callable[[str], Finished]
     group: Callable[[int, bool], dict[tuple[str, str], Finished]]
+    said: dict[tuple[int, bool], str]
+    """By each group."""
 
     def variant(self, case: str, variant: str, count: int, *, is_short: bool) -> Finished:
         return self.group(count, is_short)[case, variant]
@@ -155,8 +129,9 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     write_model(folder / "model")
     write_model(folder / "tied", tie_word_embeddings=True)
     single = functools.cache(functools.partial(train_alone, folder))
-    group = functools.cache(functools.partial(train_in_group, folder, single))
-    return Trainings(folder, single, group)
+    said: dict[tuple[int, bool], str] = {}
+    group = functools.cache(functools.partial(train_in_group, folder, single, said))
+    return Trainings(folder, single, group, said)
 
 
 def run_of(folder: Path, place: str, case: Case, variant: dict[str, Any]) -> PipelineConfig:
@@ -188,7 +163,7 @@ def train_alone(folder: Path, name: str) -> Finished:
 
 
 def train_in_group(
-    folder: Path, single: Callable[[str], Finished], count: int, is_short: bool
+    folder: Path, single: Callable[[str], Finished], said: dict[Any, str], count: int, is_short: bool
 ) -> dict[tuple[str, str], Finished]:
     """All pairs, in one group of processes."""
     configs = {}
@@ -199,59 +174,15 @@ def train_in_group(
             configs[case, variant] = unfinished_after(10, single("lora"), folder, place, settings)
         else:
             configs[case, variant] = run_of(folder, place, CASES[case], settings)
-    run_processes(configs.values(), count, folder / f"said {count} {is_short}")
+    said[count, is_short] = train_with_processes(configs, folder / "extensions", count=count)
     return {pair: finished(config) for pair, config in configs.items()}
-
-
-def finished(config: PipelineConfig) -> Finished:
-    result = read_result(plan_job(config))
-    assert result is not None
-    return Finished(config, result)
 
 
 def unfinished_after(
     step: int, other: Finished, folder: Path, place: str, variant: dict[str, Any]
 ) -> PipelineConfig:
     """A LoRA run that stands where `other` stood after that step, to be gone on with by another strategy."""
-    config = run_of(folder, place, CASES["lora"], variant)
-    copy = config.run_root / "checkpoints" / other.result.key
-    shutil.copytree(other.folder, copy)
-    (copy / "training.json").unlink()
-    shutil.rmtree(copy / "adapter")
-    for later in copy.glob("step-*"):
-        if later.name > step_name(step):
-            shutil.rmtree(later)
-    assert (copy / step_name(step)).is_dir()
-    return config
-
-
-def run_processes(configs: Iterable[PipelineConfig], count: int, said_path: Path) -> None:
-    paths = []
-    for config in configs:
-        paths.append(config.run_root / "config.json")
-        paths[-1].write_text(config.model_dump_json())
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment = os.environ | place
-    environment |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(said_path.with_name("extensions"))}
-    with said_path.open("wb") as said:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.trainer.ranks_program", *map(str, paths)],
-                cwd=ROOT,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=said,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(count)
-        ]
-        try:
-            codes = [process.wait(timeout=590) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    assert codes == [0] * count, said_path.read_text()[-5000:]
+    return rank_groups.unfinished_after(step, other, run_of(folder, place, CASES["lora"], variant))
 
 
 # What is equal ----------------------------------------------------------------------------------------------
@@ -381,7 +312,7 @@ def test_a_training_goes_from_fsdp2_to_single_to_ddp(trainings: Trainings) -> No
     alone = Finished(config, train(config))
     variant = {"strategy": "ddp", "num_processes": 2}
     config = unfinished_after(15, alone, trainings.folder, "chain ddp", variant)
-    run_processes([config], 2, trainings.folder / "said chain")
+    train_with_processes({"chain": config}, trainings.folder / "extensions", count=2)
     last = finished(config)
     np.testing.assert_allclose(last.numbers("loss"), sharded.numbers("loss"), rtol=1e-6)
     assert last.result.strategy == "ddp"
@@ -394,8 +325,34 @@ def test_a_training_goes_from_fsdp2_to_single_to_ddp(trainings: Trainings) -> No
 def test_nothing_is_compiled_and_nothing_warned_about(trainings: Trainings) -> None:
     trainings.group(2, True)
     assert not (trainings.folder / "extensions").exists()
-    said = (trainings.folder / "said 2 True").read_text()
+    said = trainings.said[2, True]
     assert "arning" not in said
     assert "built" not in said
     assert "[INFO]" not in said
     assert said.count("trained weights in") == len(SHORT)  # the first process alone speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["measured", "measured full"])
+def test_after_a_step_each_rank_holds_its_share_of_everything_and_no_weight_whole(
+    trainings: Trainings, case: str
+) -> None:
+    whole = trainings.variant(case, "ddp", 2, is_short=True).measured
+    assert whole[0]["whole"]  # so the absence of any says something
+    # ddp's ranks share the writing of what each of them holds.
+    states = sum(rank["all"] - rank["weights"] for rank in whole)
+    for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured:
+        assert rank["weights"] == pytest.approx(whole[0]["weights"] / 2, rel=0.02)
+        assert rank["all"] == pytest.approx((whole[0]["weights"] + states) / 2, rel=0.02)
+        assert rank["whole"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["measured", "measured full"])
+def test_all_ranks_together_read_each_byte_of_the_weights_once(trainings: Trainings, case: str) -> None:
+    read = [rank["read"] for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured]
+    with (trainings.folder / "model" / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    num_bytes = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    assert sum(read) == num_bytes
+    assert max(read) < 0.52 * num_bytes

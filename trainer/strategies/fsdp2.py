@@ -6,7 +6,6 @@ are gathered in the dtype that computes. A frozen base that fits is better kept 
 """
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,7 +66,7 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     _sum_gradients(model)
     if not is_tied and isinstance(units[0], FSDPModule):
         units[0].set_unshard_in_backward(False)  # the gradient of a look-up needs no table
-    change_parameters(model, lambda p: None if p.is_meta or isinstance(p, DTensor) else p.detach().to(device))
+    _bring_to_device(model, device, torch.device("cpu") if train.offload == "all" else device)
     if left := [name for name, p in trained_parameters(model) if not isinstance(p, DTensor)]:
         raise RefusedError(
             f"{type(causal_lm).__name__} has the trained weight {left[0]} outside its layers, embeddings and head, "
@@ -141,7 +140,7 @@ def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _offload_policy(device: torch.device, train: TrainConfig) -> OffloadPolicy:
-    if getattr(train, "offload", "none") != "all":
+    if train.offload != "all":
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
@@ -154,10 +153,38 @@ def _sum_gradients(model: torch.nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+UNFILLED = "is_unfilled"
+"""Attribute of a parameter that has memory now and no numbers yet."""
+
+
+def _bring_to_device(model: torch.nn.Module, device: torch.device, device_of_slices: torch.device) -> None:
+    """Memory for what had none, marked to be filled; weights that are kept whole come along."""
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+    def brought(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        if isinstance(parameter, DTensor):
+            return None
+        return (
+            torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.detach().to(device)
+        )
+
+    change_parameters(model, brought)
+    # FSDP2 hears of new slices through _apply alone; buffers that it does not know come to the device here.
+    model._apply(lambda t: torch.empty_like(t, device=device_of_slices) if t.is_meta else t)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    parameters = dict(model.named_parameters())
+    for name in empty:
+        setattr(parameters[name], UNFILLED, True)
+
+
 # Whether the frozen weights are cut --------------------------------------------------------------------------
 
 
 def _is_base_cut(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> bool:
+    if train.offload == "all":
+        return True  # what is cut can wait on the CPU
     if train.shard_base != "auto":
         return train.shard_base == "always"
     num_bytes = sum(parameter.numel() * parameter.itemsize for parameter in _frozen(model))
@@ -217,11 +244,9 @@ class _BorrowingHead(torch.nn.Linear):
 @torch.no_grad()
 def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
     """Read what this rank keeps. Of weights that all keep whole each reads a share and sends it to the others."""
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    change_parameters(model, lambda p: _allocated(p, ranks.device) if _is_plain_meta(p) else None)
-    model._apply(lambda t: _allocated(t, ranks.device) if t.is_meta else t)
     parameters = dict(model.named_parameters())
-    for name in empty:
+    for name in [name for name, parameter in parameters.items() if hasattr(parameter, UNFILLED)]:
+        delattr(parameters[name], UNFILLED)
         layer_name, _, kind = name.rpartition(".")
         layer = model.get_submodule(layer_name)
         if not isinstance(layer, NF4Linear) or kind == "bias":
@@ -243,29 +268,13 @@ def _fill_in_4_bits(
     size = layer.packed.itemsize
     first_byte, end_byte = (element * size for element in _own_range(layer.packed, ranks))
     first_block, end_block = _own_range(layer.absmax, ranks)
-    # All blocks of which the bytes or the scale are kept here.
-    start = min(first_byte * 2 // nf4.BLOCK_SIZE, first_block) * nf4.BLOCK_SIZE
-    end = min(max(-(-end_byte * 2 // nf4.BLOCK_SIZE), end_block) * nf4.BLOCK_SIZE, math.prod(layer.shape))
-    start = min(start, end)
-    weight = _read(model, files, f"{name}.weight", start, end).to(ranks.device)
-    quantised = nf4.quantise(weight.view(1, -1)) if len(weight) else {}
-    packed = torch.zeros(end_byte - first_byte, dtype=torch.uint8, device=ranks.device)
-    if quantised:
-        found = quantised["packed"][first_byte - start // 2 :][: len(packed)]
-        packed[: len(found)] = found
-        scales = quantised["absmax"][first_block - start // nf4.BLOCK_SIZE :][: end_block - first_block]
-    else:
-        scales = torch.empty(0, device=ranks.device)
+
+    def read(start: int, end: int) -> torch.Tensor:
+        return _read(model, files, f"{name}.weight", start, end).to(ranks.device)
+
+    packed, scales = nf4.quantised_part(read, layer.shape, (first_byte, end_byte), (first_block, end_block))
     _put(layer.packed, packed.view(layer.packed.dtype), ranks)
     _put(layer.absmax, scales, ranks)
-
-
-def _is_plain_meta(parameter: torch.Tensor) -> bool:
-    return parameter.is_meta and not isinstance(parameter, DTensor)
-
-
-def _allocated(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.empty_like(tensor, device=device)
 
 
 def _own_range(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:

@@ -27,7 +27,9 @@ def element_range(parameter: DTensor) -> tuple[int, int]:
 
 
 class ShardedAdamW:
-    """A trainer.optimizers.Optimizer. The masters share memory with what FSDP2 gathers from."""
+    """A trainer.optimizers.Optimizer. The masters share memory with what FSDP2 gathers from, unless train.offload
+    keeps masters and moments on the CPU.
+    """
 
     def __init__(
         self,
@@ -44,12 +46,15 @@ class ShardedAdamW:
         for unit in units:
             unit.unshard()  # once, so that FSDP2 allocates no slice anew after this
             unit.reshard()
-        self.masters = {
-            name: torch.nn.Parameter(p.detach().to_local()) for name, p in self.parameters.items()
-        }
+        self._is_offloaded = train.offload == "optimizer"
+        self.masters = {name: torch.nn.Parameter(self._master(p)) for name, p in self.parameters.items()}
         # An empty slice, of a weight with fewer rows than ranks, has nothing to update.
         self._adamw = torch_adamw([m for m in self.masters.values() if m.numel()], train)
         self.num_updates = 0
+
+    def _master(self, parameter: DTensor) -> torch.Tensor:
+        local = parameter.detach().to_local()
+        return local.to("cpu", copy=True) if self._is_offloaded else local
 
     def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
         for unit in self._units:
@@ -59,10 +64,12 @@ class ShardedAdamW:
         return loss.detach()
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, limits: Limits = NO_LIMITS
+        self, loss: torch.Tensor, learning_rate: float, limits: Limits = NO_LIMITS, *, loss_scale: float = 1.0
     ) -> tuple[float, float]:
         self._take_gradients()
         gradients = [m.grad for m in self.masters.values() if m.grad is not None and m.grad.numel()]
+        if loss_scale != 1.0 and gradients:
+            torch._foreach_div_(gradients, loss_scale)
         norms = torch._foreach_norm(gradients) if gradients else []
         squares = sum((norm.double().square() for norm in norms), loss.new_zeros((), dtype=torch.float64))
         # One wait for the device a step, here: the update depends on both numbers.
@@ -76,8 +83,8 @@ class ShardedAdamW:
 
     def _take_gradients(self) -> None:
         for name, parameter in self.parameters.items():
-            gradient = parameter.grad
-            self.masters[name].grad = gradient.to_local() if isinstance(gradient, DTensor) else None
+            gradient, master = parameter.grad, self.masters[name]
+            master.grad = gradient.to_local().to(master.device) if isinstance(gradient, DTensor) else None
 
     def _clip(self, gradients: list[torch.Tensor], grad_norm: float) -> None:
         factor = self._max_grad_norm / (grad_norm + 1e-6)
@@ -89,6 +96,13 @@ class ShardedAdamW:
             group["lr"] = learning_rate
         self._adamw.step()
         self.num_updates += 1
+        self._write_back()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        if self._is_offloaded:
+            for name, parameter in self.parameters.items():
+                parameter.to_local().copy_(self.masters[name])
 
     def _drop_gradients(self) -> None:
         for name, parameter in self.parameters.items():
@@ -120,6 +134,7 @@ class ShardedAdamW:
                 there = {kind: moment.view(master.shape).to(master.device) for kind, moment in found.items()}
                 self._adamw.state[master] = {"step": step_count(num_updates, master), **there}
         self.num_updates = num_updates
+        self._write_back()
 
     def _slices(self) -> Iterator[tuple[str, int, torch.nn.Parameter]]:
         """Name, first element and master of each slice that is not empty."""
