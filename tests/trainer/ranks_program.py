@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from schemas.pipeline_config import PipelineConfig
-from trainer import stepping
+from trainer import out_of_memory, stepping
 from trainer import train as training
 from trainer.draws import draw_seed
 from trainer.job import plan_job
@@ -57,25 +58,25 @@ step.
 
 
 def measure(config: PipelineConfig) -> None:
-    original = training.run_step
+    original = out_of_memory.run_step
     found: dict[str, Any] = {"read": None}
+    earlier = {id(tensor): weakref.ref(tensor) for tensor in alive_tensors()}
 
     class CountedFiles(WeightFiles):
         def __exit__(self, *error: Any) -> None:
             super().__exit__(*error)
             found["read"] = self.num_bytes_read
 
-    def measured(job: Any, model: torch.nn.Module, optimizer: Any, step: Any) -> Any:
+    def measured(job: Any, model: torch.nn.Module, optimizer: Any, step: Any, **options: Any) -> Any:
         if step.number > 0:
-            return original(job, model, optimizer, step)
+            return original(job, model, optimizer, step, **options)
         with computing_parameters(model) as seen:
-            outcome = original(job, model, optimizer, step)
-        if step.number == 0:
-            found.update(held(model, optimizer), seen=seen)
-            (config.run_root / f"bytes-{job.ranks.number}.json").write_text(json.dumps(found))
+            outcome = original(job, model, optimizer, step, **options)
+        found.update(held(model, optimizer, earlier), seen=seen)
+        (config.run_root / f"bytes-{job.ranks.number}.json").write_text(json.dumps(found))
         return outcome
 
-    training.run_step, training.WeightFiles = measured, CountedFiles  # type: ignore[misc]
+    out_of_memory.run_step, training.WeightFiles = measured, CountedFiles  # type: ignore[misc]
 
 
 @contextmanager
@@ -89,7 +90,9 @@ def computing_parameters(model: torch.nn.Module) -> Iterator[dict[str, str]]:
         for part, parameter in module.named_parameters():
             seen[f"{name}.{part}"] = f"{tuple(parameter.shape)} {parameter.dtype}"
             if part.endswith(("packed", "absmax")):
-                numbers = parameter.detach().contiguous().view(torch.uint8).numpy()
+                numbers = (
+                    parameter.detach().clone().view(torch.uint8).numpy()
+                )  # numpy pins memory that is freed
                 seen[f"{name}.{part}"] += f" {hashlib.sha256(numbers.tobytes()).hexdigest()}"
 
     # The last to be registered, after those that gather.
@@ -103,8 +106,16 @@ def computing_parameters(model: torch.nn.Module) -> Iterator[dict[str, str]]:
         handle.remove()
 
 
-def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Bytes behind the weights, masters and moments of this rank, and shapes of weights that lie whole somewhere."""
+def alive_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+
+
+def held(model: torch.nn.Module, optimizer: Any, earlier: dict[int, Any]) -> dict[str, Any]:
+    """Bytes behind the weights, masters and moments of this rank, and shapes of weights that lie whole somewhere.
+
+    Libraries may hold on to a model of an `earlier` training.
+    """
     weights = [
         getattr(t, "_local_tensor", t)  # of a DTensor what lies here
         for p in model.parameters()
@@ -112,7 +123,7 @@ def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
         if t is not None
     ]
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
-    alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    alive = [t for t in alive_tensors() if id(t) not in earlier or earlier[id(t)]() is not t]
     whole = {tuple(t.shape) for t in alive if t.dim() == 2 and t.untyped_storage().nbytes() >= t.nbytes > 0}
     return {
         "weights": num_bytes(weights),
@@ -129,7 +140,7 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def main(paths: list[str]) -> None:
     _silence_libraries()
     configs = [read_config(Path(path)) for path in paths]
-    original, originals = stepping.summed_loss, (training.run_step, training.WeightFiles)
+    original, originals = stepping.summed_loss, (out_of_memory.run_step, training.WeightFiles)
     with joined_ranks(configs[0]) as ranks:
         for config in configs:
             if config.train.seed == POISONED_SEED:
@@ -138,7 +149,7 @@ def main(paths: list[str]) -> None:
                 measure(config)
             train_job(plan_job(config, ranks))
             stepping.summed_loss = original
-            training.run_step, training.WeightFiles = originals  # type: ignore[misc]
+            out_of_memory.run_step, training.WeightFiles = originals  # type: ignore[misc]
 
 
 if __name__ == "__main__":
