@@ -24,10 +24,16 @@ class ModelConfig(_Section):
     """Commit or tag of a hub name."""
     tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 from compute capability 8.0 on, and on CPUs; else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What weights and activations compute in; what is trained adds up in float32 all the same. auto: bfloat16 from
+    compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where torch sees one."""
+    adapter: LocalPath | None = None
+    """Folder of a LoRA adapter over this model that training starts from."""
+    adapter_use: Literal["continue", "merge"] = "continue"
+    """continue: its weights are trained on, with its rank and targets; merge: it is added into the base and a fresh
+    adapter is trained over that, and both are saved as one."""
 
 
 class LoraConfig(_Section):
@@ -39,6 +45,9 @@ class LoraConfig(_Section):
     """Share of the inputs of the matrices that is dropped in training."""
     targets: str | list[str] = "all-linear"
     """'all-linear', or names of modules."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole beside the matrices and saved with them, by the end of their names: lm_head,
+    embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
 class TrainConfig(_Section):
@@ -60,6 +69,8 @@ class TrainConfig(_Section):
     too."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
+    rank_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Several processes: one that does not go on for so long is named and ends the training."""
     epochs: int = Field(default=1, gt=0)
     """Passes over the training side; pack.weights says how often a source stands in one."""
     max_steps: int | None = Field(default=None, gt=0)
@@ -94,6 +105,11 @@ class TrainConfig(_Section):
     """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: LoRA layers fused and, on CUDA with liger-kernel installed, its kernels; plain: the libraries' own."""
+    attention: Literal["auto", "by_document"] = "auto"
+    """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and
+    CPUs, torch's plain attention on one document after the other."""
+    compile: bool = False
+    """torch.compile of the decoder layers: minutes at the start, then faster steps. It needs a C++ compiler."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0
@@ -101,13 +117,25 @@ class TrainConfig(_Section):
     checkpoint_every_steps: int = Field(default=100, gt=0)
     """A killed training goes on from the last one."""
     keep_checkpoints: int = Field(default=2, gt=0)
-    """Older ones are removed."""
+    """Older ones are removed, but for the best one where keep_best is on."""
+    keep_best: bool = False
+    """Publish the weights of the best validation in place of the last ones."""
+    best_metric: Literal["validation_loss", "validation_bits_per_byte"] = "validation_bits_per_byte"
+    """What the best validation, and early stopping, go by: the lowest."""
+    early_stopping_evaluations: int = Field(default=0, ge=0)
+    """Stop after so many validations in a row that are no better than the best one; 0: never."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Loss on the validation side every so many steps; 0: only at the end."""
     trackers: list[Tracker] = ["tensorboard"]
     """Where the numbers of each step go beside metrics.jsonl. wandb: a folder for `wandb sync`, never a network."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
     """Skipped steps (loss or gradient not finite) before training gives up."""
+    max_loss_spike: float = Field(default=0.0, ge=0)
+    """Skip a step whose loss is more than so many times the median of the last 64 steps; 0 is off."""
+    max_grad_spike: float = Field(default=0.0, ge=0)
+    """The same for the gradient norm before clipping."""
+    max_spike_steps: int = Field(default=10, ge=0)
+    """Steps skipped so before training gives up."""
 
 
 class EvaluateConfig(_Section):

@@ -33,8 +33,12 @@ class TrainingResult(BaseModel):
     dtype: str
     device: str
     num_steps: int
+    output_step: int | None = None
+    """The trained weights are those after this step: the best one with train.keep_best, else the last."""
     num_updates: int
     """Steps that changed the weights: all but those with a loss or gradient that was not finite."""
+    num_overflow_steps: int = 0
+    """Of the others, those that overflowed in float16 while its loss scale was found."""
     num_tokens: int
     """Tokens read, padding not counted."""
     num_trained_tokens: int

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from pipelines import storage
-from schemas.errors import IntegrityError, TrainingError
+from schemas.errors import IntegrityError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
 from schemas.training_config import ModelConfig
@@ -25,7 +25,9 @@ from trainer.model import (
 )
 from trainer.ranks import ALONE, Ranks
 from trainer.service import TRAINING_CURE
+from trainer.setting_rules import FLOAT16_STRATEGIES
 from trainer.shard_reader import ShardReader
+from trainer.start_adapter import adapter_digest, adapter_folder, check_base_of
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
@@ -38,7 +40,11 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "max_spike_steps",
         "bins_per_micro_step",
+        "attention",
+        "compile",
+        "rank_timeout_seconds",
         "trackers",
         "shard_base",
         "strategy",
@@ -80,7 +86,7 @@ def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
     check_supported(config)
     model = needed_model(config)
     device = resolve_device(model)
-    dtype = resolve_dtype(model, device)
+    dtype = _dtype(config, model, device)
     inputs = _input_digests(config, model)
     settings = _settings(config)
     key = _key(inputs, settings, device, dtype)
@@ -100,7 +106,7 @@ def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
         reader=reader,
         plans=plans,
         steps=_steps(config, reader, plans),
-        validation=_validation(config),
+        validation=_needed_validation(config),
         ranks=ranks,
     )
 
@@ -149,6 +155,17 @@ def _steps(config: PipelineConfig, reader: ShardReader, plans: tuple[Plan, ...])
     return tuple(steps)
 
 
+def _needed_validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
+    found, train = _validation(config), config.train
+    if found is None and (train.keep_best or train.early_stopping_evaluations):
+        raise RefusedError(
+            f"train.keep_best is {train.keep_best}, train.early_stopping_evaluations "
+            f"{train.early_stopping_evaluations}, and the validation side is empty: raise holdout.validation, or "
+            "switch both off"
+        )
+    return found
+
+
 def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
     folder = config.run_root / STAGE_FOLDERS["split"]
     manifest = storage.check_manifest(folder, stage="split")
@@ -161,16 +178,33 @@ def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
     return reader, read_plan(config.run_root, "validation", 0)
 
 
+def _dtype(config: PipelineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    dtype = resolve_dtype(model, device)
+    if dtype == torch.float16 and config.train.strategy not in FLOAT16_STRATEGIES:
+        return torch.float32  # auto, on an older card; asked for by name it is refused by now
+    return dtype
+
+
 def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]:
     manifests = {stage: config.run_root / STAGE_FOLDERS[stage] for stage in ("split", "pack")}
     for stage, folder in manifests.items():
         storage.check_manifest(folder, stage=stage)
     digests = {folder.name: storage.file_sha256(folder / MANIFEST_NAME) for folder in manifests.values()}
-    return digests | {"model": model_digest(check_model_folder(model))}
+    digests["model"] = model_digest(check_model_folder(model))
+    if model.adapter is not None:
+        folder = adapter_folder(model)
+        check_base_of(folder, digests["model"])
+        digests[f"adapter_{model.adapter_use}"] = adapter_digest(folder)
+    return digests
 
 
 def _settings(config: PipelineConfig) -> dict[str, Any]:
-    return config.train.model_dump(mode="json", exclude=set(SETTINGS_OUTSIDE_KEY))
+    train, outside = config.train, set(SETTINGS_OUTSIDE_KEY)
+    if train.keep_best or train.early_stopping_evaluations:
+        outside.remove("evaluate_every_steps")  # it decides which weights are the best ones
+    else:
+        outside.add("best_metric")
+    return train.model_dump(mode="json", exclude=outside)
 
 
 def _key(inputs: dict[str, str], settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:

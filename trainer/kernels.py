@@ -44,7 +44,9 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
     fused = [layer for layer in layers if _can_fuse(layer)]
     for layer in fused:
         layer.forward = functools.partial(_lora_forward, layer)  # type: ignore[method-assign]
-    return Kernels(len(layers), len(fused), has_liger=device.type == "cuda" and _use_liger(model))
+    return Kernels(
+        len(layers), len(fused), has_liger=device.type == "cuda" and not train.compile and _use_liger(model)
+    )
 
 
 # LoRA -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,10 +105,19 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
     """Of LoRA: rank x (in + out) of each linear layer that it wraps; else all weights."""
     if train.method == "full":
         return sum(math.prod(shape) for shape in shapes.values())
-    return sum(
+    return _num_in_whole_modules(shapes, train.lora.modules_to_save) + sum(
         train.lora.rank * sum(shape)
         for name, shape in shapes.items()
         if is_linear(name, shape) and _is_target(name.removesuffix(".weight"), train.lora.targets)
+    )
+
+
+def _num_in_whole_modules(shapes: Shapes, names: Sequence[str]) -> int:
+    """A head that is in no file is the embedding itself."""
+    has_head = any(name.removesuffix(".weight").endswith("lm_head") for name in shapes)
+    ends = tuple("embed_tokens" if name == "lm_head" and not has_head else name for name in names)
+    return sum(
+        math.prod(shape) for name, shape in shapes.items() if ends and name.rpartition(".")[0].endswith(ends)
     )
 
 

@@ -31,6 +31,9 @@ LayOut = Callable[[torch.nn.Module, torch.device, BaseForm], dict[str, torch.dev
 
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
+"""Compute capabilities from which on tensor cores multiply in that precision."""
 
 
 def load_base_model(
@@ -212,16 +215,21 @@ def resolve_device(model: ModelConfig) -> torch.device:
 
 
 def resolve_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware computes in it. Raises RefusedError where it was asked for and is emulated."""
-    native = device.type != "cuda" or _compute_capability(device) >= (8, 0)
-    if model.dtype == "bfloat16" and not native:
+    """bfloat16 where the hardware computes in it, float16 where only that has tensor cores, else float32.
+
+    Raises RefusedError where bfloat16 was asked for and is emulated.
+    """
+    capability = _compute_capability(device) if device.type == "cuda" else BFLOAT16_CAPABILITY
+    if model.dtype == "bfloat16" and capability < BFLOAT16_CAPABILITY:
         raise RefusedError(
             f"model.dtype is bfloat16 but {torch.cuda.get_device_name(device)} has compute capability "
-            f"{_compute_capability(device)}, below 8.0; use dtype: float32"
+            f"{capability}, below 8.0; use dtype: float16 (from 7.0 on) or float32"
         )
-    if model.dtype == "float32" or not native:
-        return torch.float32
-    return torch.bfloat16
+    if model.dtype != "auto":
+        return DTYPES[model.dtype]
+    if capability >= BFLOAT16_CAPABILITY:
+        return torch.bfloat16
+    return torch.float16 if capability >= FLOAT16_CAPABILITY else torch.float32
 
 
 def _compute_capability(device: torch.device) -> tuple[int, int]:

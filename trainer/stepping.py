@@ -10,7 +10,8 @@ from trainer.data import micro_batch
 from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
-from trainer.optimizers import Optimizer, learning_rate
+from trainer.loss_scale import is_overflow
+from trainer.optimizers import NO_LIMITS, Limits, Optimizer, learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
 
 OUT_OF_MEMORY_SIGNS = (
@@ -27,6 +28,10 @@ class StepOutcome:
     loss: float
     grad_norm: float
     learning_rate: float
+    is_overflow: bool = False
+    """The gradient was too large for fp16 under this step's loss scale."""
+    is_spike: bool = False
+    """Finite, and skipped."""
 
     @property
     def is_finite(self) -> bool:
@@ -38,10 +43,17 @@ class MicroStepError(Exception):
 
 
 def run_step(
-    job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step, *, bins_at_once: int | None = None
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    *,
+    limits: Limits = NO_LIMITS,
+    bins_at_once: int | None = None,
+    loss_scale: float = 1.0,
 ) -> StepOutcome:
     """The step's loss is the weighted mean over its trained tokens, on whichever rank they are; its divisor is
-    known from the plan. Weights change unless loss or gradient is not finite.
+    known from the plan. Weights change if the limits allow its loss and gradient.
 
     `bins_at_once` cuts this rank's micro-steps further. Raises MicroStepError where they don't fit into memory.
     """
@@ -49,13 +61,16 @@ def run_step(
     if step.weight_sum <= 0:
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
     try:
-        total = _accumulate(job, model, optimizer, step, bins_at_once)
+        total = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise MicroStepError from error
-    loss, grad_norm = optimizer.update(total, rate)
-    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate)
+    job.ranks.pulse.mark(f"updating in step {step.number + 1}")
+    loss, grad_norm = optimizer.update(total / loss_scale, rate, limits, loss_scale=loss_scale)
+    is_spike = NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm)
+    overflowed = is_overflow(loss, grad_norm, loss_scale)
+    return StepOutcome(loss, grad_norm, learning_rate=rate, is_overflow=overflowed, is_spike=is_spike)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,12 +81,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _accumulate(
-    job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step, bins_at_once: int | None
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    bins_at_once: int | None,
+    loss_scale: float,
 ) -> torch.Tensor:
     total = torch.zeros((), device=job.device)
     own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
     for number, micro_step in enumerate(own, 1):
-        total += _run_micro_step(job, model, optimizer, step, micro_step, is_last=number == len(own))
+        job.ranks.pulse.move()
+        factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
+        total += _run_micro_step(
+            job, model, optimizer, step, micro_step, factor=factor, is_last=number == len(own)
+        )
     return total
 
 
@@ -101,6 +125,7 @@ def _run_micro_step(
     step: Step,
     micro_step: MicroStep,
     *,
+    factor: float,
     is_last: bool,
 ) -> torch.Tensor:
     batch = micro_batch(
@@ -110,13 +135,10 @@ def _run_micro_step(
         micro_step.end_bin,
         pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
     ).to(job.device)
-    share = 0.0 if micro_step.is_filler else 1.0
     bins = _bins(job, step, micro_step)
     torch.manual_seed(bins[0][0])  # for draws that trainer/draws.py does not reach
     with drawing_for(bins):
-        return optimizer.backward(
-            lambda: summed_loss(model, batch) / step.weight_sum * share, is_last=is_last
-        )
+        return optimizer.backward(lambda: summed_loss(model, batch) * factor, is_last=is_last)
 
 
 def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[tuple[int, int]]:

@@ -18,15 +18,27 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 
 
-def config_of(folder: Path, architecture: dict[str, Any] | None = None, **sections: Any) -> PipelineConfig:
+def config_of(
+    folder: Path,
+    architecture: dict[str, Any] | None = None,
+    *,
+    model_settings: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **sections: Any,
+) -> PipelineConfig:
     model_folder = folder / "model"
     model_folder.mkdir(exist_ok=True)
     (model_folder / "config.json").write_text(json.dumps(architecture or LLAMA))
+    if adapter is not None:
+        model_settings = {"adapter": str(folder), **(model_settings or {})}
+        plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(plain | adapter))
+        (folder / "adapter_model.safetensors").touch()
     return PipelineConfig.model_validate(
         {
             "run_root": folder / "run",
             "sources": [{"name": "tiny", "path": "chats.json"}],
-            "model": {"path": str(model_folder)},
+            "model": {"path": str(model_folder), **(model_settings or {})},
             **sections,
         }
     )
@@ -38,6 +50,7 @@ def test_defaults_are_supported(tmp_path: Path) -> None:
     check_supported(config)
 
 
+MERGE = {"adapter_use": "merge"}
 BROKEN: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
@@ -50,7 +63,20 @@ BROKEN: dict[str, dict[str, Any]] = {
     "warm-up": {"train": {"warmup_steps": 10, "max_steps": 10}},
     "micro-step": {"train": {"bins_per_step": 2, "bins_per_micro_step": 4}},
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
+    "float16-strategy": {"model_settings": {"dtype": "float16"}, "train": {"strategy": "zero2"}},
+    "adapter": {"model_settings": {"adapter": "/no/such/folder"}},
+    "adapter-kind": {"adapter": {"peft_type": "IA3"}},
+    "adapter-contradiction": {"adapter": {}, "train": {"lora": {"rank": 8}}},
+    "adapter-full": {"adapter": {}, "train": {"method": "full"}},
+    "adapter-merge-bits": {"adapter": {}, "model_settings": MERGE, "train": {"base": "int8"}},
+    "adapter-merge-sharded": {"adapter": {}, "model_settings": MERGE, "train": {"strategy": "fsdp2"}},
+    "whole-modules-sharded": {"train": {"strategy": "fsdp2", "lora": {"modules_to_save": ["norm"]}}},
+    "saved-target": {"train": {"lora": {"targets": ["lm_head"], "modules_to_save": ["lm_head"]}}},
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
+    "compile-bits": {"train": {"compile": True, "base": "nf4"}},
+    "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
+    "compile-dropout": {"train": {"compile": True, "lora": {"dropout": 0.1}}},
+    "compiler": {"train": {"compile": True}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
     "nf4-full": {"train": {"base": "nf4", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
@@ -58,7 +84,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"train": {"base": "int8"}},
     "wandb": {"train": {"trackers": ["wandb"]}},
 }
-PACKAGES = ("deepspeed", "bitsandbytes", "wandb")
+PACKAGES = ("deepspeed", "bitsandbytes", "wandb", "compiler")
 
 
 @pytest.fixture
@@ -69,6 +95,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if package == "compiler":
+        monkeypatch.setenv("PATH", "/nowhere")
+        return
     monkeypatch.setitem(sys.modules, package, None)
 
 
