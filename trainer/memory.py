@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,6 +77,15 @@ def memory_need(
         weights = math.ceil(weights / num_processes)
     states = num_trained * _state_bytes(train, bytes_per_weight, num_processes)
     return MemoryNeed(weights, int(states), _activation_bytes(config, architecture, bytes_per_weight))
+
+
+def on_gpu(need: MemoryNeed, train: TrainConfig) -> MemoryNeed:
+    """Without what train.offload leaves to the CPU's memory."""
+    return replace(
+        need,
+        weights=0 if train.offload == "all" else need.weights,
+        states=need.states if train.offload == "none" else 0,
+    )
 
 
 def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) -> float:
