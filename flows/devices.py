@@ -147,6 +147,7 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
     """The model with its optimiser against free memory: fails when the weights alone don't fit."""
     from schemas.errors import InputError
     from trainer.memory import CUDA_CONTEXT_BYTES, memory_need, read_shapes
+    from trainer.memory import on_gpu as part_on_gpu
     from trainer.rank_processes import count_processes
     from trainer.support import model_architecture, model_folder
 
@@ -165,8 +166,13 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
         bytes_per_weight=_bytes_per_weight(torch, config),
         num_processes=num_processes,
     )
+    need = part_on_gpu(need, config.train) if on_gpu else need
     context = CUDA_CONTEXT_BYTES if on_gpu else 0
-    free, where = _free_memory(torch, on_gpu=on_gpu, num_processes=num_processes)
+    if on_gpu and config.train.strategy == "pipeline":
+        free = sum(gpu.free_bytes - context for gpu in torch.gpus) + context
+        where = f"on {len(torch.gpus)} GPUs together"
+    else:
+        free, where = _free_memory(torch, on_gpu=on_gpu, num_processes=num_processes)
     found = f"{size_text(free)} free {where}"
     expected = (
         f"at least {size_text(need.floor + context)} (weights {size_text(need.weights)}, what the optimiser "

@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,6 +86,17 @@ def _weights_under_fsdp2(train: TrainConfig, weights: int, num_processes: int) -
     if train.method == "full" or train.offload == "all":
         return 0
     return weights if train.shard_base == "never" else math.ceil(weights / num_processes)
+
+
+def on_gpu(need: MemoryNeed, train: TrainConfig) -> MemoryNeed:
+    """Without what train.offload leaves to the CPU's memory. Of fsdp2 the need is a device's already."""
+    if train.strategy == "fsdp2":
+        return need
+    return replace(
+        need,
+        weights=0 if train.offload == "all" else need.weights,
+        states=need.states if train.offload == "none" else 0,
+    )
 
 
 def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) -> float:
