@@ -117,7 +117,7 @@ def load_model(job: Job) -> torch.nn.Module:
     if STRATEGIES[job.config.train.strategy].fill is not None:
         model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
-            tell(job, "each process loads the whole model first: the files of this model can't be read in parts")
+            tell(job, "each process loads the whole model first: its files can't be read in parts")
     if model is None:
         model = load_base_model(
             job.model,
