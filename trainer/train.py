@@ -118,7 +118,7 @@ def load_model(job: Job) -> torch.nn.Module:
     if STRATEGIES[job.config.train.strategy].fill is not None:
         model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
-            tell(job, "each process loads the whole model first: this family's files can't be read in parts")
+            tell(job, "each process loads the whole model first: its files can't be read in parts")
             device = CPU  # where there is more room; place() takes from it what this rank keeps
     if model is None:
         model = load_base_model(
