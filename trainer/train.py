@@ -40,6 +40,7 @@ from trainer.model import (
 from trainer.optimizers import Optimizer
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
+from trainer.preflight import check_ranks
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
 from trainer.signals import StopSignals
@@ -61,6 +62,7 @@ def train(config: PipelineConfig) -> TrainingResult:
     check_supported(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
+        check_ranks(job)
         finished = read_result(job)
         if finished is None:
             return train_job(job)
