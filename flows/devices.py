@@ -11,7 +11,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 
 CHILD_TIMEOUT_SECONDS = 180
-BFLOAT16_CAPABILITY = (8, 0)
+BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
 INSTALL_TRAIN = "pip install 'sft-pipeline[train]'"
 
 
@@ -108,13 +108,16 @@ def _gpu_finding(gpu: Gpu, model: ModelConfig | None) -> Finding:
         return Finding(
             "fails", "gpu", f"{gpu.about()}: {gpu.problem}", "a small computation succeeds", remedy
         )
-    if gpu.capability >= BFLOAT16_CAPABILITY or dtype == "float32":
+    if gpu.capability >= BFLOAT16_CAPABILITY or dtype in ("float32", "float16"):
         return Finding("ok", "gpu", gpu.about())
     expected = "compute capability 8.0 or later for bfloat16"
     if dtype == "bfloat16":
-        remedy = "set model.dtype to auto or float32, or use another GPU"
+        remedy = "set model.dtype to auto, or use another GPU"
         return Finding("fails", "gpu", f"{gpu.about()}; model.dtype is bfloat16", expected, remedy)
-    remedy = "nothing to do: training is in float32, slower and with twice the memory"
+    if gpu.capability >= FLOAT16_CAPABILITY:
+        remedy = "nothing to do: training is in float16, with a loss scale"
+    else:
+        remedy = "nothing to do: training is in float32, slower and with twice the memory"
     return Finding("warns", "gpu", gpu.about(), expected, remedy)
 
 
@@ -182,8 +185,8 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
 
 def _bytes_per_weight(torch: Torch, config: PipelineConfig) -> int:
     assert config.model is not None
-    below = config.model.device != "cpu" and any(g.capability < BFLOAT16_CAPABILITY for g in torch.gpus)
-    return 4 if config.model.dtype == "float32" or below else 2
+    wide = config.model.device != "cpu" and any(g.capability < FLOAT16_CAPABILITY for g in torch.gpus)
+    return 4 if config.model.dtype == "float32" or (config.model.dtype == "auto" and wide) else 2
 
 
 def _free_memory(torch: Torch, *, on_gpu: bool, num_processes: int) -> tuple[int, str]:

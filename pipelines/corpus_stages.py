@@ -30,7 +30,7 @@ from pipelines.storage import (
     read_table,
     write_bytes,
 )
-from pipelines.work import features_part, packed_drops, rows_digest, verdict_part
+from pipelines.work import features_part, holdout_features_part, packed_drops, rows_digest, verdict_part
 from schemas.conversation import Drop
 from schemas.dataset import SPLITS
 from schemas.errors import IntegrityError
@@ -97,7 +97,7 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     if (result := run.skip(key)) is not None:
         _publish_ledger(run, _ledger_entry(result.manifest), ledger_path)
         return result
-    feature_entries = _feature_entries(run, folder, before)
+    feature_entries = _holdout_feature_entries(run, folder, before)
     paths = [check_file(run.folder, entry.kept[0]) for entry in feature_entries]
     features = feature_files(module.FEATURES, paths)
     ids = features.column("row_id")
@@ -188,6 +188,15 @@ def _feature_entries(run: StageRun, folder: Path, before: Manifest) -> list[Part
         for part in before.parts
     ]
     return run.run_parts(features_part, tasks)
+
+
+def _holdout_feature_entries(run: StageRun, folder: Path, before: Manifest) -> list[PartEntry]:
+    """Stage 4 names the features of its parts first, in the order of the parts."""
+    tasks = [
+        run.task(run.key("features", part.kept[0].sha256), part.label, (folder, part.kept[0], file))
+        for part, file in zip(before.parts, before.files, strict=False)
+    ]
+    return run.run_parts(holdout_features_part, tasks)
 
 
 def _ids_by_part(ids: pa.ChunkedArray, num_rows: Sequence[int]) -> Iterator[list[str]]:

@@ -21,8 +21,9 @@ stays, no row that was kept changes sides or is dropped in a later run, whatever
 """
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ import pyarrow.compute as pc
 from pipelines.feature_files import Features, FeatureTable
 from pipelines.grams import (
     GRAMS_TYPE,
+    GramSets,
     Ints,
     JoinedSets,
     StoredSets,
@@ -39,6 +41,7 @@ from pipelines.grams import (
     gram_sets,
     set_digests,
     spoken,
+    taken,
     to_column,
 )
 from pipelines.holdout_sides import (
@@ -115,17 +118,32 @@ def versions(config: PipelineConfig) -> dict[str, str]:
 
 def features(rows: Iterable[Conversation], config: PipelineConfig) -> pa.Table:
     """What `decide` needs of each row, in the order of the rows; schema FEATURES."""
-    ids, keys, train_only, texts = [], [], [], []
+    ids, metas, texts = [], [], []
     for row in rows:
         ids.append(row.row_id)
-        keys.append(_holdout_key(row))
-        train_only.append(row.meta.get("set") == "train")
+        metas.append(row.meta)
         texts.append(compared_text((message.role, spoken(message)) for message in row.messages))
-    sets = gram_sets(texts)
+    return _features(ids, metas, gram_sets(texts))
+
+
+def features_by_dedup(
+    ids: Sequence[str], metas: Sequence[dict[str, Any]], dedup: pa.Table, config: PipelineConfig
+) -> pa.Table | None:
+    """As features, without a look at the messages: `dedup` has the same gram sets of these rows among others.
+
+    None where it has not: near-duplicates were not looked for, or not among some of the rows.
+    """
+    if not config.dedup.near or any(meta.get("near_exempt") is True for meta in metas):
+        return None
+    places = pc.index_in(pa.array(ids, pa.large_string()), value_set=dedup["row_id"])
+    return _features(ids, metas, taken(from_column(dedup["grams"]), places.to_numpy()))
+
+
+def _features(ids: Sequence[str], metas: Sequence[dict[str, Any]], sets: GramSets) -> pa.Table:
     columns = {
         "row_id": pa.array(ids, pa.large_string()),
-        "holdout_key": pa.array(keys, pa.large_string()),
-        "train_only": pa.array(train_only, pa.bool_()),
+        "holdout_key": pa.array(map(_holdout_key, ids, metas), pa.large_string()),
+        "train_only": pa.array([meta.get("set") == "train" for meta in metas], pa.bool_()),
         "grams": to_column(sets.starts, sets.hashes),
     }
     return pa.table(columns, schema=FEATURES)
@@ -164,12 +182,11 @@ def decide_rows(
         )
 
 
-def _holdout_key(row: Conversation) -> str:
-    key = row.meta.get("holdout_key")
+def _holdout_key(row_id: str, meta: dict[str, Any]) -> str:
+    key = meta.get("holdout_key")
     if not key:
         raise InputError(
-            f"row {row.row_id} ({row.source}) has no meta.holdout_key, expected the one that merge writes: run the "
-            "stages again from merge"
+            f"row {row_id} has no meta.holdout_key, expected the one that merge writes: run the stages again from merge"
         )
     return str(key)
 

@@ -29,7 +29,7 @@ from pipelines.storage import (
     sync_folder,
     write_json,
     write_manifest,
-    write_record,
+    write_passing_record,
 )
 from schemas.errors import IntegrityError, LimitError
 from schemas.pipeline_config import PipelineConfig
@@ -199,6 +199,8 @@ class StageRun:
             **extra,
         )
         check_limits(manifest, self.config)
+        for folder in sorted({(self.folder / file.path).parent for file in all_files(manifest)}):
+            sync_folder(folder)
         write_manifest(self.folder, manifest)
         seconds = time.monotonic() - self.started
         self._write_timing(seconds)
@@ -311,8 +313,8 @@ def sidecar_path(folder: Path, key: str) -> Path:
 
 
 def write_sidecar(folder: Path, entry: PartEntry) -> None:
-    """The last write of a part."""
-    write_record(sidecar_path(folder, entry.key), entry.model_dump(mode="json"))
+    """The last write of a part. Without fsync: the files that it names are checked before anybody believes it."""
+    write_passing_record(sidecar_path(folder, entry.key), entry.model_dump(mode="json"))
 
 
 def read_sidecar(folder: Path, key: str) -> PartEntry | None:

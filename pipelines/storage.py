@@ -2,6 +2,7 @@
 
 Each file is written aside, flushed, fsynced and renamed, and its folder fsynced; only then may a manifest name it.
 Without the first fsync a power cut leaves a synced manifest over a part of 0 bytes (ext4 and xfs, measured).
+Parts leave the fsync of their folder to the manifest's writer, which needs one for all of them.
 """
 
 import hashlib
@@ -30,9 +31,11 @@ ROWS_PER_GROUP = 4096
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[Path]:
+def durable_file(path: Path, *, sync_bytes: bool = True, sync_name: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is on the disk under its final name.
 
+    Without `sync_name` a power cut may take the name back, until somebody calls `sync_folder`; without `sync_bytes`
+    the file may be there without its bytes.
     When the block raises, the temporary file is removed and `path` is what it was; after a failure of the very last
     step, the folder's fsync, `path` is the new file. Raises StorageError when the disk refuses.
     """
@@ -40,9 +43,11 @@ def durable_file(path: Path) -> Iterator[Path]:
     try:
         make_folder(path.parent)
         yield temporary
-        sync_file(temporary)
+        if sync_bytes:
+            sync_file(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if sync_name:
+            sync_folder(path.parent)
     except Exception as error:
         num_bytes = _discard(temporary)
         if not is_disk_error(error):
@@ -114,6 +119,12 @@ def read_json(path: Path) -> Any:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Durably replace `path` by a JSON record that carries its own digest: see pipelines/sealed.py."""
     write_bytes(path, sealed(record))
+
+
+def write_passing_record(path: Path, record: Mapping[str, Any]) -> None:
+    """As write_record, for what may be lost by a power cut, or be there without its bytes: read_record finds out."""
+    with durable_file(path, sync_bytes=False, sync_name=False) as temporary:
+        temporary.write_bytes(sealed(record))
 
 
 def read_record(path: Path, *, cure: str = "delete it and run again") -> dict[str, Any]:
@@ -204,6 +215,12 @@ def read_rows(path: Path) -> Iterator[Conversation]:
                 yield _row(record)
 
 
+def read_metas(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Row ids and meta of a part, in order, without its messages."""
+    table = pq.read_table(path, columns=["row_id", "meta"], page_checksum_verification=True)
+    return table["row_id"].to_pylist(), [json.loads(meta) for meta in table["meta"].to_pylist()]
+
+
 def _write_parquet(path: Path, schema: pa.Schema, records: Iterable[dict[str, Any]]) -> int:
     with parquet_file(path, schema) as write:
         return sum(
@@ -213,9 +230,9 @@ def _write_parquet(path: Path, schema: pa.Schema, records: Iterable[dict[str, An
 
 @contextmanager
 def parquet_file(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], int]]:
-    """Durable Parquet with page checksums; the yielded function appends a table and returns its rows."""
+    """A part as Parquet with page checksums; the yielded function appends a table and returns its rows."""
     with (
-        durable_file(path) as temporary,
+        durable_file(path, sync_name=False) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
     ):
 
@@ -231,10 +248,10 @@ def read_table(path: Path) -> pa.Table:
     return pq.read_table(path, page_checksum_verification=True)
 
 
-def write_arrow(path: Path, table: pa.Table) -> int:
-    """Durable Arrow IPC stream of a table; returns its rows."""
+def write_arrow(path: Path, table: pa.Table, *, is_part: bool = True) -> int:
+    """Durable Arrow IPC stream of a table, but for the name of a part; returns its rows."""
     with (
-        durable_file(path) as temporary,
+        durable_file(path, sync_name=not is_part) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_stream(sink, table.schema) as writer,
     ):

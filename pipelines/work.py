@@ -15,6 +15,8 @@ from pipelines.storage import (
     check_file,
     file_entry,
     parquet_file,
+    read_arrow,
+    read_metas,
     read_rows,
     read_table,
     write_arrow,
@@ -52,7 +54,21 @@ def features_part(task: PartTask) -> PartEntry:
     """Rows -> the table that the stage decides by. Payload: (input folder, FileEntry)."""
     folder, file = task.payload
     module = importlib.import_module(f"pipelines.{task.stage}")
-    table = module.features(read_rows(check_file(folder, file)), task.config)
+    return _write_features(task, module.features(read_rows(check_file(folder, file)), task.config))
+
+
+def holdout_features_part(task: PartTask) -> PartEntry:
+    """The same for stage 5, out of what stage 4 knows. Payload: (folder of stage 4, FileEntry, its features)."""
+    from pipelines import holdout
+
+    folder, file, dedup_file = task.payload
+    path = check_file(folder, file)
+    dedup = read_arrow(check_file(folder, dedup_file))
+    table = holdout.features_by_dedup(*read_metas(path), dedup, task.config)
+    return _write_features(task, holdout.features(read_rows(path), task.config) if table is None else table)
+
+
+def _write_features(task: PartTask, table: pa.Table) -> PartEntry:
     path = task.folder / features_name(task.key)
     num_rows = write_arrow(path, table)
     entry = feature_entry(task.key, task.label, file_entry(path, folder=task.folder, num_rows=num_rows))

@@ -20,7 +20,7 @@ def adaptations(config: PipelineConfig, architecture: dict[str, Any]) -> Iterato
 
 def _lora_over_bits(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.method != "lora" or train.kernels == "plain" or train.base == "plain":
+    if train.method != "lora" or train.kernels == "plain" or train.base != "int8":
         return None
     return f"train.base is {train.base}"
 
@@ -32,8 +32,16 @@ def _lora_with_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> 
     return f"train.lora.dropout is {train.lora.dropout}"
 
 
+def _half_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    return "model.dtype is float16" if config.model and config.model.dtype == "float16" else None
+
+
 def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     return "model.dtype is float32" if config.model and config.model.dtype == "float32" else None
+
+
+def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    return "train.compile is true" if config.train.compile else None
 
 
 ADAPTATIONS = (
@@ -41,7 +49,7 @@ ADAPTATIONS = (
         "lora-over-bits",
         _lora_over_bits,
         "LoRA layers compute PEFT's own way, one product after the other",
-        "the fused pass reads the base's weights as they are",
+        "bitsandbytes multiplies in 8 bits itself, and the fused pass wants to",
     ),
     Adaptation(
         "lora-dropout",
@@ -54,5 +62,18 @@ ADAPTATIONS = (
         _wide_floats,
         "attention runs one document after the other, also on CUDA",
         "the variable-length kernel computes in 16 bits",
+    ),
+    Adaptation(
+        "compile-parts",
+        _compiled,
+        "each layer is compiled in two parts, attention runs between them; Liger's kernels are left out",
+        "attention knows the documents' borders as numbers, and a compiler would make a program for each set of them",
+        links=("huggingface/peft#1199", "huggingface/peft#2900"),
+    ),
+    Adaptation(
+        "loss-scale",
+        _half_floats,
+        "the loss is multiplied before the backward pass; steps that overflow are skipped and counted",
+        "fp16 has no numbers below 6e-8, where many gradients are",
     ),
 )

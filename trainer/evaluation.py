@@ -55,6 +55,7 @@ from trainer.held_out import (
 from trainer.metrics import report
 from trainer.model import load_adapter, load_tokenizer, needed_model
 from trainer.service import check_trained_model, find_candidate, find_incumbent, read_evaluation
+from trainer.start_adapter import take_off_adapter
 
 ANSWERS_NAME = "answers.json"
 """In the folder of a training: evaluate.questions as the base answers them, and as the trained model does."""
@@ -161,7 +162,7 @@ def _base_and_adapters(
         if model is not None and model.kind == "adapter":
             adapted = load_adapter(base, config.run_root / model.path)
             yield label, adapted.eval()
-            adapted.unload()
+            take_off_adapter(adapted)
 
 
 def _whole_models(
@@ -194,7 +195,7 @@ def _write(config: PipelineConfig, work: Work, held_out: HeldOut, measured: Meas
     # The report before names the examples before: it goes first, then it never names others.
     (config.run_root / EVALUATION_NAME).unlink(missing_ok=True)
     sync_folder(config.run_root)
-    num_rows = write_arrow(examples, _examples_table(held_out, measured))
+    num_rows = write_arrow(examples, _examples_table(held_out, measured), is_part=False)
     questions = config.evaluate.questions
     answers = [measured.answers.get(label, []) for label in ("base", "candidate")]
     evaluation = Evaluation(

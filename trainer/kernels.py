@@ -44,7 +44,9 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
     fused = [layer for layer in layers if _can_fuse(layer)]
     for layer in fused:
         layer.forward = functools.partial(_lora_forward, layer)  # type: ignore[method-assign]
-    return Kernels(len(layers), len(fused), has_liger=device.type == "cuda" and _use_liger(model))
+    return Kernels(
+        len(layers), len(fused), has_liger=device.type == "cuda" and not train.compile and _use_liger(model)
+    )
 
 
 # LoRA -------------------------------------------------------------------------------------------------------
@@ -53,7 +55,11 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
 def _can_fuse(layer: LoraLayer) -> bool:
     """Plain LoRA, one adapter, no dropout, over a linear layer of the adapter's dtype, unquantised or NF4."""
     base = layer.base_layer
-    if len(layer.active_adapters) != 1 or layer.lora_variant or type(base) not in (torch.nn.Linear, NF4Linear):
+    if (
+        len(layer.active_adapters) != 1
+        or layer.lora_variant
+        or type(base) not in (torch.nn.Linear, NF4Linear)
+    ):
         return False
     name = layer.active_adapters[0]
     if name not in layer.lora_A or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
@@ -70,10 +76,12 @@ def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options:
         return LoraLayer.forward(layer, x, *arguments, **options)
     name = layer.active_adapters[0]
     base = layer.base_layer
-    form = (base.packed, base.absmax, base.shape) if isinstance(base, NF4Linear) else (base.weight, None, None)
-    output: torch.Tensor = _FusedLora.apply(
-        x, *form, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    form = (
+        (base.packed, base.absmax, base.shape) if isinstance(base, NF4Linear) else (base.weight, None, None)
     )
+    # A strategy may hand them over as fp32 masters; elsewhere this casts nothing.
+    down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+    output: torch.Tensor = _FusedLora.apply(x, *form, base.bias, down, up, layer.scaling[name])
     return output
 
 

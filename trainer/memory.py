@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,6 +74,8 @@ def memory_need(
     )
     if train.method != "full":
         weights += num_trained * bytes_per_weight
+    if train.strategy == "zero3":
+        weights = math.ceil(weights / num_processes)
     states = num_trained * _state_bytes(train, bytes_per_weight, num_processes)
     return MemoryNeed(weights, int(states), _activation_bytes(config, architecture, bytes_per_weight))
 
@@ -83,7 +85,7 @@ def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) 
     optimizer = MOMENTS_BYTES + (MASTER_BYTES if bytes_per_weight < MASTER_BYTES else 0)
     if train.strategy == "zero1":
         return optimizer / num_processes + GRADIENT_BYTES
-    if train.strategy == "zero2":
+    if train.strategy in ("zero2", "zero3"):
         return (optimizer + GRADIENT_BYTES) / num_processes
     return optimizer + GRADIENT_BYTES
 
@@ -92,10 +94,19 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
     """Of LoRA: rank x (in + out) of each linear layer that it wraps; else all weights."""
     if train.method == "full":
         return sum(math.prod(shape) for shape in shapes.values())
-    return sum(
+    return _num_in_whole_modules(shapes, train.lora.modules_to_save) + sum(
         train.lora.rank * sum(shape)
         for name, shape in shapes.items()
         if is_linear(name, shape) and _is_target(name.removesuffix(".weight"), train.lora.targets)
+    )
+
+
+def _num_in_whole_modules(shapes: Shapes, names: Sequence[str]) -> int:
+    """A head that is in no file is the embedding itself."""
+    has_head = any(name.removesuffix(".weight").endswith("lm_head") for name in shapes)
+    ends = tuple("embed_tokens" if name == "lm_head" and not has_head else name for name in names)
+    return sum(
+        math.prod(shape) for name, shape in shapes.items() if ends and name.rpartition(".")[0].endswith(ends)
     )
 
 

@@ -6,13 +6,14 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from accelerate.hooks import remove_hook_from_submodules
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from pipelines.built_in_templates import template_for
 from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+LayOut = Callable[[torch.nn.Module, torch.device, BaseForm], dict[str, torch.device]]
+
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
+"""Compute capabilities from which on tensor cores multiply in that precision."""
 
 
 def load_base_model(
@@ -36,12 +42,14 @@ def load_base_model(
     base: BaseForm = "plain",
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    lay_out: LayOut | None = None,
 ) -> PreTrainedModel:
     """The model with packed attention, all weights from safetensors; device and dtype default to the config's.
 
     With base int8 its linear layers, but for the head, are held in 8 bits, with nf4 in 4: each is quantised on the
-    device as it is read, so the whole of them is never there. Raises InputError when a weight is missing or only
-    pickles are there, RefusedError when the architecture can't be trained packed.
+    device as it is read, so the whole of them is never there. `lay_out` says which module goes to which of several
+    devices. Raises InputError when a weight is missing or only pickles are there, RefusedError when the architecture
+    can't be trained packed.
     """
     folder = check_model_folder(model)
     device = device if device is not None else resolve_device(model)
@@ -49,7 +57,7 @@ def load_base_model(
     result: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        device_map={"": device} if device.type == "cuda" or base != "plain" else None,
+        device_map=_device_map(folder, device, dtype, base, lay_out),
         **_quantisation(folder, base),
         use_safetensors=True,
         trust_remote_code=False,
@@ -64,12 +72,25 @@ def load_base_model(
             f"{folder}: {len(lost)} weights of {type(loaded).__name__} are missing or of another shape, "
             f"first {lost[0]}; they would be random: use a complete model folder"
         )
+    if lay_out is not None:
+        remove_hook_from_submodules(loaded)  # they bring inputs to modules, but not what the loss needs back
     if base == "nf4":
         nf4.take_over(loaded, dtype)
     if base != "plain":
         _cast(loaded, dtype)
     use_packed_attention(loaded)
     return loaded
+
+
+def _device_map(
+    folder: Path, device: torch.device, dtype: torch.dtype, base: BaseForm, lay_out: LayOut | None
+) -> dict[str, torch.device] | None:
+    if lay_out is not None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return lay_out(empty, device, base)
+    return {"": device} if device.type == "cuda" or base != "plain" else None
 
 
 def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
@@ -87,7 +108,9 @@ def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """From a quantised folder transformers takes norms, biases and the head in the dtype that they have there."""
     for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not _is_own_dtype(model, name):
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not _is_own_dtype(
+            model, name
+        ):
             parameter.data = parameter.data.to(dtype)
 
 
@@ -192,16 +215,21 @@ def resolve_device(model: ModelConfig) -> torch.device:
 
 
 def resolve_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware computes in it. Raises RefusedError where it was asked for and is emulated."""
-    native = device.type != "cuda" or _compute_capability(device) >= (8, 0)
-    if model.dtype == "bfloat16" and not native:
+    """bfloat16 where the hardware computes in it, float16 where only that has tensor cores, else float32.
+
+    Raises RefusedError where bfloat16 was asked for and is emulated.
+    """
+    capability = _compute_capability(device) if device.type == "cuda" else BFLOAT16_CAPABILITY
+    if model.dtype == "bfloat16" and capability < BFLOAT16_CAPABILITY:
         raise RefusedError(
             f"model.dtype is bfloat16 but {torch.cuda.get_device_name(device)} has compute capability "
-            f"{_compute_capability(device)}, below 8.0; use dtype: float32"
+            f"{capability}, below 8.0; use dtype: float16 (from 7.0 on) or float32"
         )
-    if model.dtype == "float32" or not native:
-        return torch.float32
-    return torch.bfloat16
+    if model.dtype != "auto":
+        return DTYPES[model.dtype]
+    if capability >= BFLOAT16_CAPABILITY:
+        return torch.bfloat16
+    return torch.float16 if capability >= FLOAT16_CAPABILITY else torch.float32
 
 
 def _compute_capability(device: torch.device) -> tuple[int, int]:

@@ -7,14 +7,17 @@ Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (2023).
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from schemas.errors import InputError
+from trainer.stand_ins import is_stand_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK_SIZE = 64
 PACKED_MULTIPLE = 4
@@ -56,6 +59,8 @@ class NF4Linear(torch.nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """Unpacked anew each time, for those who ask a linear layer for its device, dtype or numbers."""
+        if is_stand_in(self.packed):
+            return torch.empty((), dtype=self.dtype).expand(self.shape)
         return unpacked(self.packed, self.absmax, self.shape, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,6 +102,27 @@ def quantise(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
     packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4")
     return {"packed": _flat(packed), "absmax": state.absmax}
+
+
+def quantised_part(
+    read: Callable[[int, int], torch.Tensor],
+    shape: tuple[int, int],
+    kept_bytes: tuple[int, int],
+    kept_blocks: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """These bytes of `packed` and these elements of `absmax`; `read` gives a range of the flattened weight."""
+    (first_byte, end_byte), (first_block, end_block) = kept_bytes, kept_blocks
+    # All blocks of which the bytes or the scale are kept.
+    start = min(first_byte * 2 // BLOCK_SIZE, first_block) * BLOCK_SIZE
+    end = min(max(-(-end_byte * 2 // BLOCK_SIZE), end_block) * BLOCK_SIZE, math.prod(shape))
+    weight = read(min(start, end), end)
+    packed = torch.zeros(end_byte - first_byte, dtype=torch.uint8, device=weight.device)
+    if not len(weight):
+        return packed, torch.empty(0, device=weight.device)
+    quantised = quantise(weight.view(1, -1))
+    found = quantised["packed"][first_byte - start // 2 :][: len(packed)]
+    packed[: len(found)] = found
+    return packed, quantised["absmax"][first_block - start // BLOCK_SIZE :][: end_block - first_block]
 
 
 def unpacked(
@@ -148,7 +174,7 @@ def _state(absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> 
 # Whole models -----------------------------------------------------------------------------------------------
 
 
-def take_over(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def take_over(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Put an NF4Linear in the place of each 4-bit layer of bitsandbytes; bytes stay where they are.
 
     Raises InputError for another kind of 4 bits, which a model folder may bring along.
@@ -190,7 +216,7 @@ def _absmax(state: Any) -> torch.Tensor:
     return functional.dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
 
 
-def replace_linear_layers(model: PreTrainedModel) -> None:
+def replace_linear_layers(model: "PreTrainedModel") -> None:
     """Empty NF4Linear layers in the place of those that bitsandbytes would quantise, to be filled piece by piece.
 
     For models on the meta device, whose weights are read tensor by tensor: `quantise` what belongs to one of them.
@@ -200,7 +226,7 @@ def replace_linear_layers(model: PreTrainedModel) -> None:
             model.set_submodule(name, _empty(layer))
 
 
-def _is_quantised(model: PreTrainedModel, name: str) -> bool:
+def _is_quantised(model: "PreTrainedModel", name: str) -> bool:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 

@@ -14,6 +14,7 @@ from schemas.errors import TrainingError
 from schemas.training_config import TrainConfig
 from trainer.pieces import MOMENTS, Piece, ReadPiece, Shapes, own_names, read_whole
 from trainer.ranks import ALONE, Ranks
+from trainer.weights import whole_shape
 
 ComputeLoss = Callable[[], torch.Tensor]
 
@@ -31,11 +32,17 @@ class Optimizer(Protocol):
         `is_last`: no other micro-step of this step follows on this rank, so gradients may be exchanged.
         """
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         """End a step: sum the ranks' losses and gradients, clip, and update unless one of them is not finite.
 
-        `loss` is this rank's part. Returns the step's loss and the norm of its gradient before clipping.
+        `loss` is this rank's part; the gradients are those of `loss_scale` times the loss, and are divided by it.
+        Returns the step's loss and the norm of its gradient before clipping.
         """
+
+    def drop_gradients(self) -> None:
+        """Forget what was added up since the last update; asked of strategies that can redo a step."""
 
     def shapes(self) -> Shapes:
         """Of all trained weights, whole, by parameter name; equal on all ranks."""
@@ -77,8 +84,14 @@ class MasterAdamW:
         self.collect_gradients()
         return loss.detach()
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         summed, num_gradients = self._sum_over_ranks(loss)
+        if loss_scale != 1.0:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad /= loss_scale
         # One wait for the device a step, here: the update depends on both numbers.
         numbers = torch.cat([summed.reshape(1), self.clip().reshape(1), num_gradients])
         loss_value, grad_norm, *counts = numbers.tolist()
@@ -193,8 +206,8 @@ def torch_adamw(weights: Iterable[torch.Tensor], train: TrainConfig) -> torch.op
 def _groups(weights: Iterable[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation."""
     everything = list(weights)
-    matrices = [weight for weight in everything if weight.dim() >= 2]
-    vectors = [weight for weight in everything if weight.dim() < 2]
+    matrices = [weight for weight in everything if len(whole_shape(weight)) >= 2]
+    vectors = [weight for weight in everything if len(whole_shape(weight)) < 2]
     groups = ((matrices, weight_decay), (vectors, 0.0))
     return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 

@@ -54,6 +54,7 @@ def write_result(job: Job, model: torch.nn.Module, progress: Progress, output: P
         device=job.device.type,
         num_steps=progress.num_steps,
         num_updates=progress.num_updates,
+        num_overflow_steps=progress.num_overflow_steps,
         num_tokens=progress.num_tokens,
         num_trained_tokens=progress.num_trained_tokens,
         num_trainable_weights=num_trainable_weights(model),

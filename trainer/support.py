@@ -13,6 +13,7 @@ from typing import Any
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
+from trainer.setting_rules import SETTING_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -75,19 +76,48 @@ def model_architecture(config: PipelineConfig) -> dict[str, Any]:
 
 # The rules --------------------------------------------------------------------------------------------------
 
+ONE_PROCESS = ("single", "pipeline")
+"""Strategies of one process."""
 SHARDED_STRATEGIES = ("zero3", "fsdp2")
 """They cut the frozen weights into pieces too."""
+OFFLOADS = {
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer",),
+    "zero3": ("optimizer", "all"),
+    "fsdp2": ("optimizer", "all"),
+}
+"""What a strategy can leave in the CPU's memory."""
 
 
 def _no_model(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     return "the config has no section model" if config.model is None else None
 
 
-def _quantised(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+def _foreign_quantisation(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     settings = architecture.get("quantization_config")
-    if settings is None:
+    if settings is None or _form(settings) is not None:
         return None
-    return f"the model's weights are quantised ({settings.get('quant_method', 'unknown method')})"
+    kind = settings.get("bnb_4bit_quant_type", "") if settings.get("load_in_4bit") else ""
+    return (
+        f"the model's weights are quantised ({settings.get('quant_method', 'unknown method')} {kind}".rstrip()
+        + ")"
+    )
+
+
+def _other_form(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    form = _form(architecture.get("quantization_config") or {})
+    if form in (None, config.train.base):
+        return None
+    return f"the model's weights are quantised to {form}, train.base is {config.train.base}"
+
+
+def _form(settings: dict[str, Any]) -> str | None:
+    """What train.base must be over a model folder that is quantised already; None for what we don't read."""
+    if settings.get("quant_method") != "bitsandbytes":
+        return None
+    if settings.get("load_in_8bit"):
+        return "int8"
+    return "nf4" if settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4" else None
 
 
 def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -97,11 +127,11 @@ def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str
     return f"train.base is int8, train.strategy {train.strategy}"
 
 
-def _strategy_to_come(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+def _cannot_offload(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.base == "int8" or train.strategy not in SHARDED_STRATEGIES:
-        return None  # refused for good by the rule above
-    return f"train.strategy is {train.strategy}"
+    if train.offload in ("none", *OFFLOADS.get(train.strategy, ())):
+        return None
+    return f"train.offload is {train.offload}, train.strategy {train.strategy}"
 
 
 def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -110,11 +140,17 @@ def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) ->
     return "train.base is int8, train.method full"
 
 
+def _nf4_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if config.train.base != "nf4" or config.train.method != "full":
+        return None
+    return "train.base is nf4, train.method full"
+
+
 def _several_on_single(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     num_processes = config.train.num_processes
-    if config.train.strategy != "single" or num_processes in (None, 1):
+    if config.train.strategy not in ONE_PROCESS or num_processes in (None, 1):
         return None
-    return f"train.num_processes is {num_processes}, train.strategy single"
+    return f"train.num_processes is {num_processes}, train.strategy {config.train.strategy}"
 
 
 def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -124,9 +160,9 @@ def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str |
 
 
 def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.base != "int8" or importlib.util.find_spec("bitsandbytes") is not None:
+    if config.train.base == "plain" or importlib.util.find_spec("bitsandbytes") is not None:
         return None
-    return "train.base is int8"
+    return f"train.base is {config.train.base}"
 
 
 def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -139,11 +175,18 @@ RULES = (
     Rule("model", _no_model, "there is nothing to train", "add model.path"),
     Rule(
         "quantised-base",
-        _quantised,
-        "training over a quantised base is not built yet",
-        "use the model's unquantised weights; train.base int8 holds them in 8 bits",
+        _foreign_quantisation,
+        "of quantised weights only bitsandbytes' int8 and nf4 are read",
+        "use the model's unquantised weights; train.base int8 or nf4 quantises them as they are read",
+    ),
+    Rule(
+        "quantised-form",
+        _other_form,
+        "what was cut off is not in the folder any more",
+        "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
+    *SETTING_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,
@@ -156,7 +199,12 @@ RULES = (
             "huggingface/accelerate#1415",
         ),
     ),
-    Rule("strategy", _strategy_to_come, "it is not built yet", "set train.strategy to ddp, zero1 or zero2"),
+    Rule(
+        "offload",
+        _cannot_offload,
+        "this strategy does not leave that in the CPU's memory",
+        "set train.offload to optimizer with train.strategy zero1, zero2, zero3 or fsdp2, or to all with zero3 or fsdp2",
+    ),
     Rule(
         "int8-full",
         _int8_trained_whole,
@@ -164,9 +212,15 @@ RULES = (
         "set train.method to lora, or train.base to plain",
     ),
     Rule(
+        "nf4-full",
+        _nf4_trained_whole,
+        "4-bit weights have no gradients",
+        "set train.method to lora, or train.base to plain",
+    ),
+    Rule(
         "processes",
         _several_on_single,
-        "this strategy uses one device",
+        "this strategy uses one process",
         "set train.strategy to ddp, zero1 or zero2",
     ),
     Rule(

@@ -32,6 +32,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "dtype": tuple(name for name in _choices(ModelConfig, "dtype") if name != "auto"),
     "packing": _choices(PackConfig, "mode"),
     "checkpointing": (False, True),
+    "compile": (False, True),
 }
 """Each combination of these has an answer."""
 
@@ -92,6 +93,7 @@ def train_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "method": settings["method"],
         "base": settings["base"],
         "gradient_checkpointing": settings["checkpointing"],
+        "compile": settings["compile"],
     }
 
 

@@ -7,6 +7,7 @@ run that was killed goes on from its last checkpoint to the same weights, bit fo
 import dataclasses
 import math
 import os
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -20,15 +21,19 @@ from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
+from trainer.attention import unwrapped, use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
+from trainer.compiling import compile_layers
+from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
 from trainer.loss_by_group import SplitLoss
+from trainer.loss_scale import after_step, loss_scale
 from trainer.meter import StepMeter
-from trainer.methods import METHODS
+from trainer.methods import METHODS, lora
 from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
@@ -38,13 +43,15 @@ from trainer.model import (
     load_tokenizer,
 )
 from trainer.optimizers import Optimizer
+from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.preflight import check_ranks
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
-from trainer.signals import StopSignals
-from trainer.stepping import StepOutcome, run_step
+from trainer.signals import StopSignals, stopped_exit_code
+from trainer.start_adapter import adapter_folder, merge_into
+from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
@@ -56,10 +63,10 @@ def train(config: PipelineConfig) -> TrainingResult:
     """Train, or go on with, or skip, what the config asks for. The caller holds the run root.
 
     One of several processes where the environment says so: all compute, the first one writes.
-    Raises errors of schemas.errors; SystemExit(128 + signal) after SIGTERM or SIGINT, once a checkpoint is
-    written.
+    Raises errors of schemas.errors; SystemExit after a signal, once a checkpoint is written.
     """
     check_supported(config)
+    config = lowered(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
         check_ranks(job)
@@ -73,19 +80,24 @@ def train(config: PipelineConfig) -> TrainingResult:
 
 
 def train_job(job: Job) -> TrainingResult:
-    if job.ranks.is_first:
-        remove_leftovers(job.folder)
-    make_deterministic(job)
-    tokenizer = load_tokenizer(job.config)
-    model = apply_method(job, load_model(job))
-    speed_up(job, model)
-    model = fill(job, place(job, model))
-    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
-    optimizer = build_optimizer(job, model)
-    progress = restore(job, optimizer)
-    announce(job, model, progress)
-    progress = run_steps(job, model, optimizer, progress)
-    return finish(job, model, tokenizer, progress)
+    with StopSignals() as signals:
+        if job.ranks.is_first:
+            remove_leftovers(job.folder)
+        make_deterministic(job)
+        tokenizer = load_tokenizer(job.config)
+        with memory_explained(job):
+            model = apply_method(job, load_model(job))
+            use_bin_dropout(model)
+            speed_up(job, model)
+            model = fill(job, place(job, model))
+            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            if job.config.train.compile:
+                tell(job, compile_layers(model))
+            optimizer = build_optimizer(job, model)
+            progress = restore(job, optimizer)
+        announce(job, model, progress)
+        progress = run_steps(job, model, optimizer, progress, signals)
+        return finish(job, model, tokenizer, progress)
 
 
 def tell(job: Job, message: str) -> None:
@@ -105,18 +117,32 @@ def load_model(job: Job) -> torch.nn.Module:
     """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
     model: PreTrainedModel | None = None
     if STRATEGIES[job.config.train.strategy].fill is not None:
-        model = model_without_weights(job.model, dtype=job.dtype)
+        model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
             tell(job, "each process loads the whole model first: this family's files can't be read in parts")
     if model is None:
-        model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+        model = load_base_model(
+            job.model,
+            base=job.config.train.base,
+            device=job.device,
+            dtype=job.dtype,
+            lay_out=STRATEGIES[job.config.train.strategy].lay_out,
+        )
+    if job.model.adapter is not None and job.model.adapter_use == "merge":
+        merge_into(model, adapter_folder(job.model))
+    if job.config.train.attention == "by_document":
+        use_packed_attention(model, by_document=True)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    trained: torch.nn.Module
+    if job.model.adapter is not None and job.model.adapter_use == "continue":
+        trained = lora.apply_existing(unwrapped(model), job.config.train, adapter_folder(job.model))
+    else:
+        trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
     return trained
 
@@ -181,20 +207,25 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
 # The loop ---------------------------------------------------------------------------------------------------
 
 
-def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
+def run_steps(
+    job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
+) -> Progress:
     steps = job.steps[progress.num_steps :]
     meter = StepMeter(job, model)
-    with (
-        StopSignals() as signals,
-        open_metrics(job, progress) as metrics,
-        open_writer(job, optimizer) as writer,
-    ):
+    with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
+        stepper = Stepper(job, model, optimizer)
+        signals.begin()
         for step in steps:
             started_at = time.monotonic()
-            outcome = run_step(job, model, optimizer, step)
+            scale = loss_scale(progress, job.dtype)
+            outcome = stepper.run(step, loss_scale=scale)
             progress = advance(job, progress, step, outcome)
             seconds = time.monotonic() - started_at
-            metrics.log_step(step_record(step, outcome, seconds) | meter.read(step, seconds))
+            record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            if job.dtype == torch.float16:
+                progress = after_step(progress, scale, overflowed=outcome.is_overflow)
+                record["loss_scale"] = scale
+            metrics.log_step(record)
             check_progress(job, progress)
             writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
@@ -227,7 +258,8 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
         progress,
         num_steps=progress.num_steps + 1,
         num_updates=progress.num_updates + was_updated,
-        num_nonfinite_steps=progress.num_nonfinite_steps + (not outcome.is_finite),
+        num_nonfinite_steps=progress.num_nonfinite_steps
+        + (not outcome.is_finite and not outcome.is_overflow),
         num_tokens=progress.num_tokens + step.num_tokens,
         num_trained_tokens=progress.num_trained_tokens + step.num_trained_tokens,
         first_loss=loss if progress.num_steps == 0 else progress.first_loss,
@@ -308,10 +340,10 @@ def facts(job: Job) -> dict[str, Any]:
 def stop(job: Job, progress: Progress, signal_number: int) -> None:
     tell(
         job,
-        f"stopped by signal {signal_number} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
+        f"stopped by {signal.Signals(signal_number).name} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
         f"{job.folder / checkpoint.step_name(progress.num_steps)}; run the same command to go on",
     )
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(stopped_exit_code(signal_number))
 
 
 def finish(

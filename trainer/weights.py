@@ -9,7 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +19,11 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from schemas.errors import InputError, TrainingError
-from schemas.training_config import ModelConfig
+from schemas.training_config import BaseForm, ModelConfig
+from trainer import nf4
 from trainer.attention import use_packed_attention
 from trainer.model import check_model_folder, weight_files
+from trainer.stand_ins import change_parameters, stand_in
 
 DTYPES = {
     "F64": torch.float64,
@@ -114,7 +116,9 @@ def check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, tupl
 # Models without memory behind their weights -----------------------------------------------------------------
 
 
-def model_without_weights(model_config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | None:
+def model_without_weights(
+    model_config: ModelConfig, *, base: BaseForm = "plain", dtype: torch.dtype
+) -> PreTrainedModel | None:
     """The model as load_base_model gives it, but with stand-ins for its weights.
 
     None where its files can't be read tensor by tensor: transformers puts some families' weights together while it
@@ -127,6 +131,8 @@ def model_without_weights(model_config: ModelConfig, *, dtype: torch.dtype) -> P
     model.tie_weights()
     if not _is_filled_by(model, folder):
         return None
+    if base == "nf4":
+        nf4.replace_linear_layers(model)
     change_parameters(model, stand_in)
     use_packed_attention(model)
     return model.eval()
@@ -138,36 +144,6 @@ def _is_filled_by(model: PreTrainedModel, folder: Path) -> bool:
     with WeightFiles(folder) as files:
         found = {name: stored.shape for name, stored in files.tensors.items()}
     return all(found.get(name) == tuple(parameter.shape) for name, parameter in model.named_parameters())
-
-
-def stand_in(parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU of that shape whose numbers all lie in one place: it takes no memory.
-
-    It has a device and a dtype, so that PEFT draws its fresh matrices on the CPU and keeps them.
-    """
-    return torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
-
-
-def is_stand_in(tensor: torch.Tensor) -> bool:
-    return tensor.dim() > 0 and tensor.device.type == "cpu" and not any(tensor.stride())
-
-
-def change_parameters(
-    model: torch.nn.Module, change: Callable[[torch.nn.Parameter], torch.Tensor | None]
-) -> None:
-    """Put change(parameter) in the place of each parameter that it is not None for. Shared ones stay shared."""
-    changed: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter not in changed:
-                tensor = change(parameter)
-                is_kept = tensor is None
-                changed[parameter] = (
-                    parameter
-                    if is_kept
-                    else torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-                )
-            setattr(module, name, changed[parameter])
 
 
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import holdout, holdout_sides
+from pipelines import dedup, holdout, holdout_sides
 from pipelines.feature_files import FeatureTable
 from pipelines.holdout import LEDGER, HoldoutDecision
 from pipelines.holdout_sides import draw_side
 from schemas.conversation import Conversation, Message, holdout_key
 from schemas.errors import InputError, IntegrityError
-from schemas.pipeline_config import HoldoutConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import DedupConfig, HoldoutConfig, PipelineConfig, SourceConfig
 
 Sides: TypeAlias = dict[str, str]
 EMPTY = LEDGER.empty_table()
@@ -57,6 +57,35 @@ def first_turn_on(side: str, config: PipelineConfig, number: int = 0, tail: str 
         if found == number:
             return text
     raise AssertionError(f"no text for {side}")
+
+
+# --- features -----------------------------------------------------------------------------------------------
+
+WORDS = st.text("ab \n<é中", max_size=12)
+
+
+@given(st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=8), st.randoms())
+def test_features_out_of_those_of_dedup_are_the_same(
+    said: list[tuple[str, str, bool]], draw: random.Random
+) -> None:
+    config = config_with()
+    rows = [
+        chat(f"{number:032x}", question, answer, **({"set": "train"} if trains else {}))
+        for number, (question, answer, trains) in enumerate(said)
+    ]
+    left = draw.sample(rows, draw.randint(1, len(rows)))
+    ids, metas = [row.row_id for row in left], [row.meta for row in left]
+    found = holdout.features_by_dedup(ids, metas, dedup.features(rows, config), config)
+    assert found is not None
+    assert found.equals(holdout.features(left, config))
+
+
+def test_features_that_dedup_lacks_are_not_taken_from_it() -> None:
+    config, rows = config_with(), [chat("1", "a b c d"), chat("2", "e f g h", near_exempt=True)]
+    ids, metas = [row.row_id for row in rows], [row.meta for row in rows]
+    assert holdout.features_by_dedup(ids, metas, dedup.features(rows, config), config) is None
+    without = config.model_copy(update={"dedup": DedupConfig(near=False)})
+    assert holdout.features_by_dedup(ids[:1], metas[:1], dedup.features(rows, without), without) is None
 
 
 # --- the draw -----------------------------------------------------------------------------------------------

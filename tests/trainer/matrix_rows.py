@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
-from tests.trainer.test_strategies import train_with_two_processes
+from tests.trainer.rank_groups import train_with_two_processes
 from tests.trainer.tiny_models import learnable_documents, tiny_run, write_model, write_plans
 from trainer.job import plan_job
+from trainer.support import ONE_PROCESS
 from trainer.support_matrix import Answer, model_settings, train_settings
 from trainer.train import train_job
 
@@ -43,7 +44,7 @@ def config_of_row(folder: Path, settings: Settings) -> PipelineConfig:
         "bins_per_step": 3,  # over two processes: one of them computes a filler
         "learning_rate": 1e-2 if settings["method"] == "lora" else 1e-3,
         "lora": {"rank": 4, "alpha": 8},
-        "num_processes": 1 if settings["strategy"] == "single" else 2,
+        "num_processes": 1 if settings["strategy"] in ONE_PROCESS else 2,
         **train_settings(settings),
     }
     config = tiny_run(
@@ -60,7 +61,7 @@ def config_of_row(folder: Path, settings: Settings) -> PipelineConfig:
 def losses_of_rows(folder: Path, rows: Sequence[Settings]) -> dict[str, list[float]]:
     """Losses of the three steps by the row's name."""
     configs = {row_name(row): config_of_row(folder, row) for row in rows}
-    alone = {name: one for name, one in configs.items() if one.train.strategy == "single"}
+    alone = {name: one for name, one in configs.items() if one.train.strategy in ONE_PROCESS}
     for config in alone.values():
         train_job(plan_job(config))
     together = {name: one for name, one in configs.items() if name not in alone}

@@ -89,9 +89,11 @@ def test_a_quantised_base_and_shared_states_need_less(folder: Path) -> None:
     assert plain.weights - smallest.weights == linear * (2 - 1 / 2 - 4 / 64)
     states = [
         memory_need(config_of(folder, strategy=name), shapes, {}, bytes_per_weight=2, num_processes=4).states
-        for name in ("ddp", "zero1", "zero2")
+        for name in ("ddp", "zero1", "zero2", "zero3")
     ]
-    assert [share / plain.states for share in states] == [1, 7 / 16, 1 / 4]
+    assert [share / plain.states for share in states] == [1, 7 / 16, 1 / 4, 1 / 4]
+    cut = memory_need(config_of(folder, strategy="zero3"), shapes, {}, bytes_per_weight=2, num_processes=4)
+    assert cut.weights == math.ceil(plain.weights / 4)
     assert plain.activations == 0, "no shape is known"
 
 

@@ -14,18 +14,31 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.support import RULES, check_supported, model_folder, refusals
 
 ROOT = Path(__file__).parent.parent.parent
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 
 
-def config_of(folder: Path, architecture: dict[str, Any] | None = None, **sections: Any) -> PipelineConfig:
+def config_of(
+    folder: Path,
+    architecture: dict[str, Any] | None = None,
+    *,
+    model_settings: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **sections: Any,
+) -> PipelineConfig:
     model_folder = folder / "model"
     model_folder.mkdir(exist_ok=True)
     (model_folder / "config.json").write_text(json.dumps(architecture or LLAMA))
+    if adapter is not None:
+        model_settings = {"adapter": str(folder), **(model_settings or {})}
+        plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(plain | adapter))
+        (folder / "adapter_model.safetensors").touch()
     return PipelineConfig.model_validate(
         {
             "run_root": folder / "run",
             "sources": [{"name": "tiny", "path": "chats.json"}],
-            "model": {"path": str(model_folder)},
+            "model": {"path": str(model_folder), **(model_settings or {})},
             **sections,
         }
     )
@@ -37,19 +50,31 @@ def test_defaults_are_supported(tmp_path: Path) -> None:
     check_supported(config)
 
 
+MERGE = {"adapter_use": "merge"}
 BROKEN: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
     "positions": {"split": {"max_tokens": 8192}},
-    "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}},
+    "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "gptq"}}},
+    "quantised-form": {"architecture": {**LLAMA, "quantization_config": NF4}, "train": {"base": "int8"}},
     "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
     "recurrent-layers": {"architecture": {"model_type": "jamba"}},
     "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
     "warm-up": {"train": {"warmup_steps": 10, "max_steps": 10}},
     "micro-step": {"train": {"bins_per_step": 2, "bins_per_micro_step": 4}},
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
-    "strategy": {"train": {"strategy": "fsdp2"}},
+    "float16-strategy": {"model_settings": {"dtype": "float16"}, "train": {"strategy": "zero2"}},
+    "adapter": {"model_settings": {"adapter": "/no/such/folder"}},
+    "adapter-kind": {"adapter": {"peft_type": "IA3"}},
+    "adapter-contradiction": {"adapter": {}, "train": {"lora": {"rank": 8}}},
+    "adapter-full": {"adapter": {}, "train": {"method": "full"}},
+    "adapter-merge-bits": {"adapter": {}, "model_settings": MERGE, "train": {"base": "int8"}},
+    "adapter-merge-sharded": {"adapter": {}, "model_settings": MERGE, "train": {"strategy": "fsdp2"}},
+    "whole-modules-sharded": {"train": {"strategy": "fsdp2", "lora": {"modules_to_save": ["norm"]}}},
+    "saved-target": {"train": {"lora": {"targets": ["lm_head"], "modules_to_save": ["lm_head"]}}},
+    "offload": {"train": {"offload": "all", "strategy": "zero2"}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
+    "nf4-full": {"train": {"base": "nf4", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},
     "bitsandbytes": {"train": {"base": "int8"}},

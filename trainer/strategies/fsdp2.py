@@ -5,11 +5,14 @@ are gathered in the dtype that computes. A frozen base that fits is better kept 
 (train.shard_base): then only what is trained is cut, and little is sent. Source: Zhao et al., PyTorch FSDP (2023).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -19,15 +22,19 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 from schemas.errors import RefusedError
 from schemas.training_config import TrainConfig
+from trainer import nf4
 from trainer.attention import unwrapped
 from trainer.loss import computed_by
+from trainer.nf4 import NF4Linear
 from trainer.optimizers import trained_parameters
 from trainer.ranks import Ranks
+from trainer.stand_ins import change_parameters, is_stand_in
 from trainer.strategies.shards import ShardedAdamW, element_range
-from trainer.weights import WeightFiles, change_parameters, is_stand_in, name_in_files
+from trainer.weights import WeightFiles, name_in_files
 
 WHOLE_BASE_SHARE = 0.5
 """Of the memory that is free on the fullest device: a frozen base that takes more is cut. The rest is for
@@ -37,6 +44,8 @@ activations, gathered layers and what is trained."""
 def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
     causal_lm = unwrapped(model)
     change_parameters(model, _prepared)
+    if torch.__version__ < TorchVersion("2.12"):
+        nf4.store_as(model, torch.float32)  # older ones cut floating-point parameters alone
     whole = set() if _is_base_cut(model, device, ranks, train) else _frozen(model)
     head = causal_lm.get_output_embeddings()
     is_tied = _tie_to_sharded(causal_lm.get_input_embeddings(), head, whole)
@@ -57,7 +66,7 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     _sum_gradients(model)
     if not is_tied and isinstance(units[0], FSDPModule):
         units[0].set_unshard_in_backward(False)  # the gradient of a look-up needs no table
-    change_parameters(model, lambda p: None if p.is_meta or isinstance(p, DTensor) else p.detach().to(device))
+    _bring_to_device(model, device, torch.device("cpu") if train.offload == "all" else device)
     if left := [name for name, p in trained_parameters(model) if not isinstance(p, DTensor)]:
         raise RefusedError(
             f"{type(causal_lm).__name__} has the trained weight {left[0]} outside its layers, embeddings and head, "
@@ -106,11 +115,32 @@ def _precision(
         return MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    raise RefusedError("not yet")
+    _cast_in_own_layers(unit, own)
+    return MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
+def _cast_in_own_layers(unit: torch.nn.Module, own: list[torch.nn.Parameter]) -> None:
+    trained = {parameter for parameter in own if parameter.requires_grad}
+    for name, module in unit.named_modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # PEFT would cast activations to fp32
+        if trained.isdisjoint(module.parameters(recurse=False)):
+            continue
+        if type(module) is not torch.nn.Linear:
+            raise RefusedError(
+                f"{name}, a {type(module).__name__}, is trained beside 4-bit weights, which strategy fsdp2 does not "
+                "do; use strategy ddp or zero2, or train.lora.targets without it"
+            )
+        module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def _offload_policy(device: torch.device, train: TrainConfig) -> OffloadPolicy:
-    if getattr(train, "offload", "none") != "all":
+    if train.offload != "all":
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
@@ -123,10 +153,38 @@ def _sum_gradients(model: torch.nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+UNFILLED = "is_unfilled"
+"""Attribute of a parameter that has memory now and no numbers yet."""
+
+
+def _bring_to_device(model: torch.nn.Module, device: torch.device, device_of_slices: torch.device) -> None:
+    """Memory for what had none, marked to be filled; weights that are kept whole come along."""
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+    def brought(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        if isinstance(parameter, DTensor):
+            return None
+        return (
+            torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.detach().to(device)
+        )
+
+    change_parameters(model, brought)
+    # FSDP2 hears of new slices through _apply alone; buffers that it does not know come to the device here.
+    model._apply(lambda t: torch.empty_like(t, device=device_of_slices) if t.is_meta else t)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    parameters = dict(model.named_parameters())
+    for name in empty:
+        setattr(parameters[name], UNFILLED, True)
+
+
 # Whether the frozen weights are cut --------------------------------------------------------------------------
 
 
 def _is_base_cut(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> bool:
+    if train.offload == "all":
+        return True  # what is cut can wait on the CPU
     if train.shard_base != "auto":
         return train.shard_base == "always"
     num_bytes = sum(parameter.numel() * parameter.itemsize for parameter in _frozen(model))
@@ -186,44 +244,59 @@ class _BorrowingHead(torch.nn.Linear):
 @torch.no_grad()
 def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
     """Read what this rank keeps. Of weights that all keep whole each reads a share and sends it to the others."""
-    compute_dtype = unwrapped(model).config.dtype
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    change_parameters(model, lambda p: _allocated(p, ranks.device) if _is_plain_meta(p) else None)
-    model._apply(lambda t: _allocated(t, ranks.device) if t.is_meta else t)
     parameters = dict(model.named_parameters())
-    for name in empty:
-        parameter = parameters[name]
-
-        def read(start: int, end: int, name: str = name_in_files(name)) -> torch.Tensor:
-            found = files.read(name, start, end)
-            return found.to(compute_dtype) if found.is_floating_point() else found
-
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            local.copy_(read(*element_range(parameter)).view(local.shape))
-        else:
-            parameter.copy_(_read_together(read, parameter, ranks))
+    for name in [name for name, parameter in parameters.items() if hasattr(parameter, UNFILLED)]:
+        delattr(parameters[name], UNFILLED)
+        layer_name, _, kind = name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        if not isinstance(layer, NF4Linear) or kind == "bias":
+            part = _read(model, files, name, *_own_range(parameters[name], ranks))
+            _put(parameters[name], part, ranks)
+        elif kind == "packed":  # together with its scales, so that the weight is read once
+            _fill_in_4_bits(model, files, layer_name, layer, ranks)
 
 
-def _is_plain_meta(parameter: torch.Tensor) -> bool:
-    return parameter.is_meta and not isinstance(parameter, DTensor)
+def _read(model: torch.nn.Module, files: WeightFiles, name: str, start: int, end: int) -> torch.Tensor:
+    """Numbers of a weight as it computes."""
+    found = files.read(name_in_files(name), start, end)
+    return found.to(unwrapped(model).config.dtype) if found.is_floating_point() else found
 
 
-def _allocated(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.empty_like(tensor, device=device)
+def _fill_in_4_bits(
+    model: torch.nn.Module, files: WeightFiles, name: str, layer: NF4Linear, ranks: Ranks
+) -> None:
+    size = layer.packed.itemsize
+    first_byte, end_byte = (element * size for element in _own_range(layer.packed, ranks))
+    first_block, end_block = _own_range(layer.absmax, ranks)
+
+    def read(start: int, end: int) -> torch.Tensor:
+        return _read(model, files, f"{name}.weight", start, end).to(ranks.device)
+
+    packed, scales = nf4.quantised_part(read, layer.shape, (first_byte, end_byte), (first_block, end_block))
+    _put(layer.packed, packed.view(layer.packed.dtype), ranks)
+    _put(layer.absmax, scales, ranks)
 
 
-def _read_together(
-    read: Callable[[int, int], torch.Tensor], parameter: torch.Tensor, ranks: Ranks
-) -> torch.Tensor:
-    count = parameter.numel()
-    share = -(-count // ranks.count)
-    start, end = min(ranks.number * share, count), min((ranks.number + 1) * share, count)
-    part = torch.zeros(share, dtype=parameter.dtype, device=parameter.device)
-    part[: end - start] = read(start, end)
-    parts = torch.empty(share * ranks.count, dtype=parameter.dtype, device=parameter.device)
-    dist.all_gather_into_tensor(parts, part)
-    return parts[:count].view(parameter.shape)
+def _own_range(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
+    """What this rank keeps of a weight that is cut, or reads of one that all keep."""
+    if isinstance(parameter, DTensor):
+        return element_range(parameter)
+    share = -(-parameter.numel() // ranks.count)
+    start = min(ranks.number * share, parameter.numel())
+    return start, min(start + share, parameter.numel())
+
+
+def _put(parameter: torch.Tensor, part: torch.Tensor, ranks: Ranks) -> None:
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+        local.copy_(part.view(local.shape))
+        return
+    share = -(-parameter.numel() // ranks.count)
+    own = torch.zeros(share, dtype=parameter.dtype, device=parameter.device)
+    own[: len(part)] = part
+    whole = torch.empty(share * ranks.count, dtype=parameter.dtype, device=parameter.device)
+    dist.all_gather(list(whole.split(share)), own)
+    parameter.copy_(whole[: parameter.numel()].view(parameter.shape))
 
 
 def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
