@@ -163,14 +163,15 @@ class _Need:
 
 def memory_findings(job: Job, found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Warnings. Raises RefusedError where a process has less than weights and optimiser take for certain."""
+    train = job.config.train
     need = _need(job)
-    if need is None:
+    if need is None or train.strategy == "pipeline":  # whose one process has the memory of all its devices
         return
     free = _free_for_each(found)
     hosts = [facts["host"] for facts in found]
     cure = "end what else uses the memory, or see what to lower with `sft-pipeline doctor`"
     below = [number for number, num_bytes in enumerate(free) if num_bytes < need.floor]
-    if below and job.config.train.strategy in WHOLE_ON_EACH:
+    if below and train.strategy in WHOLE_ON_EACH and train.offload == "none":
         raise RefusedError(
             f"{min(free[n] for n in below) / GIB:.2f} GiB of memory are free for {_whom(below, hosts)}, weights and "
             f"optimiser take {need.floor / GIB:.2f} GiB; {cure}"

@@ -254,19 +254,26 @@ def test_the_script_for_slurm(tmp_path: Path) -> None:
     ((code, output, errors),) = run_all([["bash", str(SBATCH), str(path)]], [slurm(tmp_path / "bin")])
     assert code == 0, errors
     assert output.count("/adapter\n") == 1
+    assert output.count("\n") == 1
     assert (tmp_path / "bin" / "scontrol.log").read_text() == "show hostnames node-[a-b]\n"
     assert_same_as_alone(path, tmp_path / "alone")
 
 
 @pytest.mark.parametrize(
-    ("status", "ends_with", "is_requeued"), [(0, 0, False), (1, 1, False), (138, 0, True), (143, 0, True)]
+    ("srun", "code", "is_requeued"),
+    [
+        ("echo run/checkpoints/x/adapter", 0, False),
+        ("echo 'stopped by signal 10 after step 7' >&2", 0, True),
+        ("echo 'error: no space left' >&2; exit 1", 1, False),
+    ],
+    ids=["finished", "stopped", "failed"],
 )
-def test_the_script_goes_back_into_the_queue_after_a_stop_in_good_order(
-    tmp_path: Path, status: int, ends_with: int, is_requeued: bool
+def test_a_job_goes_back_into_the_queue_after_a_stop_in_good_order_alone(
+    tmp_path: Path, srun: str, code: int, is_requeued: bool
 ) -> None:
-    environment = slurm(tmp_path / "bin", srun=f"#!/bin/bash\nexit {status}\n")
-    ((code, _, errors),) = run_all([["bash", str(SBATCH), "config.json"]], [environment])
-    assert code == ends_with, errors
+    environment = slurm(tmp_path / "bin", srun=f"#!/bin/bash\n{srun}\n")
+    ((found, _, errors),) = run_all([["bash", str(SBATCH), "config.json"]], [environment])
+    assert found == code, errors
     said = (tmp_path / "bin" / "scontrol.log").read_text()
     assert (f"requeue {environment['SLURM_JOB_ID']}\n" in said) == is_requeued
 
