@@ -7,6 +7,7 @@ a guide, not a promise.
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,6 +136,15 @@ def _num_in_whole_modules(shapes: Shapes, names: Sequence[str]) -> int:
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer; embeddings and the head are none here."""
     return len(shape) == 2 and name.endswith(".weight") and _NOT_LINEAR.search(name) is None
+
+
+def free_machine_bytes() -> int:
+    """Memory that a new process can have on this machine without moving others out."""
+    numbers = Path("/proc/meminfo")
+    for line in numbers.read_text().splitlines() if numbers.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -45,6 +45,7 @@ from trainer.optimizers import Optimizer
 from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
+from trainer.preflight import check_ranks
 from trainer.probe import check_packing
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
@@ -67,6 +68,7 @@ def train(config: PipelineConfig) -> TrainingResult:
     config = lowered(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
+        check_ranks(job)
         finished = read_result(job)
         if finished is None:
             return train_job(job)
