@@ -21,6 +21,7 @@ Overrides = Annotated[
         name="--set", negative="", help="Override a key of the config: --set train.max_steps=5; repeatable."
     ),
 ]
+Several = Annotated[tuple[str, ...], Parameter(negative="")]
 HELP = """Raw chats and instructions in, a fine-tuned and gated language model out.
 
 CONFIG is a YAML file; `sft-pipeline init FOLDER` writes one. Every command takes --debug, which shows where an
@@ -299,6 +300,48 @@ def doctor(
     from flows.doctor import Question, report
 
     return report(Question(config, overrides, until), as_json=json)
+
+
+@app.command(group=MACHINE)
+def support(
+    *,
+    strategy: Several = (),
+    method: Several = (),
+    base: Several = (),
+    dtype: Several = (),
+    packing: Several = (),
+    checkpointing: bool | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    markdown: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Print what works together: strategies, methods, bases, precisions; repeat an option for several values.
+
+    Parameters
+    ----------
+    strategy
+        Only these of train.strategy.
+    method
+        Only these of train.method.
+    base
+        Only these of train.base.
+    dtype
+        Only these of model.dtype.
+    packing
+        Only these of pack.mode.
+    checkpointing
+        Only with, or without, train.gradient_checkpointing.
+    json
+        Print a JSON list with an object for each combination.
+    markdown
+        Print docs/support-matrix.md in its place.
+    """
+    from flows.support_page import support_text
+
+    switches = {"checkpointing": checkpointing}
+    chosen = {"strategy": strategy, "method": method, "base": base, "dtype": dtype, "packing": packing}
+    chosen |= {axis: (switch,) for axis, switch in switches.items() if switch is not None}
+    given = {axis: values for axis, values in chosen.items() if values}
+    print(support_text(given, as_json=json, as_markdown=markdown), end="")
 
 
 @app.command(group=MACHINE)

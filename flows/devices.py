@@ -12,7 +12,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 
 CHILD_TIMEOUT_SECONDS = 180
-BFLOAT16_CAPABILITY = (8, 0)
+BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
 INSTALL_TRAIN = "pip install 'sft-pipeline[train]'"
 
 
@@ -109,13 +109,16 @@ def _gpu_finding(gpu: Gpu, model: ModelConfig | None) -> Finding:
         return Finding(
             "fails", "gpu", f"{gpu.about()}: {gpu.problem}", "a small computation succeeds", remedy
         )
-    if gpu.capability >= BFLOAT16_CAPABILITY or dtype == "float32":
+    if gpu.capability >= BFLOAT16_CAPABILITY or dtype in ("float32", "float16"):
         return Finding("ok", "gpu", gpu.about())
     expected = "compute capability 8.0 or later for bfloat16"
     if dtype == "bfloat16":
-        remedy = "set model.dtype to auto or float32, or use another GPU"
+        remedy = "set model.dtype to auto, or use another GPU"
         return Finding("fails", "gpu", f"{gpu.about()}; model.dtype is bfloat16", expected, remedy)
-    remedy = "nothing to do: training is in float32, slower and with twice the memory"
+    if gpu.capability >= FLOAT16_CAPABILITY:
+        remedy = "nothing to do: training is in float16, with a loss scale"
+    else:
+        remedy = "nothing to do: training is in float32, slower and with twice the memory"
     return Finding("warns", "gpu", gpu.about(), expected, remedy)
 
 
@@ -183,8 +186,8 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
 
 def _bytes_per_weight(torch: Torch, config: PipelineConfig) -> int:
     assert config.model is not None
-    below = config.model.device != "cpu" and any(g.capability < BFLOAT16_CAPABILITY for g in torch.gpus)
-    return 4 if config.model.dtype == "float32" or below else 2
+    wide = config.model.device != "cpu" and any(g.capability < FLOAT16_CAPABILITY for g in torch.gpus)
+    return 4 if config.model.dtype == "float32" or (config.model.dtype == "auto" and wide) else 2
 
 
 def _free_memory(torch: Torch, *, on_gpu: bool, num_processes: int) -> tuple[int, str]:
@@ -211,7 +214,7 @@ BUILD_TOOLS = ("g++", "ninja")
 
 def tool_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
     """What the chosen strategy and base need beside torch."""
-    if config.train.base == "int8":
+    if config.train.base != "plain":
         yield check_bitsandbytes()
     if config.train.strategy.startswith("zero"):
         yield check_deepspeed(config.train.strategy, tools=(*BUILD_TOOLS, *(("nvcc",) if torch.gpus else ())))
@@ -238,13 +241,13 @@ def check_deepspeed(strategy: str, *, tools: Sequence[str] = BUILD_TOOLS) -> Fin
 
 
 def check_bitsandbytes() -> Finding:
-    """8-bit weights are bitsandbytes'."""
+    """Quantised weights are bitsandbytes'."""
     if is_there("bitsandbytes"):
-        return Finding("ok", "8-bit base", "bitsandbytes is there")
+        return Finding("ok", "quantised base", "bitsandbytes is there")
     return Finding(
         "fails",
-        "8-bit base",
+        "quantised base",
         "missing: bitsandbytes",
-        "bitsandbytes for train.base: int8",
+        "bitsandbytes for train.base: int8 or nf4",
         "pip install 'sft-pipeline[gpu]', or train.base: plain",
     )

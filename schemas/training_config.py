@@ -6,8 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.local_path import LocalPath
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-BaseForm = Literal["plain", "int8"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
+BaseForm = Literal["plain", "int8", "nf4"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 class _Section(BaseModel):
@@ -23,10 +24,16 @@ class ModelConfig(_Section):
     """Commit or tag of a hub name."""
     tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 from compute capability 8.0 on, and on CPUs; else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What weights and activations compute in; what is trained adds up in float32 all the same. auto: bfloat16 from
+    compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where torch sees one."""
+    adapter: LocalPath | None = None
+    """Folder of a LoRA adapter over this model that training starts from."""
+    adapter_use: Literal["continue", "merge"] = "continue"
+    """continue: its weights are trained on, with its rank and targets; merge: it is added into the base and a fresh
+    adapter is trained over that, and both are saved as one."""
 
 
 class LoraConfig(_Section):
@@ -38,6 +45,9 @@ class LoraConfig(_Section):
     """Share of the inputs of the matrices that is dropped in training."""
     targets: str | list[str] = "all-linear"
     """'all-linear', or names of modules."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained whole beside the matrices and saved with them, by the end of their names: lm_head,
+    embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
 class TrainConfig(_Section):
@@ -45,10 +55,18 @@ class TrainConfig(_Section):
     """What is trained: small matrices beside the frozen weights, or all weights."""
     lora: LoraConfig = LoraConfig()
     base: BaseForm = "plain"
-    """In what form the frozen weights are held; int8: bitsandbytes' LLM.int8, half the memory of bfloat16."""
+    """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
+    4-bit floats, as in QLoRA, a bit more than a quarter."""
     strategy: Strategy = "single"
     """How the work is laid over devices. ddp: each holds everything; zero1, zero2: DeepSpeed, each holds a part of
-    the optimiser, with zero2 of the gradients too."""
+    the optimiser, with zero2 of the gradients, with zero3 of all weights too; fsdp2: each holds a part of all that is
+    trained, and of the frozen weights where train.shard_base says so; pipeline: one process, layers lie on all GPUs."""
+    shard_base: Literal["auto", "always", "never"] = "auto"
+    """fsdp2: whether frozen weights are cut over the ranks too; auto: only where they would take over half of the free
+    memory of a device. Whole ones are faster."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the CPU's memory for its turn. optimizer: masters, moments and their update; all: the weights
+    too."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
     epochs: int = Field(default=1, gt=0)
@@ -85,6 +103,11 @@ class TrainConfig(_Section):
     """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: LoRA layers fused and, on CUDA with liger-kernel installed, its kernels; plain: the libraries' own."""
+    attention: Literal["auto", "by_document"] = "auto"
+    """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and
+    CPUs, torch's plain attention on one document after the other."""
+    compile: bool = False
+    """torch.compile of the decoder layers: minutes at the start, then faster steps. It needs a C++ compiler."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0
@@ -95,6 +118,8 @@ class TrainConfig(_Section):
     """Older ones are removed."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Loss on the validation side every so many steps; 0: only at the end."""
+    trackers: list[Tracker] = ["tensorboard"]
+    """Where the numbers of each step go beside metrics.jsonl. wandb: a folder for `wandb sync`, never a network."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
     """Skipped steps (loss or gradient not finite) before training gives up."""
 

@@ -35,6 +35,8 @@ class TrainingResult(BaseModel):
     num_steps: int
     num_updates: int
     """Steps that changed the weights: all but those with a loss or gradient that was not finite."""
+    num_overflow_steps: int = 0
+    """Of the others, those that overflowed in float16 while its loss scale was found."""
     num_tokens: int
     """Tokens read, padding not counted."""
     num_trained_tokens: int

@@ -19,11 +19,19 @@ from schemas.errors import RefusedError, TrainingError
 from trainer.data import MicroBatch
 
 PACKED_ATTENTION = "sft_packed"
+PACKED_BY_DOCUMENT = "sft_packed_by_document"
 
 
-def use_packed_attention(model: torch.nn.Module) -> None:
-    """Switch a model (or the model inside a PEFT wrapper) to packed attention. Raises RefusedError."""
-    _set_attention(model, PACKED_ATTENTION)
+def use_packed_attention(model: torch.nn.Module, *, by_document: bool | None = None) -> None:
+    """Switch a model (or the model inside a PEFT wrapper) to packed attention. Raises RefusedError.
+
+    `by_document` leaves the variable-length kernel out, for this model and from now on; None: as it was said before.
+    """
+    causal_lm: Any = unwrapped(model)
+    if by_document is not None:
+        causal_lm.packs_by_document = by_document
+    is_so = getattr(causal_lm, "packs_by_document", False)
+    _set_attention(model, PACKED_BY_DOCUMENT if is_so else PACKED_ATTENTION)
 
 
 def use_plain_attention(model: torch.nn.Module) -> None:
@@ -55,6 +63,7 @@ def packed_attention(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    by_document: bool = False,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function in transformers' shape.
@@ -71,7 +80,7 @@ def packed_attention(
         )
     _refuse_unknown(module, attention_mask, others)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    if softcap is None and dropout == 0.0 and _varlen_fits(query, value):
+    if not by_document and softcap is None and dropout == 0.0 and _varlen_fits(query, value):
         output = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=window)
         return output, None
     pieces = [
@@ -281,5 +290,6 @@ def _varlen(
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionInterface.register(PACKED_BY_DOCUMENT, functools.partial(packed_attention, by_document=True))
 # Nothing is registered for masks, on purpose: for a name without a mask function the models build no mask, and
 # don't search the positions for borders either, which would wait for the GPU in each forward pass.

@@ -1,37 +1,40 @@
-"""Checkpoints that are there whole or not at all, and that any strategy can read.
+"""Checkpoints that are there whole or not at all, and that any strategy on any number of processes can read.
 
     step-00000100/
-      weights.safetensors   fp32 masters of the trained weights, by parameter name; what computes is cast from them
-      moments.safetensors   the optimiser's running means
-      state.json            cursor, counters, seeds, digests
-      manifest.json         size and sha256 of the three, written last
+      pieces-00001-of-00002.safetensors   fp32 masters of the trained weights and the optimiser's moments, as runs
+      pieces-00002-of-00002.safetensors   of numbers: what computes is cast from them. One file a process
+      index.json                          shapes, and by kind and name where each run of numbers lies
+      state.json                          cursor, counters, seeds
+      manifest.json                       size and sha256 of them all, written last
 
 Written into a hidden folder, each file fsynced, renamed, and only then named by `latest`. No random state is
 stored: every draw is keyed by (seed, step, bin). No pickle.
 """
 
 import itertools
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from os import getpid
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from pipelines import storage
 from pipelines.disk_errors import disk_errors
-from schemas.errors import SftPipelineError
-from schemas.run import MANIFEST_NAME, TEMPORARY_PREFIX, FileEntry
+from schemas.errors import SftPipelineError, TrainingError
+from schemas.run import MANIFEST_NAME, FileEntry
+from trainer import folders
+from trainer.piece_files import Index, MakePieces, Part, PieceFiles, check_covered, index_of, write_pieces
+from trainer.pieces import ReadPiece, Shapes
+from trainer.ranks import ALONE, Ranks
 
+FORMAT_VERSION = 2
+"""1: whole tensors in weights.safetensors and moments.safetensors."""
 LATEST_NAME = "latest"
-WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME = "weights.safetensors", "moments.safetensors", "state.json"
-FILE_NAMES = (WEIGHTS_NAME, MOMENTS_NAME, STATE_NAME)
+INDEX_NAME, STATE_NAME = "index.json", "state.json"
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,10 @@ class Progress:
     num_steps: int = 0
     num_updates: int = 0
     num_nonfinite_steps: int = 0
+    num_overflow_steps: int = 0
+    """Skipped because the loss was multiplied by too much (trainer/loss_scale.py)."""
+    loss_scale: float | None = None
+    num_steps_at_scale: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
     first_loss: float | None = None
@@ -63,61 +70,19 @@ class _Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format_version: Literal[1] = 1
-    stage: Literal["train"] = "train"
+    format_version: int = FORMAT_VERSION
+    stage: str = "train"
     files: tuple[FileEntry, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
+    """One that was found whole; `read` gives the numbers."""
+
+    folder: Path
     progress: Progress
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
-
-
-def write_checkpoint(
-    training_folder: Path, checkpoint: Checkpoint, *, facts: dict[str, Any], keep: int
-) -> Path:
-    """Write one, point `latest` at it, drop all but the newest `keep`. `facts` must be equal to be resumed."""
-    final = training_folder / step_name(checkpoint.progress.num_steps)
-    with built_aside(final) as temporary:
-        _write_files(temporary, checkpoint, facts)
-    settle(training_folder, newest=final, keep=keep)
-    return final
-
-
-def settle(training_folder: Path, *, newest: Path, keep: int) -> None:
-    """Point `latest` at the newest and drop all but `keep`; a resume does so too, for a run that was killed here."""
-    pointer, line = training_folder / LATEST_NAME, f"{newest.name}\n".encode()
-    with disk_errors(training_folder):
-        if not pointer.exists() or pointer.read_bytes() != line:
-            storage.write_bytes(pointer, line)
-        _drop_old(training_folder, newest=newest, keep=keep)
-
-
-def read_newest(
-    training_folder: Path, *, facts: dict[str, Any], report: Callable[[str], None]
-) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is what was written; those that are not are reported."""
-    for folder in step_folders(training_folder):
-        try:
-            return read_checkpoint(folder, facts=facts)
-        except (SftPipelineError, SafetensorError, OSError, ValueError) as error:
-            report(f"checkpoint {folder.name} can't be used, taking the one before it: {_line(error)}")
-    return None
-
-
-def read_checkpoint(folder: Path, *, facts: dict[str, Any]) -> Checkpoint:
-    """Raises IntegrityError when a file is not the one written, ValueError for another training's checkpoint."""
-    manifest = _Manifest.model_validate(storage.read_record(folder / MANIFEST_NAME))
-    paths = {entry.path: storage.check_file(folder, entry) for entry in manifest.files}
-    if set(paths) != set(FILE_NAMES):
-        raise ValueError(f"its manifest names {sorted(paths)}, expected {sorted(FILE_NAMES)}")
-    state = _State.model_validate(storage.read_json(paths[STATE_NAME]))
-    if state.facts != facts:
-        raise ValueError("it was written with other settings")
-    weights, moments = load_file(paths[WEIGHTS_NAME]), load_file(paths[MOMENTS_NAME])
-    return Checkpoint(state.progress, weights, moments)
+    shapes: Shapes
+    read: ReadPiece
 
 
 def step_name(num_steps: int) -> str:
@@ -129,81 +94,139 @@ def step_folders(training_folder: Path) -> list[Path]:
     return sorted(training_folder.glob("step-????????"), reverse=True)
 
 
-# Folders that appear whole ----------------------------------------------------------------------------------
+# Writing ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def built_aside(final: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `final`; when the block ends well it is on the disk under that name.
-
-    Raises StorageError when the disk refuses; what was written is removed then, as far as it lets us.
-    """
-    temporary = hidden(final)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with disk_errors(final):
-            storage.make_folder(temporary)
-            yield temporary
-            publish(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def write_part(aside: Path, shapes: Shapes, make_pieces: MakePieces, ranks: Ranks = ALONE) -> None:
+    """This rank's numbers into the hidden folder that all share, and a record that they are there."""
+    with disk_errors(aside):
+        storage.make_folder(aside)
+        entry, runs = write_pieces(aside / _part_name(ranks.number, ranks.count, "safetensors"), make_pieces)
+    part = Part(file=entry, shapes={name: tuple(shape) for name, shape in shapes.items()}, runs=runs)
+    record = aside / _part_name(ranks.number, ranks.count, "json")
+    storage.write_record(record, part.model_dump(mode="json"))
 
 
-def hidden(final: Path) -> Path:
-    """The place beside `final` where it is built."""
-    return final.with_name(f"{TEMPORARY_PREFIX}{getpid()}-{final.name}")
+def complete(
+    aside: Path,
+    final: Path,
+    progress: Progress,
+    *,
+    facts: dict[str, Any],
+    num_parts: int = 1,
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Once all parts are there, publish them as one checkpoint: the first rank alone. False if given up."""
+    records = [aside / _part_name(number, num_parts, "json") for number in range(num_parts)]
+    while not all(record.exists() for record in records):
+        if is_given_up():
+            return False
+        time.sleep(POLL_SECONDS)
+    parts = [Part.model_validate(storage.read_record(record)) for record in records]
+    with disk_errors(final):
+        storage.write_json(aside / INDEX_NAME, index_of(parts).model_dump(mode="json"))
+        state = _State(progress=progress, facts=facts)
+        storage.write_json(aside / STATE_NAME, state.model_dump(mode="json"))
+        for record in records:
+            record.unlink()
+        small = (storage.file_entry(aside / name, folder=aside) for name in (INDEX_NAME, STATE_NAME))
+        manifest = _Manifest(files=(*(part.file for part in parts), *small))
+        storage.write_record(aside / MANIFEST_NAME, manifest.model_dump(mode="json"))
+        folders.publish(aside, final)
+    return True
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Make a folder durable and give it its name; one that stood there, refused or stale, makes way."""
-    for path in sorted(temporary.rglob("*"), reverse=True):
-        if path.is_file():
-            storage.sync_file(path)
-        else:
-            storage.sync_folder(path)
-    storage.sync_folder(temporary)
-    if final.exists():
-        _remove(final)
-    temporary.rename(final)
-    storage.sync_folder(final.parent)
+def settle(training_folder: Path, *, newest: Path, keep: int) -> None:
+    """Point `latest` at the newest and drop all but `keep`; a resume does so too, for a run that was killed here."""
+    pointer, line = training_folder / LATEST_NAME, f"{newest.name}\n".encode()
+    with disk_errors(training_folder):
+        if not pointer.exists() or pointer.read_bytes() != line:
+            storage.write_bytes(pointer, line)
+        _drop_old(training_folder, newest=newest, keep=keep)
 
 
-def remove_leftovers(training_folder: Path) -> None:
-    """What a killed run was writing. Only under the run root's lock: nobody else writes here."""
-    for path in training_folder.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _remove(folder: Path) -> None:
-    # Renamed first: a kill in the middle leaves no half folder under a name that counts.
-    away = folder.with_name(f"{TEMPORARY_PREFIX}removed-{getpid()}-{folder.name}")
-    folder.rename(away)
-    shutil.rmtree(away)
-
-
-def _write_files(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-    save_file(_on_cpu(checkpoint.weights), folder / WEIGHTS_NAME)
-    save_file(_on_cpu(checkpoint.moments), folder / MOMENTS_NAME)
-    state = _State(progress=checkpoint.progress, facts=facts)
-    storage.write_json(folder / STATE_NAME, state.model_dump(mode="json"))
-    manifest = _Manifest(files=tuple(storage.file_entry(folder / name, folder=folder) for name in FILE_NAMES))
-    storage.write_record(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
-
-
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _part_name(number: int, count: int, suffix: str) -> str:
+    return f"pieces-{number + 1:05d}-of-{count:05d}.{suffix}"
 
 
 def _drop_old(training_folder: Path, *, newest: Path, keep: int) -> None:
     # Later ones than the newest were refused on the way here; they are replaced when training passes them.
-    older: Iterator[Path] = (folder for folder in step_folders(training_folder) if folder <= newest)
+    older = (folder for folder in step_folders(training_folder) if folder <= newest)
     for folder in itertools.islice(older, keep, None):
-        _remove(folder)
+        folders.remove(folder)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def read_newest(
+    training_folder: Path, *, facts: dict[str, Any], report: Callable[[str], None], ranks: Ranks = ALONE
+) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is what was written; those that are not are reported.
+
+    All ranks come to the same answer; each reads a share of the files whole, for their digests. Raises
+    TrainingError when another rank can't read what the first one can.
+    """
+    number = _newest_before(training_folder, None, ranks)
+    while number:
+        folder = training_folder / step_name(number)
+        found, problem = _read(folder, facts, ranks)
+        if not ranks.largest(int(found is None)):
+            return found
+        if ranks.is_first and found is not None:  # another one has read the damaged file
+            problem = _read(folder, facts, ALONE)[1]
+        if not ranks.largest(int(ranks.is_first and bool(problem))):
+            raise TrainingError(
+                f"process {ranks.number} of {ranks.count}: {folder} can't be read by one process and can by the "
+                f"first one{f': {problem}' if problem else ''}; give all of them the same disk"
+            )
+        if ranks.is_first:
+            report(f"checkpoint {folder.name} can't be used, taking the one before it: {problem}")
+        number = _newest_before(training_folder, folder.name, ranks)
+    return None
+
+
+def read_checkpoint(folder: Path, *, facts: dict[str, Any] | None, ranks: Ranks = ALONE) -> Checkpoint:
+    """Raises IntegrityError when a file is not the one written, ValueError for another training's checkpoint.
+
+    Of the pieces a rank checks its share alone.
+    """
+    record = storage.read_record(folder / MANIFEST_NAME)
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"it has format_version {record.get('format_version')!r}, this version reads {FORMAT_VERSION}"
+        )
+    manifest = _Manifest.model_validate(record)
+    entries = {entry.path: entry for entry in manifest.files}
+    pieces = [name for name in entries if name not in (INDEX_NAME, STATE_NAME)]
+    for name in (INDEX_NAME, STATE_NAME, *pieces[ranks.number :: ranks.count]):
+        if name not in entries:
+            raise ValueError(f"its manifest names {sorted(entries)}, expected {name} among them")
+        storage.check_file(folder, entries[name])
+    state = _State.model_validate(storage.read_json(folder / STATE_NAME))
+    if facts is not None and state.facts != facts:
+        raise ValueError("it was written with other settings")
+    index = Index.model_validate(storage.read_json(folder / INDEX_NAME))
+    check_covered(index)
+    if unknown := sorted(_files_of(index) - set(pieces)):  # a rank may have nothing to write
+        raise ValueError(f"its index names {unknown[0]}, its manifest only {sorted(pieces)}")
+    files = PieceFiles(folder, index)
+    return Checkpoint(folder, state.progress, files.shapes, files.read)
+
+
+def _read(folder: Path, facts: dict[str, Any], ranks: Ranks) -> tuple[Checkpoint | None, str]:
+    try:
+        return read_checkpoint(folder, facts=facts, ranks=ranks), ""
+    except (SftPipelineError, SafetensorError, OSError, ValueError) as error:
+        return None, " ".join(str(error).split()) or type(error).__name__
+
+
+def _files_of(index: Index) -> set[str]:
+    return {run.file for tensors in index.runs.values() for runs in tensors.values() for run in runs}
+
+
+def _newest_before(training_folder: Path, name: str | None, ranks: Ranks) -> int:
+    """Steps of the newest checkpoint, before that one if one is named, that any rank sees; 0: there is none."""
+    names = (folder.name for folder in step_folders(training_folder))
+    newest = next((found for found in names if name is None or found < name), step_name(0))
+    return ranks.largest(int(newest.removeprefix("step-")))

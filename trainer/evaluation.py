@@ -52,6 +52,7 @@ from trainer.held_out import (
 from trainer.metrics import report
 from trainer.model import load_adapter, load_tokenizer, needed_model
 from trainer.service import check_trained_model, find_candidate, find_incumbent, read_evaluation
+from trainer.start_adapter import take_off_adapter
 
 EVALUATION_VERSION = 1
 """Raise it when the same models and examples would give other numbers."""
@@ -155,7 +156,7 @@ def _base_and_adapters(
         if model is not None and model.kind == "adapter":
             adapted = load_adapter(base, config.run_root / model.path)
             yield label, adapted.eval()
-            adapted.unload()
+            take_off_adapter(adapted)
 
 
 def _whole_models(

@@ -7,6 +7,7 @@ as a traceback there and reach the caller much later.
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ class Events:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         with disk_errors(self._path):
             self._file.close()
 
-    def add(self, numbers: dict[str, float], step: int) -> None:
+    def add(self, numbers: Mapping[str, float], step: int) -> None:
         """Several curves at one step. They are the system's before this returns; no fsync."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 

@@ -62,9 +62,8 @@ def read_held_out(config: PipelineConfig) -> HeldOut:
         num_trained_bytes=np.rint(_by_example(plan, trained_bytes(plan, reader))).astype(np.int64),
         row_ids=[str(reader.value(row, "row_id")) for row in rows],
         pieces=[int(reader.value(row, "piece")) for row in rows],
-        # Names of sources hold no slash; what follows is the file.
-        sources=np.array([str(reader.value(row, "source")).partition("/")[0] for row in rows], np.str_),
-        languages=np.array([str(reader.value(row, "language")) for row in rows], np.str_),
+        sources=reader.sources,
+        languages=reader.languages,
     )
 
 

@@ -25,11 +25,13 @@ from trainer.model import (
 )
 from trainer.ranks import ALONE, Ranks
 from trainer.service import TRAINING_CURE
+from trainer.setting_rules import FLOAT16_STRATEGIES
 from trainer.shard_reader import ShardReader
+from trainer.start_adapter import adapter_digest, adapter_folder, check_base_of
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
 
-TRAINER_VERSION = 1
+TRAINER_VERSION = 2
 """Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
 
 SETTINGS_OUTSIDE_KEY = frozenset(
@@ -38,11 +40,17 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "bins_per_micro_step",
+        "attention",
+        "compile",
+        "trackers",
+        "shard_base",
         "strategy",
+        "offload",
         "num_processes",
     }
 )
-"""They shape no weight, the last two but for rounding, so they may change between two runs of one training."""
+"""They shape no weight, the last three but for rounding, so they may change between two runs of one training."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +84,7 @@ def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
     check_supported(config)
     model = needed_model(config)
     device = resolve_device(model)
-    dtype = resolve_dtype(model, device)
+    dtype = _dtype(config, model, device)
     inputs = _input_digests(config, model)
     settings = _settings(config)
     key = _key(inputs, settings, device, dtype)
@@ -157,12 +165,24 @@ def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
     return reader, read_plan(config.run_root, "validation", 0)
 
 
+def _dtype(config: PipelineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    dtype = resolve_dtype(model, device)
+    if dtype == torch.float16 and config.train.strategy not in FLOAT16_STRATEGIES:
+        return torch.float32  # auto, on an older card; asked for by name it is refused by now
+    return dtype
+
+
 def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]:
     manifests = {stage: config.run_root / STAGE_FOLDERS[stage] for stage in ("split", "pack")}
     for stage, folder in manifests.items():
         storage.check_manifest(folder, stage=stage)
     digests = {folder.name: storage.file_sha256(folder / MANIFEST_NAME) for folder in manifests.values()}
-    return digests | {"model": model_digest(check_model_folder(model))}
+    digests["model"] = model_digest(check_model_folder(model))
+    if model.adapter is not None:
+        folder = adapter_folder(model)
+        check_base_of(folder, digests["model"])
+        digests[f"adapter_{model.adapter_use}"] = adapter_digest(folder)
+    return digests
 
 
 def _settings(config: PipelineConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLayer
 
 from schemas.training_config import TrainConfig
 from trainer.attention import unwrapped
+from trainer.nf4 import NF4Linear, unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +44,31 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
     fused = [layer for layer in layers if _can_fuse(layer)]
     for layer in fused:
         layer.forward = functools.partial(_lora_forward, layer)  # type: ignore[method-assign]
-    return Kernels(len(layers), len(fused), has_liger=device.type == "cuda" and _use_liger(model))
+    return Kernels(
+        len(layers), len(fused), has_liger=device.type == "cuda" and not train.compile and _use_liger(model)
+    )
 
 
 # LoRA -------------------------------------------------------------------------------------------------------
 
 
 def _can_fuse(layer: LoraLayer) -> bool:
-    """Plain LoRA, one adapter, no dropout, over an unquantised linear layer of the adapter's dtype."""
-    if len(layer.active_adapters) != 1 or layer.lora_variant or type(layer.base_layer) is not torch.nn.Linear:
+    """Plain LoRA, one adapter, no dropout, over a linear layer of the adapter's dtype, unquantised or NF4."""
+    base = layer.base_layer
+    if (
+        len(layer.active_adapters) != 1
+        or layer.lora_variant
+        or type(base) not in (torch.nn.Linear, NF4Linear)
+    ):
         return False
     name = layer.active_adapters[0]
     if name not in layer.lora_A or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
         return False
     down, up = layer.lora_A[name], layer.lora_B[name]
-    weight = layer.base_layer.weight
-    is_frozen = not weight.requires_grad and down.bias is None and up.bias is None
-    return is_frozen and weight.dtype == down.weight.dtype == up.weight.dtype
+    is_frozen = not any(weight.requires_grad for weight in base.parameters())
+    has_bias = down.bias is not None or up.bias is not None
+    dtype = base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
+    return is_frozen and not has_bias and dtype == down.weight.dtype == up.weight.dtype
 
 
 def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -67,9 +76,12 @@ def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options:
         return LoraLayer.forward(layer, x, *arguments, **options)
     name = layer.active_adapters[0]
     base = layer.base_layer
-    output: torch.Tensor = _FusedLora.apply(
-        x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    form = (
+        (base.packed, base.absmax, base.shape) if isinstance(base, NF4Linear) else (base.weight, None, None)
     )
+    # A strategy may hand them over as fp32 masters; elsewhere this casts nothing.
+    down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+    output: torch.Tensor = _FusedLora.apply(x, *form, base.bias, down, up, layer.scaling[name])
     return output
 
 
@@ -77,7 +89,8 @@ class _FusedLora(torch.autograd.Function):
     """x W' + s (x A') B': the second product is added to the first one inside the matrix multiplication.
 
     PEFT's own way scales, adds and stores the whole output once more each, forwards and backwards. Shapes: x
-    [..., in], W [out, in], A [rank, in], B [out, rank].
+    [..., in], W [out, in], A [rank, in], B [out, rank]. With `absmax` the weight is packed NF4 of that shape,
+    unpacked forwards and backwards and never kept.
     """
 
     @staticmethod
@@ -85,6 +98,8 @@ class _FusedLora(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
+        absmax: torch.Tensor | None,
+        shape: tuple[int, int] | None,
         bias: torch.Tensor | None,
         down: torch.Tensor,
         up: torch.Tensor,
@@ -92,22 +107,32 @@ class _FusedLora(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ down.T
-        output = F.linear(rows, weight, bias).addmm_(low, up.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, down, up, low)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        dense = _dense(weight, absmax, shape, x.dtype)
+        output = F.linear(rows, dense, bias).addmm_(low, up.T, alpha=scaling)
+        ctx.save_for_backward(rows, weight, absmax, down, up, low)
+        ctx.scaling, ctx.input_shape, ctx.weight_shape = scaling, x.shape, shape
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, down, up, low = ctx.saved_tensors
+        rows, weight, absmax, down, up, low = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         low_gradient = (gradient @ up).mul_(ctx.scaling)
         down_gradient = low_gradient.T @ rows
         up_gradient = (gradient.T @ low).mul_(ctx.scaling)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = (gradient @ weight).addmm_(low_gradient, down).view(ctx.shape)
-        return x_gradient, None, None, down_gradient, up_gradient, None
+            dense = _dense(weight, absmax, ctx.weight_shape, gradient.dtype)
+            x_gradient = (gradient @ dense).addmm_(low_gradient, down).view(ctx.input_shape)
+        return x_gradient, None, None, None, None, down_gradient, up_gradient, None
+
+
+def _dense(
+    weight: torch.Tensor, absmax: torch.Tensor | None, shape: tuple[int, int] | None, dtype: torch.dtype
+) -> torch.Tensor:
+    if absmax is None or shape is None:
+        return weight
+    return unpacked(weight, absmax, shape, dtype)
 
 
 # Liger ------------------------------------------------------------------------------------------------------

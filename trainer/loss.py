@@ -5,9 +5,8 @@ of them. The sum is what a step needs: its divisor, the step's sum of weights, i
 result does not depend on how a step is cut into micro-batches.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.errors import RefusedError
 from trainer.attention import packing_arguments, unwrapped
-from trainer.data import MicroBatch, Plan, micro_batches, trained_bytes
+from trainer.data import MicroBatch, Plan, micro_batch
+from trainer.loss_by_group import LossSums, SplitLoss
 from trainer.ranks import ALONE, Ranks
 from trainer.shard_reader import ShardReader
+from trainer.steps import MicroStep
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits in memory at once: 256 MiB in fp32."""
@@ -62,31 +63,59 @@ def head_losses(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Ten
         )
     adjust = _logit_adjustment(causal_lm.config.get_text_config())
     num_rows = max(LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size, 1)
-    chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
-    if not torch.is_grad_enabled():
-        losses = [_chunk_losses(head, adjust, rows, ids) for rows, ids in chunks]
-    elif _is_frozen_linear(head) and adjust is None:
-        losses = [_FrozenHeadLoss.apply(rows, head.weight, head.bias, ids) for rows, ids in chunks]
-    else:
-        losses = [
-            checkpoint(_chunk_losses, head, adjust, rows, ids, use_reentrant=False) for rows, ids in chunks
-        ]
-    return torch.cat(losses)
+    forward = head.forward
+
+    def in_chunks(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
+        if not torch.is_grad_enabled():
+            losses = [_chunk_losses(forward, adjust, rows, ids) for rows, ids in chunks]
+        elif _is_frozen_linear(head) and adjust is None:
+            losses = [_FrozenHeadLoss.apply(rows, head.weight, head.bias, ids) for rows, ids in chunks]
+        else:
+            losses = [
+                checkpoint(_chunk_losses, forward, adjust, rows, ids, use_reentrant=False)
+                for rows, ids in chunks
+            ]
+        return torch.cat(losses)
+
+    return computed_by(head, in_chunks, hidden, targets)
+
+
+def computed_by(
+    module: torch.nn.Module, compute: Callable[..., torch.Tensor], *inputs: torch.Tensor
+) -> torch.Tensor:
+    """compute(*inputs) as the forward pass of a module.
+
+    A strategy that keeps weights in parts gathers them in hooks around a module's forward pass, and again before
+    the gradient of its output is used: so they are there, and are gathered once for all that `compute` does.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = compute  # type: ignore[method-assign]
+    try:
+        result: torch.Tensor = module(*inputs)
+        return result
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
 
 
 Adjustment = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _chunk_losses(
-    head: torch.nn.Module, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
+    project: Adjustment, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    logits = head(hidden)
+    logits = project(hidden)
     logits = adjust(logits) if adjust is not None else logits
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _is_frozen_linear(head: torch.nn.Module) -> bool:
-    return type(head) is torch.nn.Linear and not any(weight.requires_grad for weight in head.parameters())
+    # Strategies subclass it; what computes otherwise has another forward.
+    is_linear = isinstance(head, torch.nn.Linear) and type(head).forward is torch.nn.Linear.forward
+    return is_linear and head.weight.is_floating_point() and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -127,15 +156,6 @@ def _logit_adjustment(config: Any) -> Adjustment | None:
 # Loss of a whole split --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SplitLoss:
-    """Loss over a held-out split. `loss` is weighted, in nats a token; bits per byte count every trained token."""
-
-    loss: float
-    bits_per_byte: float
-    num_trained_tokens: int
-
-
 @torch.no_grad()
 def split_loss(
     model: torch.nn.Module,
@@ -148,26 +168,29 @@ def split_loss(
 ) -> SplitLoss:
     """Loss of the model over every bin of a plan, in evaluation mode; leaves the model in the mode it had.
 
-    The ranks take turns over the bins, and all get the whole result.
+    The ranks take turns over the bins, each runs the model equally often, and all get the whole result.
     """
     was_training = model.training
     model.eval()
-    nats, weighted, weight_sum, num_trained_tokens = 0.0, 0.0, 0.0, 0.0
-    batches = micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=bins_per_micro_step)
-    for number, (_, batch) in enumerate(batches):
-        if batch.num_trained_tokens == 0 or number % ranks.count != ranks.number:
-            continue
+    sums = LossSums(reader, plan)
+    for turn in _turns(plan, bins_per_micro_step, ranks):
+        batch = micro_batch(plan, reader, turn.first_bin, turn.end_bin)
         losses = token_losses(model, batch.to(device)).double().cpu()
-        nats += float(losses.sum())
-        weighted += float((losses * batch.weights).sum())
-        weight_sum += float(batch.weights.double().sum())
-        num_trained_tokens += batch.num_trained_tokens
+        if not turn.is_filler:
+            sums.add(batch, losses)
     model.train(was_training)
-    sums = torch.tensor([nats, weighted, weight_sum, num_trained_tokens], dtype=torch.float64, device=device)
-    nats, weighted, weight_sum, num_trained_tokens = ranks.add_up(sums).tolist()
-    num_bytes = float(trained_bytes(plan, reader).sum())
-    return SplitLoss(
-        loss=weighted / weight_sum if weight_sum else math.nan,
-        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
-        num_trained_tokens=int(num_trained_tokens),
-    )
+    return sums.result(ranks, device)
+
+
+def _turns(plan: Plan, bins_per_micro_step: int, ranks: Ranks) -> list[MicroStep]:
+    """This rank's part of a plan. Fillers run the model where others still do: they may gather weights for that."""
+    useful = [
+        MicroStep(first, end)
+        for first in range(0, plan.num_bins, bins_per_micro_step)
+        if plan.num_trained_tokens[
+            plan.documents(first, end := min(first + bins_per_micro_step, plan.num_bins))
+        ].any()
+    ]
+    own = useful[ranks.number :: ranks.count]
+    num_missing = -(-len(useful) // ranks.count) - len(own)
+    return own + [replace(turn, is_filler=True) for turn in useful[:num_missing]]

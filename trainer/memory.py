@@ -9,21 +9,26 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import TrainConfig
 
+QUANTISED_BYTES = {"int8": 1, "nf4": 1 / 2 + 4 / 64}
+"""A weight of a linear layer; nf4 has a float32 scale for each 64."""
 MASTER_BYTES, MOMENTS_BYTES, GRADIENT_BYTES = 4, 8, 4
 CHECKPOINT_BYTES_PER_WEIGHT = MASTER_BYTES + MOMENTS_BYTES
 LOGITS_BYTES = 512 * 2**20
 """trainer/loss.py computes the head in chunks: this is the most that a chunk and its gradient take."""
 CUDA_CONTEXT_BYTES = 600 * 2**20
 
+_QUANTISATION = re.compile(r"\.weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+)|\.SCB|\.weight_format")
+"""What bitsandbytes writes beside a weight that it has quantised; the state holds the weight's own shape."""
+_STATE = ".quant_state.bitsandbytes__"
 _NOT_LINEAR = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|norm|rotary")
 MAX_HEADER_BYTES = 100 * 2**20
 
@@ -58,15 +63,18 @@ def memory_need(
     bytes_per_weight: int,
     num_processes: int = 1,
 ) -> MemoryNeed:
-    """`bytes_per_weight` is that of the dtype that computes; with base int8 linear layers take one byte a weight."""
+    """`bytes_per_weight` is that of the dtype that computes, in which a quantised base has all but linear layers."""
     train = config.train
     num_trained = num_trained_weights(shapes, train)
+    linear_bytes = QUANTISED_BYTES.get(train.base, bytes_per_weight)
     weights = sum(
-        math.prod(shape) * (1 if train.base == "int8" and is_linear(name, shape) else bytes_per_weight)
+        math.ceil(math.prod(shape) * (linear_bytes if is_linear(name, shape) else bytes_per_weight))
         for name, shape in shapes.items()
     )
     if train.method != "full":
         weights += num_trained * bytes_per_weight
+    if train.strategy == "zero3":
+        weights = math.ceil(weights / num_processes)
     states = num_trained * _state_bytes(train, bytes_per_weight, num_processes)
     return MemoryNeed(weights, int(states), _activation_bytes(config, architecture, bytes_per_weight))
 
@@ -76,7 +84,7 @@ def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) 
     optimizer = MOMENTS_BYTES + (MASTER_BYTES if bytes_per_weight < MASTER_BYTES else 0)
     if train.strategy == "zero1":
         return optimizer / num_processes + GRADIENT_BYTES
-    if train.strategy == "zero2":
+    if train.strategy in ("zero2", "zero3"):
         return (optimizer + GRADIENT_BYTES) / num_processes
     return optimizer + GRADIENT_BYTES
 
@@ -85,10 +93,19 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
     """Of LoRA: rank x (in + out) of each linear layer that it wraps; else all weights."""
     if train.method == "full":
         return sum(math.prod(shape) for shape in shapes.values())
-    return sum(
+    return _num_in_whole_modules(shapes, train.lora.modules_to_save) + sum(
         train.lora.rank * sum(shape)
         for name, shape in shapes.items()
         if is_linear(name, shape) and _is_target(name.removesuffix(".weight"), train.lora.targets)
+    )
+
+
+def _num_in_whole_modules(shapes: Shapes, names: Sequence[str]) -> int:
+    """A head that is in no file is the embedding itself."""
+    has_head = any(name.removesuffix(".weight").endswith("lm_head") for name in shapes)
+    ends = tuple("embed_tokens" if name == "lm_head" and not has_head else name for name in names)
+    return sum(
+        math.prod(shape) for name, shape in shapes.items() if ends and name.rpartition(".")[0].endswith(ends)
     )
 
 
@@ -115,11 +132,24 @@ def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
         with path.open("rb") as file:
             (num_bytes,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(num_bytes, MAX_HEADER_BYTES)))
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+            packed = dict(_packed_shapes(file, header, 8 + num_bytes))
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        return {name: packed.get(name, shapes[name]) for name in shapes if not _QUANTISATION.search(name)}
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no readable safetensors file ({error}); download the model again"
         ) from None
+
+
+def _packed_shapes(
+    file: BinaryIO, header: Mapping[str, Any], data_start: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of 4-bit weights, which stand in the file as a column of bytes."""
+    for name, entry in header.items():
+        if _STATE in name:
+            begin, end = entry["data_offsets"]
+            file.seek(data_start + begin)
+            yield name.partition(_STATE)[0], tuple(json.loads(file.read(end - begin))["shape"])
 
 
 def _is_target(name: str, targets: str | list[str]) -> bool:

@@ -1,49 +1,53 @@
-"""What a training says while it runs: a line a step in metrics.jsonl, TensorBoard, and progress for people."""
+"""What a training says while it runs: a line a step in metrics.jsonl, its trackers, and progress for people."""
 
 import json
 import os
-import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines import storage
 from pipelines.disk_errors import disk_errors
-from trainer.events import Events
+from trainer.trackers import TrackedRun, open_trackers
 
 METRICS_NAME = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
 """Where standard error is not a terminal."""
 
 
 class Metrics:
-    """Appends to metrics.jsonl; lines of steps after `num_steps_done` are cut off first, so a resumed run has
-    each step once. A line is handed to the system as it is written, and on the disk after `sync`.
+    """Appends to metrics.jsonl; lines of steps after the run's `num_steps_done` are cut off first, so a resumed run
+    has each step once. A line is handed to the system as it is written, and on the disk after `sync`.
+
+    The same numbers go to `trackers`, one after the other, and a line for people to standard error.
     """
 
-    def __init__(self, folder: Path, *, num_steps_done: int, num_steps: int, num_tokens_left: int) -> None:
-        self._path = folder / METRICS_NAME
+    def __init__(
+        self, run: TrackedRun, *, num_steps: int, num_tokens_left: int, trackers: Sequence[str] = ()
+    ) -> None:
+        self._path = run.folder / METRICS_NAME
         with disk_errors(self._path):
-            storage.make_folder(folder)
-            keep_steps(self._path, num_steps_done)
+            storage.make_folder(run.folder)
+            keep_steps(self._path, run.num_steps_done)
             self._file = self._path.open("a", encoding="utf-8")
-        self._events = _events(folder / TENSORBOARD_FOLDER, num_steps_done)
+        self._trackers = open_trackers(trackers, run)
         self._progress = _Progress(num_steps=num_steps, num_tokens_left=num_tokens_left)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._events, disk_errors(self._path):
+        with ExitStack() as closed, disk_errors(self._path):
+            for tracker in self._trackers:
+                closed.callback(tracker.close)
             self._file.close()
 
     def log_step(self, record: dict[str, Any]) -> None:
-        """One optimiser step; "step" counts from 1."""
+        """One optimiser step; "step" counts from 1. Adds how long the rest will take."""
+        record = record | {"seconds_left": self._progress.seconds_left(record)}
         self._write(record)
         self._progress.show(record)
 
@@ -53,8 +57,12 @@ class Metrics:
         loss, bits = record["validation_loss"], record["validation_bits_per_byte"]
         report(f"step {record['step']}: validation loss {_number(loss)}, bits per byte {_number(bits)}")
 
+    def log_checkpoint(self, record: dict[str, Any]) -> None:
+        """How long training has waited for a checkpoint after that many steps."""
+        self._write(record)
+
     def sync(self) -> None:
-        """Before a checkpoint is published: its steps' lines are on the disk."""
+        """Before a checkpoint is published, from its thread: its steps' lines are on the disk."""
         with disk_errors(self._path):
             os.fsync(self._file.fileno())
 
@@ -62,9 +70,19 @@ class Metrics:
         with disk_errors(self._path):
             self._file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
             self._file.flush()
-        if isinstance(self._events, Events):
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            self._events.add(numbers, int(numbers.pop("step")))
+        numbers = dict(flat_numbers(record))
+        step = int(numbers.pop("step"))
+        for tracker in self._trackers:
+            tracker.add(numbers, step)
+
+
+def flat_numbers(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of a record's numbers; those of a record inside it as "outer/inner"."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from flat_numbers(value, f"{before}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{before}{name}", value
 
 
 class NoMetrics:
@@ -79,6 +97,8 @@ class NoMetrics:
     def log_step(self, record: dict[str, Any]) -> None: ...
 
     def log_validation(self, record: dict[str, Any]) -> None: ...
+
+    def log_checkpoint(self, record: dict[str, Any]) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -113,13 +133,6 @@ def report(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def memory_gib(device: torch.device) -> float:
-    """Most memory held so far: the allocator's on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 class _Progress:
     """A line that renews itself on a terminal; elsewhere one now and then."""
 
@@ -130,42 +143,38 @@ class _Progress:
         self._started_at = time.monotonic()
         self._num_tokens_done = 0
 
-    def show(self, record: dict[str, Any]) -> None:
+    def seconds_left(self, record: Mapping[str, Any]) -> float:
+        """After this step, at the pace of all since the start: validation and checkpoints count."""
         self._num_tokens_done += record["num_tokens"]
+        seconds_per_token = (time.monotonic() - self._started_at) / max(self._num_tokens_done, 1)
+        return seconds_per_token * max(self._num_tokens_left - self._num_tokens_done, 0)
+
+    def show(self, record: Mapping[str, Any]) -> None:
         now = time.monotonic()
         is_last = record["step"] >= self._num_steps
         is_terminal = sys.stderr.isatty()
         if not is_last and not is_terminal and now - self._shown_at < SECONDS_BETWEEN_LINES:
             return
         self._shown_at = now
-        line = _step_line(record, self._num_steps, self._seconds_left(now))
+        line = step_line(record, self._num_steps)
         if is_terminal:
             print(f"\r\x1b[2K{line}", end="\n" if is_last else "", file=sys.stderr, flush=True)
         else:
             report(line)
 
-    def _seconds_left(self, now: float) -> float:
-        seconds_per_token = (now - self._started_at) / max(self._num_tokens_done, 1)
-        return seconds_per_token * max(self._num_tokens_left - self._num_tokens_done, 0)
 
-
-def _step_line(record: dict[str, Any], num_steps: int, seconds_left: float) -> str:
-    hours, rest = divmod(round(seconds_left), 3600)
+def step_line(record: Mapping[str, Any], num_steps: int) -> str:
+    """For people."""
+    hours, rest = divmod(round(record["seconds_left"]), 3600)
+    mfu = "" if record["mfu"] is None else f"MFU {record['mfu']:.1%}  "
+    used = "" if record["device_memory_gib"] is None else f" of {record['device_memory_gib']:.1f} in use"
     return (
         f"step {record['step']}/{num_steps}  loss {_number(record['loss'])}  "
         f"lr {record['learning_rate']:.2e}  grad {_number(record['grad_norm'])}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  {record['memory_gib']:.1f} GiB  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {mfu}{record['memory_gib']:.1f} GiB{used}  "
         f"{hours}:{rest // 60:02d}:{rest % 60:02d} left"
     )
 
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def _events(folder: Path, num_steps_done: int) -> AbstractContextManager[Any]:
-    """Nothing where TensorBoard is not installed."""
-    try:
-        return Events(folder, num_steps_done=num_steps_done)
-    except ImportError:
-        return nullcontext()

@@ -6,27 +6,34 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from accelerate.hooks import remove_hook_from_submodules
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from pipelines.built_in_templates import template_for
-from schemas.errors import ConfigError, InputError, RefusedError
+from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import BaseForm, ModelConfig
-from trainer.attention import use_packed_attention
+from trainer import nf4
+from trainer.attention import unwrapped, use_packed_attention
 from trainer.support import model_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+LayOut = Callable[[torch.nn.Module, torch.device, BaseForm], dict[str, torch.device]]
+
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
+"""Compute capabilities from which on tensor cores multiply in that precision."""
 
 
 def load_base_model(
@@ -35,11 +42,14 @@ def load_base_model(
     base: BaseForm = "plain",
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    lay_out: LayOut | None = None,
 ) -> PreTrainedModel:
     """The model with packed attention, all weights from safetensors; device and dtype default to the config's.
 
-    With base int8 its linear layers, but for the head, are held in 8 bits. Raises InputError when a weight is
-    missing or only pickles are there, RefusedError when the architecture can't be trained packed.
+    With base int8 its linear layers, but for the head, are held in 8 bits, with nf4 in 4: each is quantised on the
+    device as it is read, so the whole of them is never there. `lay_out` says which module goes to which of several
+    devices. Raises InputError when a weight is missing or only pickles are there, RefusedError when the architecture
+    can't be trained packed.
     """
     folder = check_model_folder(model)
     device = device if device is not None else resolve_device(model)
@@ -47,8 +57,8 @@ def load_base_model(
     result: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        device_map={"": device} if device.type == "cuda" or base == "int8" else None,
-        quantization_config=_quantisation(base),
+        device_map=_device_map(folder, device, dtype, base, lay_out),
+        **_quantisation(folder, base),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
@@ -62,16 +72,67 @@ def load_base_model(
             f"{folder}: {len(lost)} weights of {type(loaded).__name__} are missing or of another shape, "
             f"first {lost[0]}; they would be random: use a complete model folder"
         )
+    if lay_out is not None:
+        remove_hook_from_submodules(loaded)  # they bring inputs to modules, but not what the loss needs back
+    if base == "nf4":
+        nf4.take_over(loaded, dtype)
+    if base != "plain":
+        _cast(loaded, dtype)
     use_packed_attention(loaded)
     return loaded
 
 
-def _quantisation(base: BaseForm) -> BitsAndBytesConfig | None:
-    if base == "plain":
-        return None
-    # Each product casts its inputs to fp16 to quantise them, as the method does, and says so each time.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_8bit=True)
+def _device_map(
+    folder: Path, device: torch.device, dtype: torch.dtype, base: BaseForm, lay_out: LayOut | None
+) -> dict[str, torch.device] | None:
+    if lay_out is not None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return lay_out(empty, device, base)
+    return {"": device} if device.type == "cuda" or base != "plain" else None
+
+
+def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
+    if base == "int8":
+        # Each product casts its inputs to fp16 to quantise them, as the method does, and says so each time.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # A folder that is quantised already says itself how; support.py has seen that it is the form of `base`.
+    if base == "plain" or "quantization_config" in json.loads((folder / "config.json").read_bytes()):
+        return {}
+    if base == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """From a quantised folder transformers takes norms, biases and the head in the dtype that they have there."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not _is_own_dtype(
+            model, name
+        ):
+            parameter.data = parameter.data.to(dtype)
+
+
+def check_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """PEFT and bitsandbytes make fp32 of adapters, norms or the head here and there: slower, and no mistake shows.
+
+    Raises TrainingError when a parameter computes in another dtype, unless its family asks for fp32 itself.
+    """
+    causal_lm = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        is_floating = parameter.is_floating_point()
+        if is_floating and parameter.dtype != dtype and not _is_own_dtype(causal_lm, name):
+            raise TrainingError(f"{name} is {parameter.dtype}, expected {dtype}: report this")
+
+
+def _is_own_dtype(model: Any, name: str) -> bool:
+    """Quantised bytes, their scales, and what a model's family computes in fp32 whatever the rest does."""
+    in_fp32 = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    }
+    return name.endswith((".packed", ".absmax")) or any(part in in_fp32 for part in name.split("."))
 
 
 @contextmanager
@@ -154,16 +215,21 @@ def resolve_device(model: ModelConfig) -> torch.device:
 
 
 def resolve_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware computes in it. Raises RefusedError where it was asked for and is emulated."""
-    native = device.type != "cuda" or _compute_capability(device) >= (8, 0)
-    if model.dtype == "bfloat16" and not native:
+    """bfloat16 where the hardware computes in it, float16 where only that has tensor cores, else float32.
+
+    Raises RefusedError where bfloat16 was asked for and is emulated.
+    """
+    capability = _compute_capability(device) if device.type == "cuda" else BFLOAT16_CAPABILITY
+    if model.dtype == "bfloat16" and capability < BFLOAT16_CAPABILITY:
         raise RefusedError(
             f"model.dtype is bfloat16 but {torch.cuda.get_device_name(device)} has compute capability "
-            f"{_compute_capability(device)}, below 8.0; use dtype: float32"
+            f"{capability}, below 8.0; use dtype: float16 (from 7.0 on) or float32"
         )
-    if model.dtype == "float32" or not native:
-        return torch.float32
-    return torch.bfloat16
+    if model.dtype != "auto":
+        return DTYPES[model.dtype]
+    if capability >= BFLOAT16_CAPABILITY:
+        return torch.bfloat16
+    return torch.float16 if capability >= FLOAT16_CAPABILITY else torch.float32
 
 
 def _compute_capability(device: torch.device) -> tuple[int, int]:

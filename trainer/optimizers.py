@@ -5,17 +5,18 @@ lose every update below 1/256 of a weight.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 
 from schemas.errors import TrainingError
 from schemas.training_config import TrainConfig
+from trainer.pieces import MOMENTS, Piece, ReadPiece, Shapes, own_names, read_whole
 from trainer.ranks import ALONE, Ranks
+from trainer.weights import whole_shape
 
 ComputeLoss = Callable[[], torch.Tensor]
-Tensors = dict[str, torch.Tensor]
 
 
 class Optimizer(Protocol):
@@ -25,23 +26,35 @@ class Optimizer(Protocol):
     strategy's own numbering, so that any other strategy can go on with it.
     """
 
-    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
-        """Compute one micro-step's loss and add its gradient to what is there; the loss, detached."""
+    def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
+        """Compute one micro-step's loss and add its gradient to what is there; the loss, detached.
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
-        """End a step: sum the ranks' losses and gradients, clip, and update unless one of them is not finite.
-
-        `loss` is this rank's part. Returns the step's loss and the norm of its gradient before clipping.
+        `is_last`: no other micro-step of this step follows on this rank, so gradients may be exchanged.
         """
 
-    def weights(self) -> Tensors:
-        """fp32 masters by parameter name. Ranks but the first may get none."""
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
+        """End a step: sum the ranks' losses and gradients, clip, and update unless one of them is not finite.
 
-    def moments(self) -> Tensors:
-        """Both running means of each updated parameter, as "exp_avg.<name>" and "exp_avg_sq.<name>"; likewise."""
+        `loss` is this rank's part; the gradients are those of `loss_scale` times the loss, and are divided by it.
+        Returns the step's loss and the norm of its gradient before clipping.
+        """
 
-    def restore(self, weights: Tensors, moments: Tensors, *, num_updates: int) -> None:
-        """Take over what was saved. Raises TrainingError on a mismatch."""
+    def drop_gradients(self) -> None:
+        """Forget what was added up since the last update; asked of strategies that can redo a step."""
+
+    def shapes(self) -> Shapes:
+        """Of all trained weights, whole, by parameter name; equal on all ranks."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank has to write: over all ranks each number once. Not copied: valid until the next update.
+
+        A weight that was never updated may have no moments. No rank waits for another in here.
+        """
+
+    def restore(self, read: ReadPiece, *, num_updates: int) -> None:
+        """Take over what was saved, of weights of these shapes: masters, moments, counts, and what computes."""
 
 
 class MasterAdamW:
@@ -65,14 +78,20 @@ class MasterAdamW:
         self._max_grad_norm = train.max_grad_norm or math.inf
         self.num_updates = 0
 
-    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
+    def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
         loss = compute_loss()
         loss.backward()  # type: ignore[no-untyped-call]
         self.collect_gradients()
         return loss.detach()
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         summed, num_gradients = self._sum_over_ranks(loss)
+        if loss_scale != 1.0:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad /= loss_scale
         # One wait for the device a step, here: the update depends on both numbers.
         numbers = torch.cat([summed.reshape(1), self.clip().reshape(1), num_gradients])
         loss_value, grad_norm, *counts = numbers.tolist()
@@ -131,32 +150,31 @@ class MasterAdamW:
 
     # State, by parameter name --------------------------------------------------------------------------------
 
-    def weights(self) -> Tensors:
-        return dict(self.masters)
+    def shapes(self) -> Shapes:
+        return {name: master.shape for name, master in self.masters.items()}
 
-    def moments(self) -> Tensors:
-        found = {}
-        for name, master in self.masters.items():
+    def pieces(self) -> Iterator[Piece]:
+        for name in own_names(list(self.masters), self._ranks):
+            master = self.masters[name]
             state = self._adamw.state.get(master, {})
-            for kind in ("exp_avg", "exp_avg_sq"):
+            yield Piece("weight", name, 0, master.detach().view(-1))
+            for kind in MOMENTS:
                 if kind in state:
-                    found[f"{kind}.{name}"] = state[kind]
-        return found
+                    yield Piece(kind, name, 0, state[kind].view(-1))
 
     @torch.no_grad()
-    def restore(self, weights: Tensors, moments: Tensors, *, num_updates: int) -> None:
-        check_restored(weights, self.masters)
+    def restore(self, read: ReadPiece, *, num_updates: int) -> None:
         for name, parameter in self.parameters.items():
             master = self.masters[name]
-            master.copy_(weights[name])
+            weight = read_whole(read, "weight", name, master.shape)
+            assert weight is not None, "a checkpoint holds all weights"
+            master.copy_(weight)
             if master is not parameter:
                 parameter.copy_(master)
-            if f"exp_avg.{name}" in moments:
-                self._adamw.state[master] = {
-                    "step": step_count(num_updates, master),
-                    "exp_avg": moments[f"exp_avg.{name}"].to(master.device, copy=True),
-                    "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(master.device, copy=True),
-                }
+            moments = {kind: read_whole(read, kind, name, master.shape) for kind in MOMENTS}
+            if found := {kind: moment for kind, moment in moments.items() if moment is not None}:
+                on_device = {kind: moment.to(master.device) for kind, moment in found.items()}
+                self._adamw.state[master] = {"step": step_count(num_updates, master), **on_device}
         self.num_updates = num_updates
 
 
@@ -166,6 +184,10 @@ def trainable(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str,
     if not found:
         raise TrainingError("nothing is trainable; check train.method and train.lora.targets")
     return found
+
+
+def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def torch_adamw(weights: Iterable[torch.Tensor], train: TrainConfig) -> torch.optim.AdamW:
@@ -184,8 +206,8 @@ def torch_adamw(weights: Iterable[torch.Tensor], train: TrainConfig) -> torch.op
 def _groups(weights: Iterable[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation."""
     everything = list(weights)
-    matrices = [weight for weight in everything if weight.dim() >= 2]
-    vectors = [weight for weight in everything if weight.dim() < 2]
+    matrices = [weight for weight in everything if len(whole_shape(weight)) >= 2]
+    vectors = [weight for weight in everything if len(whole_shape(weight)) < 2]
     groups = ((matrices, weight_decay), (vectors, 0.0))
     return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
 
@@ -200,20 +222,6 @@ def step_count(num_updates: int, weight: torch.Tensor) -> torch.Tensor:
     """AdamW's own count of its updates of a weight."""
     # The fused kernel counts on the GPU, the plain one on the CPU.
     return torch.tensor(float(num_updates), device=weight.device if weight.is_cuda else "cpu")
-
-
-def check_restored(weights: Tensors, expected: Mapping[str, torch.Tensor]) -> None:
-    """Raises TrainingError when these are not the weights that are trained."""
-    if odd := sorted(set(weights) ^ set(expected)):
-        raise TrainingError(
-            f"the checkpoint holds {len(weights)} trained weights, the model has {len(expected)}; first "
-            f"difference {odd[0]}: it belongs to other settings, use a new run_root"
-        )
-    for name, weight in weights.items():
-        if weight.shape != expected[name].shape:
-            raise TrainingError(
-                f"checkpointed {name} has shape {tuple(weight.shape)}, expected {tuple(expected[name].shape)}"
-            )
 
 
 # Learning rates ---------------------------------------------------------------------------------------------

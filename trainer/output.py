@@ -1,5 +1,7 @@
 """What a finished training leaves: trained weights with tokenizer and template, and the record of how."""
 
+import collections
+import math
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -12,20 +14,29 @@ from transformers import PreTrainedTokenizerBase
 from pipelines import storage
 from schemas.run import FileEntry
 from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
-from trainer import checkpoint
 from trainer.checkpoint import Progress
+from trainer.folders import built_aside
 from trainer.job import Job
 from trainer.methods import METHODS
+from trainer.strategies import STRATEGIES
+from trainer.weights import whole_shape
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
 def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The output folder, built aside and published whole. The method checks every tensor before it counts."""
+    """The output folder, built aside and published whole. The method checks every tensor before it counts.
+
+    All ranks call it, since each may hold a part of the weights; the first one writes.
+    """
     method = METHODS[job.config.train.method]
     final = job.folder / method.OUTPUT_FOLDER
-    with checkpoint.built_aside(final) as temporary:
-        method.save(model, temporary, job.model)
+    weights = STRATEGIES[job.config.train.strategy].full_weights(model, method.saved_names(model))
+    if not job.ranks.is_first:
+        collections.deque(weights, maxlen=0)
+        return final
+    with built_aside(final) as temporary:
+        method.save(model, temporary, job.model, weights)
         tokenizer.save_pretrained(temporary)
     return final
 
@@ -43,6 +54,7 @@ def write_result(job: Job, model: torch.nn.Module, progress: Progress, output: P
         device=job.device.type,
         num_steps=progress.num_steps,
         num_updates=progress.num_updates,
+        num_overflow_steps=progress.num_overflow_steps,
         num_tokens=progress.num_tokens,
         num_trained_tokens=progress.num_trained_tokens,
         num_trainable_weights=num_trainable_weights(model),
@@ -60,12 +72,12 @@ def write_result(job: Job, model: torch.nn.Module, progress: Progress, output: P
 
 
 def num_trainable_weights(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
 
 
 def _libraries(job: Job) -> Iterator[str]:
     yield from LIBRARIES
-    if job.config.train.base == "int8":
+    if job.config.train.base != "plain":
         yield "bitsandbytes"
     if job.config.train.strategy.startswith("zero"):
         yield "deepspeed"

@@ -1,8 +1,8 @@
 """Starts the ranks of a training on this machine and watches over them. Light: no torch until GPUs are counted.
 
-One rank that fails ends all, and its own message is the one that is raised. The ranks end with this process,
-however it dies. Only this process hears SIGTERM and SIGINT: a group or a terminal sends them to everybody, and a
-rank that heard one twice would not stop in good order. It tells the ranks by SIGUSR1 and SIGUSR2.
+One rank that fails ends all, and its own message is the one that is raised; ranks that have run out of memory are
+started again with a smaller micro-step. The ranks end with this process, however it dies. Only this process hears
+signals (trainer/signals.py): it tells the ranks through a pipe.
 """
 
 import os
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pipelines.run_lock import PARENT_FD_VARIABLE, Lock, lock_variables
-from schemas.errors import SftPipelineError, TrainingError, UsageError
-from trainer.launch import ERROR_FD_VARIABLE
-from trainer.signals import HANDED_ON_VARIABLE, TOLD_SIGNALS, StopSignals
+from schemas.errors import TrainingError, UsageError
+from trainer.launch import ERROR_FD_VARIABLE, read_config
+from trainer.signals import STOP_FD_VARIABLE, STOP_SIGNALS, StopSignals, stopped_exit_code
+from trainer.support import ONE_PROCESS
 
 if TYPE_CHECKING:
     from schemas.pipeline_config import PipelineConfig
@@ -32,6 +33,10 @@ LISTENING_FD_VARIABLE = "SFT_PIPELINE_RANKS_LISTENING_FD"
 ERROR_MARK = "error: "
 LOST_RANKS_EXIT_CODE = 75
 """Of a rank that ends because another one is gone."""
+OUT_OF_MEMORY_EXIT_CODE = 76
+"""Of a rank that can go on with fewer bins at once."""
+MICRO_STEP_VARIABLE = "SFT_PIPELINE_BINS_PER_MICRO_STEP"
+"""In ranks that are started again after that: in the place of train.bins_per_micro_step."""
 POLL_SECONDS = 0.05
 CULPRIT_SECONDS = 5.0
 """A rank notices the end of another one before we do; so long the other one's own end is waited for."""
@@ -49,7 +54,7 @@ run_as_module()
 
 def count_processes(config: "PipelineConfig", *, num_gpus: int | None = None) -> int:
     """How many ranks the config asks for; without a number one per visible GPU, as torch or `num_gpus` says."""
-    if config.train.strategy == "single":
+    if config.train.strategy in ONE_PROCESS:
         return 1
     if config.train.num_processes is not None:
         return config.train.num_processes
@@ -65,14 +70,38 @@ def count_processes(config: "PipelineConfig", *, num_gpus: int | None = None) ->
 def train_in_processes(config_path: Path, num_processes: int, *, lock: Lock) -> None:
     """Run `train` in so many ranks to its end; the first one's output is ours.
 
-    Raises TrainingError or UsageError with the words of the rank that failed first; SystemExit(128 + signal)
-    after SIGTERM or SIGINT, once all ranks have stopped at the same step.
+    Raises TrainingError or UsageError with the words of the rank that failed first; SystemExit after a signal, once
+    all ranks have stopped at the same step.
     """
-    with StopSignals() as signals, _started_ranks(config_path, num_processes, lock) as ranks:
+    with StopSignals() as signals:
+        signals.begin()  # here there is nothing to load
+        num_bins = read_config(config_path).train.bins_per_micro_step
+        while True:
+            try:
+                _train_once(config_path, num_processes, lock, signals, num_bins)
+                return
+            except _RanksOutOfMemoryError as error:
+                num_bins = smaller(num_bins)
+                sys.stderr.write(f"{error}; starting again with bins_per_micro_step {num_bins}\n")
+
+
+def smaller(num_bins: int) -> int:
+    """The next size of a micro-step to try."""
+    return max(num_bins // 2, 1)
+
+
+class _RanksOutOfMemoryError(Exception):
+    """With what the first one said."""
+
+
+def _train_once(
+    config_path: Path, num_processes: int, lock: Lock, signals: StopSignals, num_bins: int
+) -> None:
+    with _started_ranks(config_path, num_processes, lock, num_bins) as (ranks, stop_pipe):
         was_told = False
         while any(code is None for code in _exit_codes(ranks)):
             if signals.received is not None and not was_told:
-                _tell(ranks, signals.received)
+                os.write(stop_pipe, bytes([signals.received]) * len(ranks))
                 was_told = True
             if any(_has_failed(rank, signals.received) for rank in ranks):
                 raise _failure(ranks, signals.received)
@@ -80,7 +109,7 @@ def train_in_processes(config_path: Path, num_processes: int, *, lock: Lock) -> 
         if any(_has_failed(rank, signals.received) for rank in ranks):
             raise _failure(ranks, signals.received)
         if signals.received is not None and any(_exit_codes(ranks)):
-            raise SystemExit(128 + signals.received)
+            raise SystemExit(stopped_exit_code(signals.received))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,31 +121,37 @@ class _Rank:
 
 
 @contextmanager
-def _started_ranks(config_path: Path, num_processes: int, lock: Lock) -> Iterator[list[_Rank]]:
+def _started_ranks(
+    config_path: Path, num_processes: int, lock: Lock, num_bins: int
+) -> Iterator[tuple[list[_Rank], int]]:
+    """The ranks, and the pipe through which each can be told a signal by one byte."""
+    stop_read, stop_write = os.pipe()
     read_end, write_end = os.pipe()  # never written to: our death closes it, and the ranks end
     with ExitStack() as stack:
-        stack.callback(os.close, read_end)
-        stack.callback(os.close, write_end)
+        for descriptor in (read_end, write_end, stop_read, stop_write):
+            stack.callback(os.close, descriptor)
         # Bound here and handed over, so that no other program can take the port in between.
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ranks: list[_Rank] = []
         stack.callback(_kill, ranks)
         for number in range(num_processes):
             words = stack.enter_context(tempfile.TemporaryFile())
-            inherited = [read_end, words.fileno(), *lock, *([listening.fileno()] if number == 0 else [])]
+            inherited = [read_end, stop_read, words.fileno(), *lock]
+            inherited += [listening.fileno()] if number == 0 else []
             process = subprocess.Popen(
                 [sys.executable, "-c", _START, str(_our_folder()), "train", "--config", str(config_path)],
                 env=os.environ
                 | lock_variables(lock)
                 | _place_variables(number, num_processes, listening)
-                | {PARENT_FD_VARIABLE: str(read_end), ERROR_FD_VARIABLE: str(words.fileno())},
+                | {PARENT_FD_VARIABLE: str(read_end), ERROR_FD_VARIABLE: str(words.fileno())}
+                | {STOP_FD_VARIABLE: str(stop_read), MICRO_STEP_VARIABLE: str(num_bins)},
                 stdin=subprocess.DEVNULL,
                 stdout=None if number == 0 else subprocess.DEVNULL,
                 stderr=None if number == 0 else words,
                 pass_fds=inherited,
             )
             ranks.append(_Rank(number, process, words))
-        yield ranks
+        yield ranks, stop_write
 
 
 def _place_variables(number: int, num_processes: int, listening: socket.socket) -> dict[str, str]:
@@ -128,7 +163,6 @@ def _place_variables(number: int, num_processes: int, listening: socket.socket) 
         "WORLD_SIZE": str(num_processes),
         # Each rank would otherwise take a thread per core, and all wait for each other.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        HANDED_ON_VARIABLE: "1",
         PORT_VARIABLE: str(listening.getsockname()[1]),
         LISTENING_FD_VARIABLE: str(listening.fileno()),
     }
@@ -142,13 +176,6 @@ def _exit_codes(ranks: Sequence[_Rank]) -> list[int | None]:
     return [rank.process.poll() for rank in ranks]
 
 
-def _tell(ranks: Sequence[_Rank], number: int) -> None:
-    told = next(told for told, meant in TOLD_SIGNALS.items() if meant == number)
-    for rank in ranks:
-        if rank.process.poll() is None:
-            rank.process.send_signal(told)
-
-
 def _kill(ranks: Sequence[_Rank]) -> None:
     for rank in ranks:
         rank.process.kill()
@@ -160,14 +187,15 @@ def _kill(ranks: Sequence[_Rank]) -> None:
 
 
 def _has_failed(rank: _Rank, received: int | None) -> bool:
-    """Ended otherwise than well or by the signal that it was told, or that ended it before it could listen."""
+    """Ended otherwise than well, or by the signal that it was told, or that ended it before it could listen."""
     code = rank.process.poll()
-    if received is not None and (code == 128 + received or (code is not None and -code in TOLD_SIGNALS)):
+    if code is None or code == 0:
         return False
-    return code is not None and code != 0
+    was_stopped = code in (128 + (received or 0), LOST_RANKS_EXIT_CODE) or -code in STOP_SIGNALS
+    return received is None or not was_stopped
 
 
-def _failure(ranks: Sequence[_Rank], received: int | None) -> SftPipelineError:
+def _failure(ranks: Sequence[_Rank], received: int | None) -> Exception:
     """The error of the rank that is to blame: one that did not merely lose another."""
     deadline = time.monotonic() + CULPRIT_SECONDS
     while True:
@@ -178,12 +206,14 @@ def _failure(ranks: Sequence[_Rank], received: int | None) -> SftPipelineError:
         time.sleep(POLL_SECONDS)
 
 
-def _error_of(rank: _Rank, num_ranks: int) -> SftPipelineError:
+def _error_of(rank: _Rank, num_ranks: int) -> Exception:
     code = rank.process.returncode
     text = _last_words(rank)
     lines = [line for line in text.splitlines() if line.strip()]
     if lines and lines[-1].startswith(ERROR_MARK):
         message = lines[-1].removeprefix(ERROR_MARK)
+        if code == OUT_OF_MEMORY_EXIT_CODE:
+            return _RanksOutOfMemoryError(f"process {rank.number} of {num_ranks}: {message}")
         return UsageError(message) if code == UsageError.exit_code else TrainingError(message)
     sys.stderr.write(text)  # a bug of ours: its traceback is wanted
     ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

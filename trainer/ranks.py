@@ -16,6 +16,7 @@ import torch.distributed as dist
 from schemas.errors import RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from trainer.rank_processes import LISTENING_FD_VARIABLE, LOST_RANKS_EXIT_CODE, PORT_VARIABLE
+from trainer.support import ONE_PROCESS
 
 JOIN_SECONDS = 180.0
 """Until all ranks have found each other; loading the libraries from a cold disk takes most of it."""
@@ -112,7 +113,7 @@ def joined_ranks(config: PipelineConfig) -> Iterator[Ranks]:
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", os.environ.get("RANK", "0")))
     )
     _check_count(config, count)
-    if config.train.strategy == "single":
+    if config.train.strategy in ONE_PROCESS:
         yield ALONE
         return
     device = _own_device(config, local_number)
@@ -134,7 +135,7 @@ def joined_ranks(config: PipelineConfig) -> Iterator[Ranks]:
 
 
 def _check_count(config: PipelineConfig, count: int) -> None:
-    wanted = 1 if config.train.strategy == "single" else config.train.num_processes
+    wanted = 1 if config.train.strategy in ONE_PROCESS else config.train.num_processes
     if wanted is not None and wanted != count:
         raise RefusedError(
             f"{count} processes were started, strategy {config.train.strategy} with train.num_processes "

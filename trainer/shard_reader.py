@@ -94,6 +94,19 @@ class ShardReader:
         """int64 [rows]"""
         return self._joined("num_trained_tokens")
 
+    @cached_property
+    def sources(self) -> np.ndarray:
+        """Names of the rows' sources: they hold no slash; what follows one is the file."""
+        return np.array([str(value).partition("/")[0] for value in self._texts("source")], np.str_)
+
+    @cached_property
+    def languages(self) -> np.ndarray:
+        return np.array(self._texts("language"), np.str_)
+
+    def _texts(self, column: str) -> list[str]:
+        files = [self._file(number) for number in range(len(self._entries))]
+        return [text for file in files for batch in file.batches for text in batch.column(column).to_pylist()]
+
     def _joined(self, column: str) -> np.ndarray:
         files = [self._file(number) for number in range(len(self._entries))]
         return joined([batch for file in files for batch in file.batches], column)

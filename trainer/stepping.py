@@ -1,17 +1,24 @@
 """One optimiser step on this rank: its share of the micro-steps, then one update with all ranks."""
 
-import hashlib
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
 from trainer.data import micro_batch
+from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
+from trainer.loss_scale import is_overflow
 from trainer.optimizers import Optimizer, learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
 
+OUT_OF_MEMORY_SIGNS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 CUDA_PAD_MULTIPLE = 128
 """Rows of few different lengths: tensor cores stay full and the allocator's blocks fit again."""
 
@@ -21,24 +28,78 @@ class StepOutcome:
     loss: float
     grad_norm: float
     learning_rate: float
+    is_overflow: bool = False
+    """The gradient was too large for fp16 under this step's loss scale."""
 
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def run_step(job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step) -> StepOutcome:
+class MicroStepError(Exception):
+    """Memory has run out inside a micro-step: nothing is updated yet."""
+
+
+def run_step(
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    *,
+    bins_at_once: int | None = None,
+    loss_scale: float = 1.0,
+) -> StepOutcome:
     """The step's loss is the weighted mean over its trained tokens, on whichever rank they are; its divisor is
     known from the plan. Weights change unless loss or gradient is not finite.
+
+    `bins_at_once` cuts this rank's micro-steps further. Raises MicroStepError where they don't fit into memory.
     """
     rate = learning_rate(job.config.train, step.number, len(job.steps))
     if step.weight_sum <= 0:
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
+    try:
+        total = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MicroStepError from error
+    loss, grad_norm = optimizer.update(total / loss_scale, rate, loss_scale=loss_scale)
+    overflowed = is_overflow(loss, grad_norm, loss_scale)
+    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate, is_overflow=overflowed)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device or of the host, as torch and Python say it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
+
+
+def _accumulate(
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    bins_at_once: int | None,
+    loss_scale: float,
+) -> torch.Tensor:
     total = torch.zeros((), device=job.device)
-    for micro_step in _own_micro_steps(job, step):
-        total += _run_micro_step(job, model, optimizer, step, micro_step)
-    loss, grad_norm = optimizer.update(total, rate)
-    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate)
+    own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
+    for number, micro_step in enumerate(own, 1):
+        factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
+        total += _run_micro_step(
+            job, model, optimizer, step, micro_step, factor=factor, is_last=number == len(own)
+        )
+    return total
+
+
+def _cut(micro_step: MicroStep, bins_at_once: int | None) -> list[MicroStep]:
+    first, end = micro_step.first_bin, micro_step.end_bin
+    length = bins_at_once or end - first
+    return [
+        dataclasses.replace(micro_step, first_bin=start, end_bin=min(start + length, end))
+        for start in range(first, end, length)
+    ]
 
 
 def _own_micro_steps(job: Job, step: Step) -> list[MicroStep]:
@@ -52,7 +113,14 @@ def _own_micro_steps(job: Job, step: Step) -> list[MicroStep]:
 
 
 def _run_micro_step(
-    job: Job, model: torch.nn.Module, optimizer: Optimizer, step: Step, micro_step: MicroStep
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    step: Step,
+    micro_step: MicroStep,
+    *,
+    factor: float,
+    is_last: bool,
 ) -> torch.Tensor:
     batch = micro_batch(
         job.plans[step.epoch],
@@ -61,12 +129,19 @@ def _run_micro_step(
         micro_step.end_bin,
         pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
     ).to(job.device)
-    share = 0.0 if micro_step.is_filler else 1.0
-    torch.manual_seed(draw_seed(job.config.train.seed, step.number, micro_step.first_bin))
-    return optimizer.backward(lambda: summed_loss(model, batch) / step.weight_sum * share)
+    bins = _bins(job, step, micro_step)
+    torch.manual_seed(bins[0][0])  # for draws that trainer/draws.py does not reach
+    with drawing_for(bins):
+        return optimizer.backward(lambda: summed_loss(model, batch) * factor, is_last=is_last)
 
 
-def draw_seed(seed: int, step: int, first_bin: int) -> int:
-    """Seed of a micro-batch's draws (dropout): the same whoever computes it, and after any resume."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{first_bin}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[tuple[int, int]]:
+    """Seed and number of tokens of each bin: the same whoever computes it, and after any resume."""
+    plan = job.plans[step.epoch]
+    return [
+        (
+            draw_seed(job.config.train.seed, step.number, number),
+            int(plan.num_tokens[plan.documents(number, number + 1)].sum()),
+        )
+        for number in range(micro_step.first_bin, micro_step.end_bin)
+    ]

@@ -7,43 +7,65 @@ run that was killed goes on from its last checkpoint to the same weights, bit fo
 import dataclasses
 import math
 import os
+import signal
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, Progress
+from trainer.attention import unwrapped, use_packed_attention
+from trainer.checkpoint import Progress
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.compiling import compile_layers
+from trainer.draws import use_bin_dropout
+from trainer.folders import remove_leftovers
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
-from trainer.methods import METHODS
-from trainer.metrics import Metrics, NoMetrics, memory_gib, report
-from trainer.model import enable_gradient_checkpointing, load_base_model, load_tokenizer
+from trainer.loss_by_group import SplitLoss
+from trainer.loss_scale import after_step, loss_scale
+from trainer.meter import StepMeter
+from trainer.methods import METHODS, lora
+from trainer.metrics import Metrics, NoMetrics, report
+from trainer.model import (
+    check_dtypes,
+    check_model_folder,
+    enable_gradient_checkpointing,
+    load_base_model,
+    load_tokenizer,
+)
 from trainer.optimizers import Optimizer
+from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
+from trainer.pieces import check_shapes
 from trainer.probe import check_packing
 from trainer.ranks import joined_ranks
-from trainer.signals import StopSignals
-from trainer.stepping import StepOutcome, run_step
+from trainer.signals import StopSignals, stopped_exit_code
+from trainer.start_adapter import adapter_folder, merge_into
+from trainer.stepping import StepOutcome
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 from trainer.support import check_supported
+from trainer.trackers import TrackedRun
+from trainer.weights import WeightFiles, model_without_weights
 
 
 def train(config: PipelineConfig) -> TrainingResult:
     """Train, or go on with, or skip, what the config asks for. The caller holds the run root.
 
     One of several processes where the environment says so: all compute, the first one writes.
-    Raises errors of schemas.errors; SystemExit(128 + signal) after SIGTERM or SIGINT, once a checkpoint is
-    written.
+    Raises errors of schemas.errors; SystemExit after a signal, once a checkpoint is written.
     """
     check_supported(config)
+    config = lowered(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
         finished = read_result(job)
@@ -56,18 +78,24 @@ def train(config: PipelineConfig) -> TrainingResult:
 
 
 def train_job(job: Job) -> TrainingResult:
-    if job.ranks.is_first:
-        checkpoint.remove_leftovers(job.folder)
-    make_deterministic(job)
-    tokenizer = load_tokenizer(job.config)
-    model = place(job, apply_method(job, load_model(job)))
-    speed_up(job, model)
-    check_packing(model, device=job.device)
-    optimizer = build_optimizer(job, model)
-    progress = restore(job, optimizer)
-    announce(job, model, progress)
-    progress = run_steps(job, model, optimizer, progress)
-    return finish(job, model, tokenizer, progress)
+    with StopSignals() as signals:
+        if job.ranks.is_first:
+            remove_leftovers(job.folder)
+        make_deterministic(job)
+        tokenizer = load_tokenizer(job.config)
+        with memory_explained(job):
+            model = apply_method(job, load_model(job))
+            use_bin_dropout(model)
+            speed_up(job, model)
+            model = fill(job, place(job, model))
+            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            if job.config.train.compile:
+                tell(job, compile_layers(model))
+            optimizer = build_optimizer(job, model)
+            progress = restore(job, optimizer)
+        announce(job, model, progress)
+        progress = run_steps(job, model, optimizer, progress, signals)
+        return finish(job, model, tokenizer, progress)
 
 
 def tell(job: Job, message: str) -> None:
@@ -84,19 +112,49 @@ def make_deterministic(job: Job) -> None:
 
 
 def load_model(job: Job) -> torch.nn.Module:
-    model = load_base_model(job.model, base=job.config.train.base, device=job.device, dtype=job.dtype)
+    """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
+    model: PreTrainedModel | None = None
+    if STRATEGIES[job.config.train.strategy].fill is not None:
+        model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
+        if model is None:
+            tell(job, "each process loads the whole model first: this family's files can't be read in parts")
+    if model is None:
+        model = load_base_model(
+            job.model,
+            base=job.config.train.base,
+            device=job.device,
+            dtype=job.dtype,
+            lay_out=STRATEGIES[job.config.train.strategy].lay_out,
+        )
+    if job.model.adapter is not None and job.model.adapter_use == "merge":
+        merge_into(model, adapter_folder(job.model))
+    if job.config.train.attention == "by_document":
+        use_packed_attention(model, by_document=True)
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    trained: torch.nn.Module = METHODS[job.config.train.method].apply(model, job.config.train)
+    trained: torch.nn.Module
+    if job.model.adapter is not None and job.model.adapter_use == "continue":
+        trained = lora.apply_existing(unwrapped(model), job.config.train, adapter_folder(job.model))
+    else:
+        trained = METHODS[job.config.train.method].apply(model, job.config.train)
+    check_dtypes(trained, job.dtype)
     return trained
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
-    return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks)
+    return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks, job.config.train)
+
+
+def fill(job: Job, model: torch.nn.Module) -> torch.nn.Module:
+    fill_in = STRATEGIES[job.config.train.strategy].fill
+    if fill_in is not None:
+        with WeightFiles(check_model_folder(job.model)) as files:
+            fill_in(model, files, job.ranks)
+    return model
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
@@ -104,25 +162,21 @@ def speed_up(job: Job, model: torch.nn.Module) -> None:
 
 
 def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return STRATEGIES[job.config.train.strategy].build_optimizer(trained, job.config.train, job.ranks)
+    return STRATEGIES[job.config.train.strategy].build_optimizer(model, job.config.train, job.ranks)
 
 
 def restore(job: Job, optimizer: Optimizer) -> Progress:
     """Take over the newest usable checkpoint, if there is one."""
-    found = checkpoint.read_newest(job.folder, facts=facts(job), report=lambda line: tell(job, line))
-    num_steps = found.progress.num_steps if found is not None else 0
-    if num_steps != job.ranks.largest(num_steps):
-        raise TrainingError(
-            f"process {job.ranks.number} can't read a checkpoint that another one reads; look at its disk"
-        )
+    found = checkpoint.read_newest(
+        job.folder, facts=facts(job), report=lambda line: tell(job, line), ranks=job.ranks
+    )
     if found is None:
         return Progress()
-    optimizer.restore(found.weights, found.moments, num_updates=found.progress.num_updates)
-    tell(job, f"going on after step {num_steps}")
+    check_shapes(found.shapes, optimizer.shapes())
+    optimizer.restore(found.read, num_updates=found.progress.num_updates)
+    tell(job, f"going on after step {found.progress.num_steps}")
     if job.ranks.is_first:
-        newest = job.folder / checkpoint.step_name(num_steps)
-        checkpoint.settle(job.folder, newest=newest, keep=job.config.train.keep_checkpoints)
+        checkpoint.settle(job.folder, newest=found.folder, keep=job.config.train.keep_checkpoints)
     return found.progress
 
 
@@ -151,22 +205,34 @@ def announce(job: Job, model: torch.nn.Module, progress: Progress) -> None:
 # The loop ---------------------------------------------------------------------------------------------------
 
 
-def run_steps(job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress) -> Progress:
+def run_steps(
+    job: Job, model: torch.nn.Module, optimizer: Optimizer, progress: Progress, signals: StopSignals
+) -> Progress:
     steps = job.steps[progress.num_steps :]
-    with StopSignals() as signals, open_metrics(job, progress) as metrics:
+    meter = StepMeter(job, model)
+    with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
+        stepper = Stepper(job, model, optimizer)
+        signals.begin()
         for step in steps:
             started_at = time.monotonic()
-            outcome = run_step(job, model, optimizer, step)
+            scale = loss_scale(progress, job.dtype)
+            outcome = stepper.run(step, loss_scale=scale)
             progress = advance(job, progress, step, outcome)
-            metrics.log_step(step_record(job, step, outcome, time.monotonic() - started_at))
+            seconds = time.monotonic() - started_at
+            record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            if job.dtype == torch.float16:
+                progress = after_step(progress, scale, overflowed=outcome.is_overflow)
+                record["loss_scale"] = scale
+            metrics.log_step(record)
             check_progress(job, progress)
+            writer.check()
             if is_due(job, step, job.config.train.evaluate_every_steps):
                 progress = validate(job, model, metrics, progress)
             received = job.ranks.largest(signals.received or 0)
             if received or is_due(job, step, job.config.train.checkpoint_every_steps):
-                metrics.sync()
-                save(job, optimizer, progress)
+                save(optimizer, writer, metrics, progress)
             if received:
+                writer.wait()
                 stop(job, progress, received)
     return progress
 
@@ -176,10 +242,10 @@ def open_metrics(job: Job, progress: Progress) -> AbstractContextManager[Metrics
         return NoMetrics()
     num_tokens_left = sum(step.num_tokens for step in job.steps[progress.num_steps :])
     return Metrics(
-        job.folder,
-        num_steps_done=progress.num_steps,
+        TrackedRun(job.folder, job.key, progress.num_steps, job.settings),
         num_steps=len(job.steps),
         num_tokens_left=num_tokens_left,
+        trackers=job.config.train.trackers,
     )
 
 
@@ -190,7 +256,8 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
         progress,
         num_steps=progress.num_steps + 1,
         num_updates=progress.num_updates + was_updated,
-        num_nonfinite_steps=progress.num_nonfinite_steps + (not outcome.is_finite),
+        num_nonfinite_steps=progress.num_nonfinite_steps
+        + (not outcome.is_finite and not outcome.is_overflow),
         num_tokens=progress.num_tokens + step.num_tokens,
         num_trained_tokens=progress.num_trained_tokens + step.num_trained_tokens,
         first_loss=loss if progress.num_steps == 0 else progress.first_loss,
@@ -198,7 +265,7 @@ def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> P
     )
 
 
-def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
+def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
     return {
         "step": step.number + 1,
         "epoch": step.epoch,
@@ -207,9 +274,7 @@ def step_record(job: Job, step: Step, outcome: StepOutcome, seconds: float) -> d
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
         "num_trained_tokens": step.num_trained_tokens,
-        "tokens_per_second": step.num_tokens / max(seconds, 1e-9),
         "seconds": seconds,
-        "memory_gib": memory_gib(job.device),
     }
 
 
@@ -240,17 +305,29 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_by_source": _by_name(found.by_source),
+            "validation_by_language": _by_name(found.by_language),
         }
     )
     return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
 
 
-def save(job: Job, optimizer: Optimizer, progress: Progress) -> None:
-    """All ranks gather; the first one writes while the others go on."""
-    found = Checkpoint(progress, weights=optimizer.weights(), moments=optimizer.moments())
-    if job.ranks.is_first:
-        keep = job.config.train.keep_checkpoints
-        checkpoint.write_checkpoint(job.folder, found, facts=facts(job), keep=keep)
+def open_writer(job: Job, optimizer: Optimizer) -> CheckpointWriter:
+    keep = job.config.train.keep_checkpoints
+    writer = CheckpointWriter(job.folder, job.ranks, facts=facts(job), keep=keep)
+    writer.reserve(optimizer)
+    return writer
+
+
+def save(
+    optimizer: Optimizer, writer: CheckpointWriter, metrics: Metrics | NoMetrics, progress: Progress
+) -> None:
+    """Training goes on while it is written; the seconds that it could not are told."""
+
+    def tell_seconds(seconds: float) -> None:
+        metrics.log_checkpoint({"step": progress.num_steps, "checkpoint_seconds": seconds})
+
+    writer.save(optimizer, progress, when_copied=tell_seconds, before_publishing=metrics.sync)
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -261,30 +338,35 @@ def facts(job: Job) -> dict[str, Any]:
 def stop(job: Job, progress: Progress, signal_number: int) -> None:
     tell(
         job,
-        f"stopped by signal {signal_number} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
+        f"stopped by {signal.Signals(signal_number).name} after step {progress.num_steps} of {len(job.steps)}; checkpoint in "
         f"{job.folder / checkpoint.step_name(progress.num_steps)}; run the same command to go on",
     )
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(stopped_exit_code(signal_number))
 
 
 def finish(
     job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> TrainingResult:
-    written = publish(job, model, tokenizer, progress) if job.ranks.is_first else None
+    output = write_output(job, model, tokenizer)
+    written = publish(job, model, progress, output) if job.ranks.is_first else None
     job.ranks.wait_for_all()
     result = written if written is not None else read_result(job)
     assert result is not None, "the first rank has just written it"
     return result
 
 
-def publish(
-    job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> TrainingResult:
-    output = write_output(job, model, tokenizer)
+def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) -> TrainingResult:
     result = write_result(job, model, progress, output)
     mark_current(job)
     report(f"trained weights in {output}")
     return result
+
+
+def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        for name, found in losses.items()
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -328,7 +328,7 @@ def sized_model(folder: Path, *, layers: int, hidden: int) -> Path:
     [
         (H100, 32, {}, "ok"),  # 6.6 G weights, LoRA
         (H100, 32, {"method": "full"}, "fails"),
-        (T4, 32, {}, "fails"),  # 26 GiB in float32
+        (T4, 32, {}, "warns"),  # 13 GiB in float16
         (T4, 4, {}, "ok"),
         (H100, 32, {"bins_per_micro_step": 8}, "warns"),
         (H100, 32, {"bins_per_micro_step": 8, "gradient_checkpointing": True}, "ok"),

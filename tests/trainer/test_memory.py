@@ -70,7 +70,8 @@ def test_the_floor_is_what_weights_and_optimiser_really_hold(
     optimizer.collect_gradients()
     gradients = [master.grad for master in optimizer.masters.values()]
     optimizer._adamw.step()
-    held = {*model.parameters(), *optimizer.masters.values(), *gradients, *optimizer.moments().values()}
+    moments = [piece.values for piece in optimizer.pieces() if piece.kind != "weight"]
+    held = {*model.parameters(), *optimizer.masters.values(), *gradients, *moments}
     need = memory_need(
         config, read_shapes(folder), model_architecture(config), bytes_per_weight=dtype.itemsize
     )
@@ -78,17 +79,21 @@ def test_the_floor_is_what_weights_and_optimiser_really_hold(
     assert need.likely > need.floor
 
 
-def test_an_8_bit_base_and_shared_states_need_less(folder: Path) -> None:
+def test_a_quantised_base_and_shared_states_need_less(folder: Path) -> None:
     shapes = read_shapes(folder)
     plain = memory_need(config_of(folder), shapes, {}, bytes_per_weight=2)
     small = memory_need(config_of(folder, base="int8"), shapes, {}, bytes_per_weight=2)
+    smallest = memory_need(config_of(folder, base="nf4"), shapes, {}, bytes_per_weight=2)
     linear = sum(math.prod(shape) for name, shape in shapes.items() if "_proj" in name)
     assert plain.weights - small.weights == linear
+    assert plain.weights - smallest.weights == linear * (2 - 1 / 2 - 4 / 64)
     states = [
         memory_need(config_of(folder, strategy=name), shapes, {}, bytes_per_weight=2, num_processes=4).states
-        for name in ("ddp", "zero1", "zero2")
+        for name in ("ddp", "zero1", "zero2", "zero3")
     ]
-    assert [share / plain.states for share in states] == [1, 7 / 16, 1 / 4]
+    assert [share / plain.states for share in states] == [1, 7 / 16, 1 / 4, 1 / 4]
+    cut = memory_need(config_of(folder, strategy="zero3"), shapes, {}, bytes_per_weight=2, num_processes=4)
+    assert cut.weights == math.ceil(plain.weights / 4)
     assert plain.activations == 0, "no shape is known"
 
 

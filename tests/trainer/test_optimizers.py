@@ -1,6 +1,5 @@
 """AdamW over masters and closed-form schedules. Judges: torch.optim.AdamW and transformers' schedules."""
 
-import copy
 import math
 from typing import Any
 
@@ -17,6 +16,8 @@ from transformers.optimization import (
 from schemas.errors import TrainingError
 from schemas.training_config import TrainConfig
 from trainer.optimizers import MasterAdamW, learning_rate, num_warmup_steps
+from trainer.pieces import ReadPiece
+from trainer.ranks import Ranks
 
 SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "adam_beta2": 0.99, "max_grad_norm": 0.5}
 
@@ -92,11 +93,10 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
             optimizer.step(1e-2)
 
     run(model, optimizer, range(5))
-    weights = {name: tensor.detach().clone() for name, tensor in optimizer.masters.items()}
-    moments = copy.deepcopy(optimizer.moments())
+    read = memory_of(optimizer)
     other = small_model(dtype)
     resumed = MasterAdamW(other.named_parameters(), TrainConfig(**SETTINGS))
-    resumed.restore(weights, moments, num_updates=optimizer.num_updates)
+    resumed.restore(read, num_updates=optimizer.num_updates)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     run(model, optimizer, range(5, 10))
@@ -106,13 +106,32 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     assert resumed.num_updates == 10
 
 
-def test_a_checkpoint_of_another_model_is_refused() -> None:
-    optimizer = MasterAdamW(small_model().named_parameters(), TrainConfig())
-    weights = {name: tensor.detach().clone() for name, tensor in optimizer.masters.items()}
-    with pytest.raises(TrainingError, match="first difference extra"):
-        optimizer.restore({**weights, "extra": torch.zeros(1)}, {}, num_updates=0)
-    with pytest.raises(TrainingError, match=r"0\.weight has shape \(1,\), expected \(7, 5\)"):
-        optimizer.restore({**weights, "0.weight": torch.zeros(1)}, {}, num_updates=0)
+def memory_of(optimizer: MasterAdamW) -> ReadPiece:
+    """What is read from a checkpoint of its state."""
+    kept = {(piece.kind, piece.name): piece.values.clone() for piece in optimizer.pieces()}
+
+    def read(kind: str, name: str, start: int, end: int) -> torch.Tensor | None:
+        return kept[kind, name][start:end].clone() if (kind, name) in kept else None
+
+    return read
+
+
+def test_each_rank_hands_over_its_share_of_the_tensors_that_all_hold() -> None:
+    model = small_model()
+    whole = MasterAdamW(model.named_parameters(), TrainConfig())
+    backward(model, 0)
+    whole.collect_gradients()
+    whole.step(1e-2)
+    shares = []
+    for number in range(3):
+        share = MasterAdamW(model.named_parameters(), TrainConfig(), Ranks(number, 3))
+        share.restore(memory_of(whole), num_updates=1)
+        shares.append({(piece.kind, piece.name): piece.values for piece in share.pieces()})
+    assert sum(map(len, shares)) == 3 * 4
+    together = {key: values for share in shares for key, values in share.items()}
+    for piece in whole.pieces():
+        assert torch.equal(together[piece.kind, piece.name], piece.values)
+        assert piece.values.shape == (whole.shapes()[piece.name].numel(),)
 
 
 def test_nothing_trainable_is_an_error() -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from flows.training import parent_pipe
+from pipelines.run_lock import PARENT_FD_VARIABLE
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from tests.trainer.tiny_models import tiny_run, write_model
-from trainer import checkpoint
+from trainer import checkpoint, out_of_memory
 from trainer import train as train_module
 from trainer.job import plan_job
 from trainer.metrics import Metrics, keep_steps
@@ -120,8 +122,8 @@ def test_with_a_damaged_newest_checkpoint_the_one_before_is_taken_and_said(
         with pytest.raises(Crash):
             train(config)
     newest, second, third = checkpoint.step_folders(plan_job(config).folder)
-    (newest / "weights.safetensors").write_bytes(b"")
-    path = second / "moments.safetensors"
+    (newest / "index.json").write_bytes(b"")
+    path = second / "pieces-00001-of-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(bytes(data))
@@ -133,7 +135,9 @@ def test_with_a_damaged_newest_checkpoint_the_one_before_is_taken_and_said(
     assert f"going on after step {int(third.name.removeprefix('step-'))}" in said
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     tmp_path: Path,
     number: signal.Signals,
@@ -144,19 +148,19 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     expected = unbroken(tmp_path / "unbroken")
     config = run_of(tmp_path / "broken")
     handler = signal.getsignal(number)
-    original = train_module.run_step
+    original = out_of_memory.run_step
 
-    def with_signal(job: Any, model: Any, optimizer: Any, step: Any) -> Any:
+    def with_signal(job: Any, model: Any, optimizer: Any, step: Any, **more: Any) -> Any:
         if step.number == 4:
             os.kill(os.getpid(), number)
-        return original(job, model, optimizer, step)
+        return original(job, model, optimizer, step, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "run_step", with_signal)
+        patch.setattr(out_of_memory, "run_step", with_signal)
         with pytest.raises(SystemExit) as exit:
             train(config)
     assert exit.value.code == exit_code
-    assert "after step 5 of" in capsys.readouterr().err
+    assert f"stopped by {number.name} after step 5 of" in capsys.readouterr().err
     assert (plan_job(config).folder / "latest").read_text() == "step-00000005\n"
     assert signal.getsignal(number) == handler
     assert_same_training(config, expected)
@@ -177,16 +181,19 @@ def test_metrics_of_steps_after_the_checkpoint_and_cut_lines_are_dropped(tmp_pat
 # Real processes, really killed --------------------------------------------------------------------------------
 
 
-def start(config: PipelineConfig) -> "subprocess.Popen[bytes]":
-    """`python -m trainer.launch train` as a flow starts it."""
+def start(config: PipelineConfig, *, parent: int | None = None) -> "subprocess.Popen[bytes]":
+    """`python -m trainer.launch train` by hand, or with the pipe of a flow."""
     path = config.run_root / "config.json"
     path.write_text(config.model_dump_json())
     # Sums depend on the number of threads, so the child has as many as we.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if parent is not None:
+        environment[PARENT_FD_VARIABLE] = str(parent)
     return subprocess.Popen(
         [sys.executable, "-m", "trainer.launch", "train", "--config", str(path)],
         cwd=ROOT,
         env=environment,
+        pass_fds=[] if parent is None else [parent],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -249,14 +256,22 @@ def test_a_process_killed_again_and_again_also_while_it_writes_checkpoints(
 
 
 @pytest.mark.slow
-def test_the_module_ends_after_a_sigterm_with_a_checkpoint_and_143(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "has_parent", "exit_code"),
+    [(signal.SIGTERM, True, 143), (signal.SIGUSR1, False, 0)],
+    ids=["under a flow", "under a scheduler"],
+)
+def test_the_module_ends_after_a_signal_with_a_checkpoint_and_a_code_for_who_started_it(
+    tmp_path: Path, number: signal.Signals, has_parent: bool, exit_code: int
+) -> None:
     config = run_of(tmp_path / "run", epochs=20)
     metrics_path = plan_job(config).folder / "metrics.jsonl"
-    with start(config) as process:
+    with parent_pipe() as pipe, start(config, parent=pipe if has_parent else None) as process:
         wait_for(process, lambda: num_lines(metrics_path) >= 3)
-        process.terminate()
+        for _ in range(3):  # a group's signal comes again from who started us
+            process.send_signal(number)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors.decode()
+    assert process.returncode == exit_code, errors.decode()
     assert b"run the same command to go on" in errors
     assert output == b""
     newest = checkpoint.step_folders(plan_job(config).folder)[0]

@@ -92,6 +92,7 @@ class Document:
     ids: list[int]
     spans: list[tuple[int, int, float]]
     source: str = "tiny/chats.json"
+    language: str = "en"
 
 
 def learnable_documents(count: int, *, seed: int = 0, longest: int = 40) -> list[Document]:
@@ -244,7 +245,7 @@ def _shard_row(document: Document, number: int) -> dict[str, Any]:
         "first_message": 0,
         "end_message": 2,
         "source": document.source,
-        "language": "en",
+        "language": document.language,
     }
 
 

@@ -1,8 +1,10 @@
-"""What is trained. A method is a module of three names; adding one is one file and one line here.
+"""What is trained. A method is a module of four names; adding one is one file and one line here.
 
-OUTPUT_FOLDER                      name of the folder that it leaves beside its checkpoints
-apply(model, train) -> model       freeze, wrap, switch on what is trained
-save(model, folder, config) -> None   the trained weights, in a format that plain libraries load
+OUTPUT_FOLDER                       name of the folder that it leaves beside its checkpoints
+apply(model, train) -> model        freeze, wrap, switch on what is trained
+saved_names(model) -> names         of the parameters that save() wants, the same on all ranks
+save(model, folder, config, weights) -> None   the trained weights, in a format that plain libraries load;
+                                    `weights` yields those parameters by name, each whole and on the CPU
 """
 
 from types import ModuleType

@@ -4,22 +4,18 @@ Gradients are added up locally over a step's micro-steps and summed over the ran
 the model, and what one rank computes does not depend on when the others answer.
 """
 
-from collections.abc import Iterable
-
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import MasterAdamW
+from trainer.optimizers import MasterAdamW, trained_parameters
 from trainer.ranks import Ranks
 
 
-def place(model: torch.nn.Module, device: torch.device, ranks: Ranks) -> torch.nn.Module:
+def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
     placed = model.to(device).train()
     ranks.copy_from_first([p.detach() for p in placed.parameters() if p.requires_grad])
     return placed
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig, ranks: Ranks
-) -> MasterAdamW:
-    return MasterAdamW(parameters, train, ranks)
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> MasterAdamW:
+    return MasterAdamW(trained_parameters(model), train, ranks)

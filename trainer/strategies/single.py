@@ -1,19 +1,23 @@
 """One device holds everything."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import MasterAdamW
+from trainer.optimizers import MasterAdamW, trained_parameters
 from trainer.ranks import Ranks
 
 
-def place(model: torch.nn.Module, device: torch.device, ranks: Ranks) -> torch.nn.Module:
+def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: TrainConfig) -> torch.nn.Module:
     return model.to(device).train()
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], train: TrainConfig, ranks: Ranks
-) -> MasterAdamW:
-    return MasterAdamW(parameters, train)
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> MasterAdamW:
+    return MasterAdamW(trained_parameters(model), train)
+
+
+def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    parameters = dict(model.named_parameters())
+    for name in names:
+        yield name, parameters[name].detach().cpu()

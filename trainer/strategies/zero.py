@@ -1,117 +1,112 @@
 """DeepSpeed's ZeRO 1 and 2: each rank keeps a part of the masters and moments, with ZeRO 2 of the gradients too.
 
-The base model stays whole on each rank and DeepSpeed never sees it, so it may be held in 8 bits. DeepSpeed sums the
+The base model stays whole on each rank and DeepSpeed never sees it, so it may be quantised. DeepSpeed sums the
 gradients, clips, updates, and gathers the new weights; it neither reads nor writes checkpoints here, since its own
 are pickles for one number of ranks. Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion
 Parameter Models (2020).
 """
 
-import contextlib
-import io
-import os
-import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import (
-    ComputeLoss,
-    Tensors,
-    check_restored,
-    step_count,
-    torch_adamw,
-    trainable,
-)
+from trainer.optimizers import ComputeLoss, step_count, trainable, trained_parameters
+from trainer.pieces import KINDS, MOMENTS, Piece, ReadPiece, Shapes
 from trainer.ranks import Ranks
+from trainer.strategies.deepspeed_engine import engine_settings, start_engine
+from trainer.weights import whole_shape
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_BUCKET_NUMBERS = 1 << 26
-"""Gradients in one message. DeepSpeed allocates a buffer of this size, by default 500 million numbers."""
+Parameters = Mapping[str, torch.nn.Parameter]
+
+
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks, *, stage: int) -> "ZeroAdamW":
+    parameters = trainable(trained_parameters(model))
+    weights = list(parameters.values())
+    settings = engine_settings(weights, train, stage=stage, device=ranks.device)
+    settings["gradient_allreduce_op"] = "sum"
+    engine = start_engine(_TrainedWeights(weights), weights, train, ranks, settings)
+    return ZeroAdamW(parameters, engine, ranks, SHARDS)
+
+
+class Fragment(NamedTuple):
+    """This rank's numbers [start, ...) of one flattened weight: by kind, fp32, 1-D, where DeepSpeed keeps them."""
+
+    name: str
+    start: int
+    numbers: Mapping[str, torch.Tensor]
+
+
+class Shards(NamedTuple):
+    """Where a stage of ZeRO keeps what the optimiser adds up.
+
+    `parts` are this rank's masters, flat, each of many weights; `fragments` say which numbers in them and their
+    moments are of which weight; `write_back` casts masters into what computes. With `takes_mean` gradients are
+    divided by the number of ranks on the way.
+    """
+
+    parts: Callable[[Any], list[torch.Tensor]]
+    fragments: Callable[[Any, Parameters], Iterator[Fragment]]
+    write_back: Callable[[Any], None]
+    takes_mean: bool
 
 
 class ZeroAdamW:
     """A trainer.optimizers.Optimizer: torch's AdamW inside DeepSpeed."""
 
-    def __init__(
-        self,
-        parameters: Iterable[tuple[str, torch.nn.Parameter]],
-        train: TrainConfig,
-        ranks: Ranks,
-        *,
-        stage: int,
-    ) -> None:
-        self.parameters = trainable(parameters)
+    def __init__(self, parameters: Parameters, engine: Any, ranks: Ranks, shards: Shards) -> None:
+        self.parameters = parameters
         self._ranks = ranks
-        self._adamw = torch_adamw(self.parameters.values(), train)
-        deepspeed = _import_deepspeed(ranks.device)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is in use
-            self._engine: Any = deepspeed.initialize(
-                model=_TrainedWeights(self.parameters.values()),
-                optimizer=self._adamw,
-                config=_settings(list(self.parameters.values()), train, stage),
-                dist_init_required=False,
-            )[0]
+        self._engine = engine
+        self._shards = shards
+        self._adamw = engine.optimizer.optimizer
         self._make_moments()
 
     def _make_moments(self) -> None:
-        """All at 0, as torch would in the first update. DeepSpeed looks there which part of them is whose, and it
-        looks once, after the first of its groups: left to themselves, the moments of a second one are not found.
-        """
-        for part in self._parts():
+        """All at 0, as torch would in the first update: so there are some to be restored before it."""
+        for part in self._shards.parts(self._engine):
             empty = {kind: torch.zeros_like(part) for kind in MOMENTS}
             self._adamw.state[part] = {"step": step_count(0, part), **empty}
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _parts(self) -> Iterator[torch.Tensor]:
-        """This rank's parts of the masters, one for each group of weights: DeepSpeed has put them in their place."""
-        for group in self._adamw.param_groups:
-            yield from group["params"]
-
-    def backward(self, compute_loss: ComputeLoss) -> torch.Tensor:
+    def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
         loss = self._engine(compute_loss)
         # A loss that is not finite may have a finite gradient; so it has not, and DeepSpeed drops the step.
-        self._engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
+        factor = 1 + 0 * loss.detach()
+        if self._shards.takes_mean:
+            factor *= self._ranks.count
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
         return loss.detach()
 
-    def update(self, loss: torch.Tensor, learning_rate: float) -> tuple[float, float]:
+    def update(
+        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+    ) -> tuple[float, float]:
         loss_value = float(self._ranks.add_up(loss))
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         return loss_value, float(self._engine.get_global_grad_norm())
 
-    def weights(self) -> Tensors:
-        from deepspeed.utils import safe_get_full_fp32_param
+    def drop_gradients(self) -> None:
+        raise NotImplementedError("DeepSpeed exchanges gradients in the backward pass")
 
-        gathered = ((name, safe_get_full_fp32_param(p)) for name, p in self.parameters.items())
-        return self._kept(gathered)
+    def shapes(self) -> Shapes:
+        return {name: torch.Size(whole_shape(parameter)) for name, parameter in self.parameters.items()}
 
-    def moments(self) -> Tensors:
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def pieces(self) -> Iterator[Piece]:
+        for fragment in self._shards.fragments(self._engine, self.parameters):
+            for kind in KINDS:
+                yield Piece(kind, fragment.name, fragment.start, fragment.numbers[kind])
 
-        names = ((kind, name, p) for kind in MOMENTS for name, p in self.parameters.items())
-        return self._kept(
-            (f"{kind}.{name}", safe_get_full_optimizer_state(p, kind)) for kind, name, p in names
-        )
-
-    def _kept(self, gathered: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
-        """All ranks gather, one weight at a time; the first one keeps them, off the GPU."""
-        return {name: tensor.cpu() for name, tensor in gathered if self._ranks.is_first}
-
-    def restore(self, weights: Tensors, moments: Tensors, *, num_updates: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        check_restored(weights, self.parameters)
-        for part in self._parts():
+    @torch.no_grad()
+    def restore(self, read: ReadPiece, *, num_updates: int) -> None:
+        for part in self._shards.parts(self._engine):
             self._adamw.state[part]["step"].fill_(float(num_updates))
-        for name, parameter in self.parameters.items():
-            safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
-            for kind in MOMENTS:
-                value = moments.get(f"{kind}.{name}", torch.zeros_like(weights[name]))
-                safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
-        self._engine.optimizer.update_lp_params()
+        for name, start, numbers in self._shards.fragments(self._engine, self.parameters):
+            for kind, here in numbers.items():
+                found = read(kind, name, start, start + here.numel())
+                here.copy_(found if found is not None else torch.zeros_like(here))
+        self._shards.write_back(self._engine)
 
 
 class _TrainedWeights(torch.nn.Module):
@@ -125,37 +120,25 @@ class _TrainedWeights(torch.nn.Module):
         return compute_loss()
 
 
-def _settings(parameters: list[torch.nn.Parameter], train: TrainConfig, stage: int) -> dict[str, Any]:
-    bucket = min(sum(parameter.numel() for parameter in parameters), MAX_BUCKET_NUMBERS)
-    bucket += bucket % 2  # it wants an even one
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # it counts samples by it, for its own log
-        "gradient_accumulation_steps": 1,
-        # We say with step() when the micro-steps of a step are done. The loss is divided by the whole step's weight.
-        "managed_gradient_accumulation": False,
-        "gradient_allreduce_op": "sum",
-        "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": parameters[0].dtype == torch.bfloat16, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_force_ds_cpu_optimizer": False,
-    }
+# Where stages 1 and 2 keep them -----------------------------------------------------------------------------
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told what it would otherwise find out by compiling programs and asking for MPI."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    import deepspeed
-    import deepspeed.ops
+def _parts(engine: Any) -> list[torch.Tensor]:
+    return [part for group in engine.optimizer.optimizer.param_groups for part in group["params"]]
 
-    # DeepSpeed 0.19 gathers by a name that torch 2.13 is giving up; nobody can act on the warning.
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
-    # It would compile its own all-reduce for CPUs, half a minute at first use, and look for a compiler for that.
-    deepspeed.ops.__compatible_ops__ = {}
-    return deepspeed
+
+def _fragments(engine: Any, parameters: Parameters) -> Iterator[Fragment]:
+    # DeepSpeed looks where the moments are once, after the first of its groups; those of a second one come later.
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in parameters.items():
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:  # else another rank has it
+            numbers = {kind: mapping.get_hp_fragment(None if kind == "weight" else kind) for kind in KINDS}
+            yield Fragment(name, mapping.lp_fragment_address.start, numbers)
+
+
+def _write_back(engine: Any) -> None:
+    engine.optimizer.update_lp_params()
+
+
+SHARDS = Shards(_parts, _fragments, _write_back, takes_mean=False)

@@ -1,0 +1,99 @@
+"""Rows of the support matrix as trainings of three steps: on one process here, on two in one group of ranks."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from schemas.pipeline_config import PipelineConfig
+from tests.trainer.rank_groups import train_with_two_processes
+from tests.trainer.tiny_models import learnable_documents, tiny_run, write_model, write_plans
+from trainer.job import plan_job
+from trainer.support import ONE_PROCESS
+from trainer.support_matrix import Answer, model_settings, train_settings
+from trainer.train import train_job
+
+NUM_STEPS = 3
+NUM_DOCUMENTS = 20
+DOCUMENTS = {
+    "train": learnable_documents(NUM_DOCUMENTS),
+    "validation": learnable_documents(6, seed=1),
+    "test": learnable_documents(6, seed=2),
+}
+Settings = Mapping[str, Any]
+
+
+def row_name(settings: Settings) -> str:
+    """zero2-lora-int8-bfloat16-packed-checkpointing"""
+    words = (
+        str(name) if value is True else str(value) for name, value in settings.items() if value is not False
+    )
+    return "-".join(words)
+
+
+def config_of_row(folder: Path, settings: Settings) -> PipelineConfig:
+    """A run root of that name beside the model that all rows share."""
+    model = folder / "model"
+    if not model.exists():
+        write_model(model)
+    place = folder / row_name(settings)
+    train = {
+        "max_steps": NUM_STEPS,
+        "bins_per_step": 3,  # over two processes: one of them computes a filler
+        "learning_rate": 1e-2 if settings["method"] == "lora" else 1e-3,
+        "lora": {"rank": 4, "alpha": 8},
+        "num_processes": 1 if settings["strategy"] in ONE_PROCESS else 2,
+        **train_settings(settings),
+    }
+    config = tiny_run(
+        place,
+        train=train,
+        model={"path": str(model), **model_settings(settings)},
+        num_documents=NUM_DOCUMENTS,
+        pack={"mode": settings["packing"]},
+    )
+    write_plans(config.run_root, DOCUMENTS, capacity=64 if settings["packing"] == "packed" else 1)
+    return config
+
+
+def losses_of_rows(folder: Path, rows: Sequence[Settings]) -> dict[str, list[float]]:
+    """Losses of the three steps by the row's name."""
+    configs = {row_name(row): config_of_row(folder, row) for row in rows}
+    alone = {name: one for name, one in configs.items() if one.train.strategy in ONE_PROCESS}
+    for config in alone.values():
+        train_job(plan_job(config))
+    together = {name: one for name, one in configs.items() if name not in alone}
+    if together:
+        train_with_two_processes(together, folder / "extensions")
+    return {name: read_losses(config) for name, config in configs.items()}
+
+
+def read_losses(config: PipelineConfig) -> list[float]:
+    (metrics,) = (config.run_root / "checkpoints").glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return [math.nan if loss is None else loss for loss in losses]
+
+
+def reference_of(settings: Settings) -> dict[str, Any]:
+    """The row that computes the same the plain way: one process, plain base, fp32, nothing switched on."""
+    plain = {"strategy": "single", "base": "plain", "dtype": "float32"}
+    return {name: plain.get(name, False if value is True else value) for name, value in settings.items()}
+
+
+def pairwise(found: Iterable[Answer]) -> list[Answer]:
+    """Few rows in which every two values that meet in some row meet."""
+    rows = list(found)
+    open_pairs = {pair for row in rows for pair in _pairs(row)}
+    chosen = []
+    while open_pairs:
+        best = max(rows, key=lambda row: sum(pair in open_pairs for pair in _pairs(row)))
+        chosen.append(best)
+        open_pairs -= set(_pairs(best))
+    return chosen
+
+
+def _pairs(row: Answer) -> Iterator[Any]:
+    return itertools.combinations(row.settings.items(), 2)

@@ -1,0 +1,79 @@
+"""Settings that work otherwise than asked for: what is done in their place, and why. Light: no torch.
+
+The training prints what it does as it begins; this table says it beforehand, and feeds the published matrix.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from schemas.pipeline_config import PipelineConfig
+from trainer.rules import Adaptation
+
+
+def adaptations(config: PipelineConfig, architecture: dict[str, Any]) -> Iterator[tuple[Adaptation, str]]:
+    """Each that the config meets, with what was found."""
+    for adaptation in ADAPTATIONS:
+        found = adaptation.find(config, architecture)
+        if found is not None:
+            yield adaptation, found
+
+
+def _lora_over_bits(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.method != "lora" or train.kernels == "plain" or train.base != "int8":
+        return None
+    return f"train.base is {train.base}"
+
+
+def _lora_with_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.method != "lora" or train.kernels == "plain" or train.lora.dropout == 0:
+        return None
+    return f"train.lora.dropout is {train.lora.dropout}"
+
+
+def _half_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    return "model.dtype is float16" if config.model and config.model.dtype == "float16" else None
+
+
+def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    return "model.dtype is float32" if config.model and config.model.dtype == "float32" else None
+
+
+def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    return "train.compile is true" if config.train.compile else None
+
+
+ADAPTATIONS = (
+    Adaptation(
+        "lora-over-bits",
+        _lora_over_bits,
+        "LoRA layers compute PEFT's own way, one product after the other",
+        "bitsandbytes multiplies in 8 bits itself, and the fused pass wants to",
+    ),
+    Adaptation(
+        "lora-dropout",
+        _lora_with_dropout,
+        "LoRA layers compute PEFT's own way, one product after the other",
+        "the fused pass gives both products the same input, and dropout changes that of one",
+    ),
+    Adaptation(
+        "attention-by-document",
+        _wide_floats,
+        "attention runs one document after the other, also on CUDA",
+        "the variable-length kernel computes in 16 bits",
+    ),
+    Adaptation(
+        "compile-parts",
+        _compiled,
+        "each layer is compiled in two parts, attention runs between them; Liger's kernels are left out",
+        "attention knows the documents' borders as numbers, and a compiler would make a program for each set of them",
+        links=("huggingface/peft#1199", "huggingface/peft#2900"),
+    ),
+    Adaptation(
+        "loss-scale",
+        _half_floats,
+        "the loss is multiplied before the backward pass; steps that overflow are skipped and counted",
+        "fp16 has no numbers below 6e-8, where many gradients are",
+    ),
+)

@@ -1,0 +1,177 @@
+"""Writes checkpoints beside the training: what it holds is copied at the border of a step, and a thread does the rest.
+
+Training waits for the copy alone, and for the checkpoint before if that is still being written. Each rank writes its
+own part, the first one waits for all of them and publishes: no rank waits for another in a thread. What goes wrong
+there ends the training at its next step.
+"""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import checkpoint, folders
+from trainer.checkpoint import Progress
+from trainer.optimizers import Optimizer
+from trainer.pieces import KINDS, Piece
+from trainer.ranks import Ranks
+
+MAX_MEMORY_SHARE = 0.5
+"""Of the free memory, for the copies of all ranks of this machine; a larger state is written while training waits."""
+
+
+class CheckpointWriter:
+    """One checkpoint at a time. All ranks call the same methods in the same order."""
+
+    def __init__(self, folder: Path, ranks: Ranks, *, facts: dict[str, Any], keep: int) -> None:
+        self._folder = folder
+        self._ranks = ranks
+        self._facts = facts
+        self._keep = keep
+        self._owner = ranks.largest(os.getpid() if ranks.is_first else 0)
+        self._buffer: HostBuffer | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._is_given_up = threading.Event()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """After an error a part that others are waiting for is still written; the others are not waited for."""
+        if kind is not None:
+            self._is_given_up.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._buffer is not None:
+            self._buffer.free()
+        if kind is None:
+            self.check()
+
+    def reserve(self, optimizer: Optimizer) -> None:
+        """Take the memory for copies now, so that the first checkpoint does not wait for it."""
+        weights = [piece.values for piece in optimizer.pieces() if piece.kind == "weight"]
+        num_numbers = len(KINDS) * sum(weight.numel() for weight in weights)
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks.count))
+        if 4 * num_numbers * num_local <= MAX_MEMORY_SHARE * _free_memory():
+            self._buffer = HostBuffer(num_numbers, is_pinned=any(w.is_cuda for w in weights))
+
+    def save(
+        self,
+        optimizer: Optimizer,
+        progress: Progress,
+        *,
+        when_copied: Callable[[float], None],
+        before_publishing: Callable[[], None],
+    ) -> None:
+        """Begin a checkpoint of this state. `when_copied` gets the seconds that training has waited for it; the
+        thread calls `before_publishing`.
+        """
+        started_at = time.monotonic()
+        self.wait()
+        final = self._folder / checkpoint.step_name(progress.num_steps)
+        aside = folders.hidden(final, owner=self._owner)
+        shapes = optimizer.shapes()
+        copies: list[Piece] | None = None
+        if self._buffer is not None:
+            copies = self._buffer.copy(optimizer.pieces())
+        else:
+            checkpoint.write_part(aside, shapes, optimizer.pieces, self._ranks)
+
+        def finish() -> None:
+            if copies is not None:
+                checkpoint.write_part(aside, shapes, lambda: copies, self._ranks)
+            self._publish(aside, final, progress, before_publishing)
+
+        when_copied(time.monotonic() - started_at)
+        self._thread = threading.Thread(
+            target=self._run, args=(finish, aside), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Until the checkpoint that was begun is there, as far as this rank is concerned."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _run(self, finish: Callable[[], None], aside: Path) -> None:
+        try:
+            finish()
+        except BaseException as error:  # noqa: BLE001 - raised again by check()
+            if self._ranks.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            self._error = error
+
+    def _publish(
+        self, aside: Path, final: Path, progress: Progress, before_publishing: Callable[[], None]
+    ) -> None:
+        if not self._ranks.is_first:
+            return
+        before_publishing()
+        is_there = checkpoint.complete(
+            aside,
+            final,
+            progress,
+            facts=self._facts,
+            num_parts=self._ranks.count,
+            is_given_up=self._is_given_up.is_set,
+        )
+        if is_there:
+            checkpoint.settle(self._folder, newest=final, keep=self._keep)
+
+
+class HostBuffer:
+    """Memory of the host for so many fp32 numbers, page-locked where a GPU copies into it; used again and again."""
+
+    def __init__(self, num_numbers: int, *, is_pinned: bool) -> None:
+        self._numbers = torch.empty(num_numbers, dtype=torch.float32)
+        # Locked where it lies: torch's own page-locked memory comes in powers of two, up to twice as much.
+        self._is_pinned = is_pinned and num_numbers > 0
+        if self._is_pinned:
+            _check_cuda(torch.cuda.cudart().cudaHostRegister(self._numbers.data_ptr(), 4 * num_numbers, 0))
+
+    def copy(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The same pieces, their numbers in this buffer."""
+        copies: list[Piece] = []
+        end = 0
+        for piece in pieces:
+            start, end = end, end + piece.values.numel()
+            values = self._numbers[start:end]
+            values.copy_(piece.values.detach(), non_blocking=True)
+            copies.append(piece._replace(values=values))
+        if self._is_pinned:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def free(self) -> None:
+        """Nobody may use the copies any more."""
+        if self._is_pinned:
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._numbers.data_ptr()))
+            self._is_pinned = False
+
+
+def _check_cuda(code: Any) -> None:
+    if int(code) != 0:
+        raise MemoryError(f"CUDA can't lock host memory for checkpoints: error {int(code)}")
+
+
+def _free_memory() -> int:
+    """Bytes that the system can still give away."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return 0

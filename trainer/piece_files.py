@@ -1,0 +1,186 @@
+"""Pieces on the disk: safetensors files, written and digested in one go, and read by ranges.
+
+Written here and not by the library, which first makes a second copy of all tensors in memory, holds Python's lock
+while it does, and never calls fsync. Any reader of safetensors reads them.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+
+from schemas.run import FileEntry
+from trainer.pieces import KINDS, MOMENTS, Piece, Shapes
+
+NUMBER_BYTES = 4
+HEADER_ALIGNMENT = 8
+MakePieces: TypeAlias = Callable[[], Iterable[Piece]]
+
+
+class Run(NamedTuple):
+    """Numbers [start, end) of the flattened tensor `name`, of one kind."""
+
+    kind: str
+    name: str
+    start: int
+    end: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        return f"{self.kind}.{self.name}:{self.start}"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(_Record):
+    """What one rank has written."""
+
+    file: FileEntry
+    shapes: dict[str, tuple[int, ...]]
+    runs: tuple[Run, ...]
+
+
+class StoredRun(NamedTuple):
+    """Numbers [start, end) are in that file."""
+
+    file: str
+    start: int
+    end: int
+
+
+class Index(_Record):
+    """index.json: the trained tensors' shapes, and by kind and name where their numbers lie, in order."""
+
+    shapes: dict[str, tuple[int, ...]]
+    runs: dict[str, dict[str, tuple[StoredRun, ...]]]
+
+
+# Writing ----------------------------------------------------------------------------------------------------
+
+
+def write_pieces(path: Path, make_pieces: MakePieces) -> tuple[FileEntry, tuple[Run, ...]]:
+    """Write and fsync one file; `make_pieces` is called twice, for the header and for the numbers."""
+    runs = tuple(
+        Run(kind, name, start, start + values.numel())
+        for kind, name, start, values in _not_empty(make_pieces())
+    )
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for data in (_header(runs), *map(_bytes_of, _not_empty(make_pieces()))):
+            file.write(data)
+            digest.update(data)
+            num_bytes += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(path=path.name, num_bytes=num_bytes, sha256=digest.hexdigest()), runs
+
+
+def _not_empty(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """A rank may have none of a small tensor's numbers."""
+    return (piece for piece in pieces if piece.values.numel())
+
+
+def _header(runs: Sequence[Run]) -> bytes:
+    """Length of the JSON, the JSON, spaces up to the next multiple of 8."""
+    entries: dict[str, Any] = {}
+    first_byte = 0
+    for run in runs:
+        end_byte = first_byte + NUMBER_BYTES * (run.end - run.start)
+        shape = [run.end - run.start]
+        entries[run.key] = {"dtype": "F32", "shape": shape, "data_offsets": [first_byte, end_byte]}
+        first_byte = end_byte
+    assert len(entries) == len(runs), "a rank hands over each run once"
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(piece: Piece) -> memoryview:
+    values = piece.values.detach()
+    assert values.dtype == torch.float32, f"{piece.kind} of {piece.name} is {values.dtype}"
+    return memoryview(values.cpu().contiguous().view(-1).numpy()).cast("B")
+
+
+def index_of(parts: Iterable[Part]) -> Index:
+    """All ranks' parts as one. Raises ValueError unless every number is there exactly once."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    runs: dict[str, dict[str, list[StoredRun]]] = {kind: {} for kind in KINDS}
+    for part in parts:
+        shapes |= part.shapes
+        for run in part.runs:
+            stored = StoredRun(part.file.path, run.start, run.end)
+            runs[run.kind].setdefault(run.name, []).append(stored)
+    ordered = {
+        kind: {name: tuple(sorted(found, key=lambda run: run.start)) for name, found in tensors.items()}
+        for kind, tensors in runs.items()
+    }
+    index = Index(shapes=shapes, runs=ordered)
+    check_covered(index)
+    return index
+
+
+def check_covered(index: Index) -> None:
+    """Raises ValueError unless the runs of each tensor follow on each other from its first number to its last."""
+    if set(index.runs) != set(KINDS):
+        raise ValueError(f"it holds {sorted(index.runs)}, expected {sorted(KINDS)}")
+    moments = [set(index.runs[kind]) for kind in MOMENTS]
+    if any(names != moments[0] for names in moments):
+        raise ValueError("it holds one moment of a weight and not the other")
+    for kind, tensors in index.runs.items():
+        expected = set(index.shapes) if kind == "weight" else set(index.shapes) & set(tensors)
+        if odd := sorted(set(tensors) ^ expected):
+            raise ValueError(f"{kind} of {odd[0]} is missing, or not one of the trained weights")
+        for name, runs in tensors.items():
+            _check_runs(kind, name, runs, math.prod(index.shapes[name]))
+
+
+def _check_runs(kind: str, name: str, runs: Sequence[StoredRun], num_numbers: int) -> None:
+    borders = [0, *(run.end for run in runs)]
+    starts = [*(run.start for run in runs), num_numbers]
+    for border, start in zip(borders, starts, strict=True):
+        if border != start:
+            what = "are missing" if border < start else "are there twice"
+            first, last = sorted((border, start))
+            raise ValueError(f"numbers {first} to {last} of {kind} of {name} {what}")
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+class PieceFiles:
+    """`read` is a trainer.pieces.ReadPiece over files whose digests the caller has checked."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._folder = folder
+        self._runs: Mapping[str, Mapping[str, Sequence[StoredRun]]] = index.runs
+        self._files: dict[str, Any] = {}
+        self.shapes: Shapes = {name: torch.Size(shape) for name, shape in index.shapes.items()}
+
+    def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor | None:
+        runs = self._runs[kind].get(name)
+        if runs is None:
+            return None
+        parts = [
+            self._numbers(kind, name, run, max(start, run.start), min(end, run.end))
+            for run in runs
+            if run.start < end and start < run.end
+        ]
+        # cat copies: what is handed out must not hang on a mapped file.
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _numbers(self, kind: str, name: str, run: StoredRun, start: int, end: int) -> torch.Tensor:
+        if run.file not in self._files:
+            self._files[run.file] = safe_open(self._folder / run.file, framework="pt")
+        key = Run(kind, name, run.start, run.end).key
+        numbers: torch.Tensor = self._files[run.file].get_slice(key)[start - run.start : end - run.start]
+        return numbers

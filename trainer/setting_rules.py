@@ -1,0 +1,153 @@
+"""Rules about precision, compiling, and adapters that are trained on: settings that meet strategies and bases."""
+
+from typing import Any
+
+from schemas.errors import InputError
+from schemas.pipeline_config import PipelineConfig
+from schemas.training_config import ModelConfig
+from trainer.rules import Rule
+from trainer.start_adapter import adapter_folder, adapter_problem, adapter_settings, contradiction
+
+WHOLE_BASE_STRATEGIES = ("single", "ddp", "zero1", "zero2", "pipeline")
+"""They hold the whole base on each device, and load it as one."""
+FLOAT16_STRATEGIES = ("single", "ddp", "fsdp2", "pipeline")
+"""They sum gradients in fp32, and divide the sums by the loss scale."""
+
+
+def _float16_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    is_float16 = config.model is not None and config.model.dtype == "float16"
+    if not is_float16 or config.train.strategy in FLOAT16_STRATEGIES:
+        return None
+    return f"model.dtype is float16, train.strategy {config.train.strategy}"
+
+
+def _adapter(config: PipelineConfig) -> tuple[ModelConfig, dict[str, Any]] | None:
+    """The section model and the adapter's config; None where there is none, or none that can be read."""
+    model = config.model
+    if model is None or model.adapter is None:
+        return None
+    try:
+        return model, adapter_settings(adapter_folder(model))
+    except InputError:
+        return model, {}
+
+
+def _no_adapter_there(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    found = _adapter(config)
+    return f"model.adapter is {found[0].adapter}" if found is not None and not found[1] else None
+
+
+def _odd_adapter(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    found = _adapter(config)
+    if found is None or not found[1]:
+        return None
+    problem = adapter_problem(found[1], use=found[0].adapter_use)
+    return f"model.adapter {found[0].adapter}: {problem}" if problem is not None else None
+
+
+def _continued_otherwise(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    found = _adapter(config)
+    if found is None or not found[1] or found[0].adapter_use != "continue":
+        return None
+    return contradiction(found[1], config.train.lora)
+
+
+def _continued_under_full(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    model = config.model
+    if (
+        model is None
+        or model.adapter is None
+        or model.adapter_use != "continue"
+        or config.train.method == "lora"
+    ):
+        return None
+    return f"model.adapter_use is continue, train.method {config.train.method}"
+
+
+def _merged_into_bits(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    model = config.model
+    if model is None or model.adapter is None or model.adapter_use != "merge" or config.train.base == "plain":
+        return None
+    return f"model.adapter_use is merge, train.base {config.train.base}"
+
+
+def _merged_into_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    model = config.model
+    if model is None or model.adapter is None or model.adapter_use != "merge":
+        return None
+    if config.train.strategy in WHOLE_BASE_STRATEGIES:
+        return None
+    return f"model.adapter_use is merge, train.strategy {config.train.strategy}"
+
+
+def _whole_modules_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if not train.lora.modules_to_save or train.method != "lora" or train.strategy in WHOLE_BASE_STRATEGIES:
+        return None
+    return f"train.lora.modules_to_save is {train.lora.modules_to_save}, train.strategy {train.strategy}"
+
+
+def _saved_and_target(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    lora = config.train.lora
+    both = set(lora.modules_to_save).intersection(lora.targets if isinstance(lora.targets, list) else ())
+    return f"{sorted(both)[0]!r} is in train.lora.modules_to_save and in targets" if both else None
+
+
+SETTING_RULES = (
+    Rule(
+        "adapter",
+        _no_adapter_there,
+        "it holds no adapter_config.json and adapter_model.safetensors",
+        "name the folder of an adapter that PEFT has saved as safetensors",
+    ),
+    Rule(
+        "adapter-kind",
+        _odd_adapter,
+        "training starts from plain LoRA alone; to be merged it has one rank and whole modules of its own nowhere",
+        "merge it into the base with PEFT's merge_and_unload, and name the result as model.path",
+    ),
+    Rule(
+        "adapter-contradiction",
+        _continued_otherwise,
+        "an adapter that is continued keeps its shape",
+        "leave that setting out, or set model.adapter_use to merge",
+    ),
+    Rule(
+        "adapter-full",
+        _continued_under_full,
+        "full tuning trains no adapter",
+        "set model.adapter_use to merge, or train.method to lora",
+    ),
+    Rule(
+        "adapter-merge-bits",
+        _merged_into_bits,
+        "adding to quantised weights rounds the sum to 8 or 4 bits, and most of the adapter is lost",
+        "set model.adapter_use to continue, or train.base to plain",
+        links=("huggingface/peft#2321", "huggingface/peft#2105", "huggingface/transformers#31293"),
+    ),
+    Rule(
+        "adapter-merge-sharded",
+        _merged_into_shards,
+        "the base is read in pieces, and no process ever holds a whole weight to add to",
+        "set model.adapter_use to continue, or train.strategy to ddp, zero1 or zero2",
+    ),
+    Rule(
+        "whole-modules-sharded",
+        _whole_modules_in_shards,
+        "modules that are trained whole are copied before the base is read in pieces",
+        "leave train.lora.modules_to_save out, or set train.strategy to ddp, zero1 or zero2",
+        links=("huggingface/peft#2450",),
+    ),
+    Rule(
+        "saved-target",
+        _saved_and_target,
+        "a module is trained whole or by matrices beside it",
+        "name it in one of them",
+    ),
+    Rule(
+        "float16-strategy",
+        _float16_elsewhere,
+        "this strategy sums gradients in its own place, which does not know the loss scale",
+        "set train.strategy to ddp, fsdp2 or single, or model.dtype to bfloat16 or float32",
+    ),
+)
