@@ -212,11 +212,11 @@ def run_as_module() -> None:
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:  # a bug of ours: its traceback is wanted
             raise
-        _say_last_words(f"error: {' '.join(str(error).split())}\n")
+        say_last_words(f"error: {' '.join(str(error).split())}\n")
         sys.exit(exit_code)
 
 
-def _say_last_words(line: str) -> None:
+def say_last_words(line: str) -> None:
     """To people, or to the process that started us as one of several: it says them once for all."""
     descriptor = os.environ.get(ERROR_FD_VARIABLE)
     if descriptor is None:

@@ -71,7 +71,9 @@ def memory_need(
         math.ceil(math.prod(shape) * (linear_bytes if is_linear(name, shape) else bytes_per_weight))
         for name, shape in shapes.items()
     )
-    if train.method != "full":
+    if train.strategy == "fsdp2":
+        weights = _weights_under_fsdp2(train, weights, num_processes)
+    elif train.method != "full":
         weights += num_trained * bytes_per_weight
     if train.strategy == "zero3":
         weights = math.ceil(weights / num_processes)
@@ -79,9 +81,19 @@ def memory_need(
     return MemoryNeed(weights, int(states), _activation_bytes(config, architecture, bytes_per_weight))
 
 
+def _weights_under_fsdp2(train: TrainConfig, weights: int, num_processes: int) -> int:
+    """Of frozen ones; trained ones are their masters. By default the frozen ones are cut where they would not fit."""
+    if train.method == "full" or train.offload == "all":
+        return 0
+    return weights if train.shard_base == "never" else math.ceil(weights / num_processes)
+
+
 def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) -> float:
     """Of one trained weight in one process. The master of an fp32 weight is the weight itself."""
     optimizer = MOMENTS_BYTES + (MASTER_BYTES if bytes_per_weight < MASTER_BYTES else 0)
+    if train.strategy == "fsdp2":
+        kept = {"none": MASTER_BYTES + MOMENTS_BYTES, "optimizer": MASTER_BYTES, "all": 0}[train.offload]
+        return (kept + GRADIENT_BYTES) / num_processes
     if train.strategy == "zero1":
         return optimizer / num_processes + GRADIENT_BYTES
     if train.strategy in ("zero2", "zero3"):
