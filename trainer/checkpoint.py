@@ -44,11 +44,11 @@ class Progress:
     num_steps: int = 0
     num_updates: int = 0
     num_nonfinite_steps: int = 0
-    num_spike_steps: int = 0
     num_overflow_steps: int = 0
     """Skipped because the loss was multiplied by too much (trainer/loss_scale.py)."""
     loss_scale: float | None = None
     num_steps_at_scale: int = 0
+    num_spike_steps: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
     first_loss: float | None = None

@@ -50,7 +50,12 @@ class Optimizer(Protocol):
         """
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, limits: Limits = NO_LIMITS, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
         """End a step: sum the ranks' losses and gradients, clip, and update if the limits allow both.
 
@@ -102,7 +107,12 @@ class MasterAdamW:
         return loss.detach()
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, limits: Limits = NO_LIMITS, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
         summed, num_gradients = self._sum_over_ranks(loss)
         if loss_scale != 1.0:

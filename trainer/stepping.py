@@ -28,10 +28,10 @@ class StepOutcome:
     loss: float
     grad_norm: float
     learning_rate: float
-    is_spike: bool = False
-    """Finite, and skipped."""
     is_overflow: bool = False
     """The gradient was too large for fp16 under this step's loss scale."""
+    is_spike: bool = False
+    """Finite, and skipped."""
 
     @property
     def is_finite(self) -> bool:
@@ -68,13 +68,9 @@ def run_step(
         raise MicroStepError from error
     job.ranks.pulse.mark(f"updating in step {step.number + 1}")
     loss, grad_norm = optimizer.update(total / loss_scale, rate, limits, loss_scale=loss_scale)
-    return StepOutcome(
-        loss=loss,
-        grad_norm=grad_norm,
-        learning_rate=rate,
-        is_spike=NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm),
-        is_overflow=is_overflow(loss, grad_norm, loss_scale),
-    )
+    is_spike = NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm)
+    overflowed = is_overflow(loss, grad_norm, loss_scale)
+    return StepOutcome(loss, grad_norm, learning_rate=rate, is_overflow=overflowed, is_spike=is_spike)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -64,7 +64,12 @@ class ShardedAdamW:
         return loss.detach()
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, limits: Limits = NO_LIMITS, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
         self._take_gradients()
         gradients = [m.grad for m in self.masters.values() if m.grad is not None and m.grad.numel()]

@@ -86,7 +86,12 @@ class ZeroAdamW:
         return loss.detach()
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, limits: Limits = NO_LIMITS, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
         assert limits == NO_LIMITS, "DeepSpeed decides by itself which step it skips: a rule refuses limits"
         loss_value = float(self._ranks.add_up(loss))
