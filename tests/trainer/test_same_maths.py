@@ -37,6 +37,9 @@ FULL: dict[str, Any] = {"method": "full", "weight_decay": 0.1, "learning_rate": 
 WHOLE_EPOCHS: dict[str, Any] = {"bins_per_step": 1000}
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+
+
 @dataclass(frozen=True)
 class Case:
     """What is trained, and how much losses, norms and weights may differ from those of strategy single, relatively.
@@ -61,10 +64,18 @@ CASES = {
     "checkpointing": Case(LORA | {"gradient_checkpointing": True}),
     "tied": Case(FULL, model="tied"),
     "tied lora": Case(LORA, model="tied"),
+    # transformers puts experts together while it loads them: no rank can read its part from the files.
+    "experts": Case(FULL, model="experts"),
     "bfloat16": Case(LORA, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "bfloat16 full": Case(FULL, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "bfloat16 nf4": Case({"base": "nf4"}, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "measured": Case({"seed": ranks_program.MEASURED_SEED}),
+    "measured bfloat16": Case(
+        {"seed": ranks_program.MEASURED_SEED}, dtype="bfloat16", limit=2e-2, weights_limit=0.1
+    ),
+    "measured nf4": Case(
+        {"base": "nf4", "seed": ranks_program.MEASURED_SEED}, dtype="bfloat16", limit=2e-2, weights_limit=0.1
+    ),
     "measured full": Case(FULL | {"seed": ranks_program.MEASURED_SEED}),
     "poisoned": Case({"seed": ranks_program.POISONED_SEED}),
     # Each step is a whole epoch: other bins and other micro-steps hold the same documents.
@@ -86,16 +97,20 @@ RESUMED = "resumed"
 IMPOSSIBLE = {
     ("int8", variant) for variant, settings in VARIANTS.items() if settings["strategy"] in ("fsdp2", "zero3")
 }
+MEASURED = [case for case in CASES if case.startswith("measured")]
 SHORT = [
     *((case, variant) for case in ("lora", "full") for variant in ("ddp", "zero1", "zero2", "fsdp2")),
     ("lora", "fsdp2 whole base"),
     ("lora", "fsdp2, all on CPU"),
     ("full", "fsdp2, optimizer on CPU"),
     ("bfloat16 full", "fsdp2, all on CPU"),
-    *((case, variant) for case in ("measured", "measured full") for variant in ("ddp", "fsdp2")),
+    *((case, variant) for case in MEASURED for variant in ("ddp", "fsdp2")),
     *((RESUMED, variant) for variant in ("ddp", "zero2", "fsdp2")),
     *(("poisoned", variant) for variant in ("ddp", "zero2", "fsdp2")),
-    *((case, "fsdp2") for case in ("nf4", "tied", "checkpointing", "accumulation", "bfloat16 nf4")),
+    *(
+        (case, "fsdp2")
+        for case in ("nf4", "tied", "experts", "checkpointing", "accumulation", "bfloat16 nf4")
+    ),
     ("int8", "zero2"),
     ("nf4", "ddp"),
     ("bfloat16", "zero2"),
@@ -128,6 +143,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     folder = tmp_path_factory.mktemp("same maths")
     write_model(folder / "model")
     write_model(folder / "tied", tie_word_embeddings=True)
+    write_model(folder / "experts", "qwen3_moe", **EXPERTS)
     single = functools.cache(functools.partial(train_alone, folder))
     said: dict[tuple[int, bool], str] = {}
     group = functools.cache(functools.partial(train_in_group, folder, single, said))
@@ -166,6 +182,8 @@ def train_in_group(
     folder: Path, single: Callable[[str], Finished], said: dict[Any, str], count: int, is_short: bool
 ) -> dict[tuple[str, str], Finished]:
     """All pairs, in one group of processes."""
+    assert (count, is_short) not in said, "this group of processes has failed before"
+    said[count, is_short] = ""
     configs = {}
     for case, variant in SHORT if is_short else ALL:
         settings = VARIANTS[variant] | {"num_processes": count}
@@ -333,7 +351,7 @@ def test_nothing_is_compiled_and_nothing_warned_about(trainings: Trainings) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["measured", "measured full"])
+@pytest.mark.parametrize("case", MEASURED)
 def test_after_a_step_each_rank_holds_its_share_of_everything_and_no_weight_whole(
     trainings: Trainings, case: str
 ) -> None:
@@ -348,7 +366,24 @@ def test_after_a_step_each_rank_holds_its_share_of_everything_and_no_weight_whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["measured", "measured full"])
+@pytest.mark.parametrize("case", MEASURED)
+def test_layers_compute_with_the_shapes_dtypes_and_4_bit_bytes_of_whole_ones(
+    trainings: Trainings, case: str
+) -> None:
+    """The adapters beside 4-bit weights alone are gathered as fp32 masters, and cast by their layers."""
+    whole = trainings.variant(case, "ddp", 2, is_short=True).measured[0]["seen"]
+    assert sum("lora_A" in name for name in whole) == (0 if case == "measured full" else 28)
+    assert sum("packed" in name for name in whole) == (28 if case == "measured nf4" else 0)
+    for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured:
+        assert rank["seen"].keys() == whole.keys()
+        for name, seen in rank["seen"].items():
+            if case == "measured nf4" and "lora_" in name:
+                seen = seen.replace("float32", "bfloat16")
+            assert seen == whole[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MEASURED)
 def test_all_ranks_together_read_each_byte_of_the_weights_once(trainings: Trainings, case: str) -> None:
     read = [rank["read"] for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured]
     with (trainings.folder / "model" / "model.safetensors").open("rb") as file:

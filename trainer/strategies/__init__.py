@@ -21,9 +21,9 @@ class Strategy(NamedTuple):
 
     `build_optimizer` takes over its trained weights by name. `full_weights` yields the named parameters one at a
     time, whole and on the CPU; all ranks call it and walk all of it, and on ranks but the first a tensor may be
-    empty. With `fill` the model comes to `place` without memory behind the weights of its files (they are on the
-    device "meta"), and `fill` reads into each rank what it keeps; None: the model comes with its weights. With
-    `lay_out` these are loaded onto the several devices of one process.
+    empty. With `fill` the model comes to `place` with stand-ins (trainer/stand_ins.py) for the weights of its files,
+    and `fill` reads into each rank what it keeps; None: the model comes with its weights. With `lay_out` these are
+    loaded onto the several devices of one process.
     """
 
     place: Callable[[torch.nn.Module, torch.device, Ranks, TrainConfig], torch.nn.Module]
@@ -43,6 +43,10 @@ STRATEGIES: dict[str, Strategy] = {
     "zero2": Strategy(ddp.place, partial(zero.build_optimizer, stage=2), single.full_weights),
     "zero3": Strategy(zero3.place, zero3.build_optimizer, zero3.full_weights, zero3.fill),
     "pipeline": Strategy(
-        pipeline.place, single.build_optimizer, single.full_weights, lay_out=pipeline.lay_out
+        pipeline.place,
+        single.build_optimizer,
+        single.full_weights,
+        lay_out=pipeline.lay_out,
+        can_redo_step=True,
     ),
 }

@@ -173,6 +173,8 @@ def _fragments(engine: Any, parameters: Parameters) -> Iterator[Fragment]:
 
 
 def _write_back(engine: Any) -> None:
+    # What an earlier pass has left gathered would be computed with as it is.
+    engine.optimizer.parameter_offload.partition_all_parameters()
     for group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
         engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
