@@ -171,6 +171,23 @@ def rollback(config: Path, /, *, overrides: Overrides = ()) -> None:
 
 
 @app.command(group=MODEL)
+def consolidate(config: Path, /, *, out: Path, checkpoint: str = "latest", overrides: Overrides = ()) -> None:
+    """Write a Hugging Face folder, adapter or model, from a checkpoint of any strategy; needs no GPU.
+
+    Parameters
+    ----------
+    out
+        Folder to write.
+    checkpoint
+        latest, best or step-<n> of the newest training, or the folder of a checkpoint.
+    """
+    from schemas.config_file import load_config
+    from trainer.consolidate import run_consolidate
+
+    run_consolidate(load_config(config, overrides), checkpoint=checkpoint, out=out)
+
+
+@app.command(group=MODEL)
 def generate(
     config: Path,
     prompt: Annotated[tuple[str, ...], Parameter(negative="")] = (),

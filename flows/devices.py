@@ -1,6 +1,5 @@
 """Checks of `sft-pipeline doctor` on what training needs: torch, GPUs or memory, and the tools of a strategy."""
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -198,19 +197,13 @@ def _bytes_per_weight(torch: Torch, config: PipelineConfig) -> int:
 
 def _free_memory(torch: Torch, *, on_gpu: bool, num_processes: int) -> tuple[int, str]:
     """For one process."""
+    from trainer.memory import free_machine_bytes
+
     if on_gpu:
         gpu = min(torch.gpus[:num_processes], key=lambda gpu: gpu.free_bytes)
         return gpu.free_bytes, f"of {size_text(gpu.total_bytes)} on {gpu.name}"
     share = f"of the machine's memory for each of {num_processes}" if num_processes > 1 else "of its memory"
-    return _free_machine_bytes() // num_processes, share
-
-
-def _free_machine_bytes() -> int:
-    numbers = Path("/proc/meminfo")
-    for line in numbers.read_text().splitlines() if numbers.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_machine_bytes() // num_processes, share
 
 
 # Strategies -------------------------------------------------------------------------------------------------

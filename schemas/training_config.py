@@ -69,6 +69,8 @@ class TrainConfig(_Section):
     too."""
     num_processes: int | None = Field(default=None, gt=0)
     """Default: one per visible GPU where the strategy is for several devices, else 1."""
+    rank_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Several processes: one that does not go on for so long is named and ends the training."""
     epochs: int = Field(default=1, gt=0)
     """Passes over the training side; pack.weights says how often a source stands in one."""
     max_steps: int | None = Field(default=None, gt=0)
@@ -115,13 +117,25 @@ class TrainConfig(_Section):
     checkpoint_every_steps: int = Field(default=100, gt=0)
     """A killed training goes on from the last one."""
     keep_checkpoints: int = Field(default=2, gt=0)
-    """Older ones are removed."""
+    """Older ones are removed, but for the best one where keep_best is on."""
+    keep_best: bool = False
+    """Publish the weights of the best validation in place of the last ones."""
+    best_metric: Literal["validation_loss", "validation_bits_per_byte"] = "validation_bits_per_byte"
+    """What the best validation, and early stopping, go by: the lowest."""
+    early_stopping_evaluations: int = Field(default=0, ge=0)
+    """Stop after so many validations in a row that are no better than the best one; 0: never."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Loss on the validation side every so many steps; 0: only at the end."""
     trackers: list[Tracker] = ["tensorboard"]
     """Where the numbers of each step go beside metrics.jsonl. wandb: a folder for `wandb sync`, never a network."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
     """Skipped steps (loss or gradient not finite) before training gives up."""
+    max_loss_spike: float = Field(default=0.0, ge=0)
+    """Skip a step whose loss is more than so many times the median of the last 64 steps; 0 is off."""
+    max_grad_spike: float = Field(default=0.0, ge=0)
+    """The same for the gradient norm before clipping."""
+    max_spike_steps: int = Field(default=10, ge=0)
+    """Steps skipped so before training gives up."""
 
 
 class EvaluateConfig(_Section):

@@ -33,6 +33,8 @@ class TrainingResult(BaseModel):
     dtype: str
     device: str
     num_steps: int
+    output_step: int | None = None
+    """The trained weights are those after this step: the best one with train.keep_best, else the last."""
     num_updates: int
     """Steps that changed the weights: all but those with a loss or gradient that was not finite."""
     num_overflow_steps: int = 0

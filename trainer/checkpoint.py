@@ -32,7 +32,7 @@ from trainer.ranks import ALONE, Ranks
 
 FORMAT_VERSION = 2
 """1: whole tensors in weights.safetensors and moments.safetensors."""
-LATEST_NAME = "latest"
+LATEST_NAME, BEST_NAME = "latest", "best"
 INDEX_NAME, STATE_NAME = "index.json", "state.json"
 POLL_SECONDS = 0.02
 
@@ -48,12 +48,18 @@ class Progress:
     """Skipped because the loss was multiplied by too much (trainer/loss_scale.py)."""
     loss_scale: float | None = None
     num_steps_at_scale: int = 0
+    num_spike_steps: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
+    best_value: float | None = None
+    best_step: int | None = None
+    num_validations_since_best: int = 0
+    recent_losses: tuple[float, ...] = ()
+    recent_grad_norms: tuple[float, ...] = ()
 
 
 class _State(BaseModel):
@@ -81,6 +87,7 @@ class Checkpoint:
 
     folder: Path
     progress: Progress
+    facts: dict[str, Any]
     shapes: Shapes
     read: ReadPiece
 
@@ -136,24 +143,35 @@ def complete(
     return True
 
 
-def settle(training_folder: Path, *, newest: Path, keep: int) -> None:
-    """Point `latest` at the newest and drop all but `keep`; a resume does so too, for a run that was killed here."""
-    pointer, line = training_folder / LATEST_NAME, f"{newest.name}\n".encode()
+def settle(training_folder: Path, *, newest: Path, keep: int, best_step: int | None = None) -> None:
+    """Point `latest` at the newest, `best` at the best if one is to be kept, and drop all other ones but `keep`.
+
+    A resume does so too, for a run that was killed here.
+    """
+    best = training_folder / step_name(best_step) if best_step is not None else None
     with disk_errors(training_folder):
-        if not pointer.exists() or pointer.read_bytes() != line:
-            storage.write_bytes(pointer, line)
-        _drop_old(training_folder, newest=newest, keep=keep)
+        if best is not None and best.exists():
+            _point(training_folder / BEST_NAME, best)
+        _point(training_folder / LATEST_NAME, newest)
+        _drop_old(training_folder, newest=newest, keep=keep, best=best)
+
+
+def _point(pointer: Path, folder: Path) -> None:
+    line = f"{folder.name}\n".encode()
+    if not pointer.exists() or pointer.read_bytes() != line:
+        storage.write_bytes(pointer, line)
 
 
 def _part_name(number: int, count: int, suffix: str) -> str:
     return f"pieces-{number + 1:05d}-of-{count:05d}.{suffix}"
 
 
-def _drop_old(training_folder: Path, *, newest: Path, keep: int) -> None:
+def _drop_old(training_folder: Path, *, newest: Path, keep: int, best: Path | None) -> None:
     # Later ones than the newest were refused on the way here; they are replaced when training passes them.
     older = (folder for folder in step_folders(training_folder) if folder <= newest)
     for folder in itertools.islice(older, keep, None):
-        folders.remove(folder)
+        if folder != best:
+            folders.remove(folder)
 
 
 # Reading ----------------------------------------------------------------------------------------------------
@@ -211,7 +229,18 @@ def read_checkpoint(folder: Path, *, facts: dict[str, Any] | None, ranks: Ranks 
     if unknown := sorted(_files_of(index) - set(pieces)):  # a rank may have nothing to write
         raise ValueError(f"its index names {unknown[0]}, its manifest only {sorted(pieces)}")
     files = PieceFiles(folder, index)
-    return Checkpoint(folder, state.progress, files.shapes, files.read)
+    return Checkpoint(folder, state.progress, state.facts, files.shapes, files.read)
+
+
+def read_agreed(folder: Path, *, facts: dict[str, Any], ranks: Ranks) -> Checkpoint:
+    """One that is named; all ranks read it or all raise TrainingError."""
+    found, problem = _read(folder, facts, ranks)
+    if ranks.largest(int(found is None)) or found is None:
+        raise TrainingError(
+            f"{folder} can't be used: {problem or 'another process can not read it'}; delete it, and "
+            "run the same command again"
+        )
+    return found
 
 
 def _read(folder: Path, facts: dict[str, Any], ranks: Ranks) -> tuple[Checkpoint | None, str]:

@@ -28,11 +28,14 @@ MAX_MEMORY_SHARE = 0.5
 class CheckpointWriter:
     """One checkpoint at a time. All ranks call the same methods in the same order."""
 
-    def __init__(self, folder: Path, ranks: Ranks, *, facts: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, *, facts: dict[str, Any], keep: int, keep_best: bool = False
+    ) -> None:
         self._folder = folder
         self._ranks = ranks
         self._facts = facts
         self._keep = keep
+        self._keep_best = keep_best
         self._owner = ranks.largest(os.getpid() if ranks.is_first else 0)
         self._buffer: HostBuffer | None = None
         self._thread: threading.Thread | None = None
@@ -130,7 +133,8 @@ class CheckpointWriter:
             is_given_up=self._is_given_up.is_set,
         )
         if is_there:
-            checkpoint.settle(self._folder, newest=final, keep=self._keep)
+            best_step = progress.best_step if self._keep_best else None
+            checkpoint.settle(self._folder, newest=final, keep=self._keep, best_step=best_step)
 
 
 class HostBuffer:

@@ -11,6 +11,8 @@ from transformers import AttentionInterface
 from trainer.attention import PACKED_ATTENTION, PACKED_BY_DOCUMENT
 from trainer.strategies.pipeline import decoder_layers
 
+BACKEND = "inductor"
+
 
 def compile_layers(model: torch.nn.Module) -> str:
     """Compile in place, at first use. Parameters and their names stay as they are. Returns words for people."""
@@ -19,5 +21,5 @@ def compile_layers(model: torch.nn.Module) -> str:
         AttentionInterface.register(name, torch.compiler.disable(registered[name]))
     _, layers = decoder_layers(model)
     for layer in layers:
-        layer.compile()
+        layer.compile(backend=BACKEND)
     return f"{len(layers)} layers are compiled but for their attention; the first steps take minutes"

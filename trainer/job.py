@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from pipelines import storage
-from schemas.errors import IntegrityError, TrainingError
+from schemas.errors import IntegrityError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
 from schemas.training_config import ModelConfig
@@ -40,9 +40,11 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "keep_checkpoints",
         "evaluate_every_steps",
         "max_nonfinite_steps",
+        "max_spike_steps",
         "bins_per_micro_step",
         "attention",
         "compile",
+        "rank_timeout_seconds",
         "trackers",
         "shard_base",
         "strategy",
@@ -104,7 +106,7 @@ def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
         reader=reader,
         plans=plans,
         steps=_steps(config, reader, plans),
-        validation=_validation(config),
+        validation=_needed_validation(config),
         ranks=ranks,
     )
 
@@ -153,6 +155,17 @@ def _steps(config: PipelineConfig, reader: ShardReader, plans: tuple[Plan, ...])
     return tuple(steps)
 
 
+def _needed_validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
+    found, train = _validation(config), config.train
+    if found is None and (train.keep_best or train.early_stopping_evaluations):
+        raise RefusedError(
+            f"train.keep_best is {train.keep_best}, train.early_stopping_evaluations "
+            f"{train.early_stopping_evaluations}, and the validation side is empty: raise holdout.validation, or "
+            "switch both off"
+        )
+    return found
+
+
 def _validation(config: PipelineConfig) -> tuple[ShardReader, Plan] | None:
     folder = config.run_root / STAGE_FOLDERS["split"]
     manifest = storage.check_manifest(folder, stage="split")
@@ -186,7 +199,12 @@ def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]
 
 
 def _settings(config: PipelineConfig) -> dict[str, Any]:
-    return config.train.model_dump(mode="json", exclude=set(SETTINGS_OUTSIDE_KEY))
+    train, outside = config.train, set(SETTINGS_OUTSIDE_KEY)
+    if train.keep_best or train.early_stopping_evaluations:
+        outside.remove("evaluate_every_steps")  # it decides which weights are the best ones
+    else:
+        outside.add("best_metric")
+    return train.model_dump(mode="json", exclude=outside)
 
 
 def _key(inputs: dict[str, str], settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:

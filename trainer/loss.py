@@ -174,6 +174,7 @@ def split_loss(
     model.eval()
     sums = LossSums(reader, plan)
     for turn in _turns(plan, bins_per_micro_step, ranks):
+        ranks.pulse.move()
         batch = micro_batch(plan, reader, turn.first_bin, turn.end_bin)
         losses = token_losses(model, batch.to(device)).double().cpu()
         if not turn.is_filler:

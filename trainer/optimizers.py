@@ -6,7 +6,7 @@ lose every update below 1/256 of a weight.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -17,6 +17,23 @@ from trainer.ranks import ALONE, Ranks
 from trainer.weights import whole_shape
 
 ComputeLoss = Callable[[], torch.Tensor]
+
+
+class Limits(NamedTuple):
+    """Above them a step is skipped, as one whose numbers are not finite."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+    def allow(self, loss: float, grad_norm: float) -> bool:
+        return _is_below(loss, self.loss) and _is_below(grad_norm, self.grad_norm)
+
+
+NO_LIMITS = Limits()
+
+
+def _is_below(value: float, limit: float) -> bool:
+    return math.isfinite(value) and value <= limit
 
 
 class Optimizer(Protocol):
@@ -33,9 +50,14 @@ class Optimizer(Protocol):
         """
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
-        """End a step: sum the ranks' losses and gradients, clip, and update unless one of them is not finite.
+        """End a step: sum the ranks' losses and gradients, clip, and update if the limits allow both.
 
         `loss` is this rank's part; the gradients are those of `loss_scale` times the loss, and are divided by it.
         Returns the step's loss and the norm of its gradient before clipping.
@@ -85,7 +107,12 @@ class MasterAdamW:
         return loss.detach()
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
         summed, num_gradients = self._sum_over_ranks(loss)
         if loss_scale != 1.0:
@@ -97,7 +124,7 @@ class MasterAdamW:
         loss_value, grad_norm, *counts = numbers.tolist()
         for master, count in zip(self.masters.values(), counts, strict=False):
             master.grad = master.grad if count else None
-        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+        if limits.allow(loss_value, grad_norm):
             self.step(learning_rate)
         else:
             self.drop_gradients()

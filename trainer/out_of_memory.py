@@ -19,7 +19,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import TrainConfig
 from trainer.job import Job
 from trainer.metrics import report
-from trainer.optimizers import Optimizer
+from trainer.optimizers import Limits, Optimizer
 from trainer.rank_processes import MICRO_STEP_VARIABLE, OUT_OF_MEMORY_EXIT_CODE, smaller
 from trainer.stepping import MicroStepError, StepOutcome, is_out_of_memory, run_step
 from trainer.steps import Step
@@ -57,10 +57,10 @@ class Stepper:
         self._optimizer = optimizer
         self.bins_at_once = job.config.train.bins_per_micro_step
 
-    def run(self, step: Step, *, loss_scale: float = 1.0) -> StepOutcome:
+    def run(self, step: Step, limits: Limits, *, loss_scale: float = 1.0) -> StepOutcome:
         """Raises OutOfMemoryError when even one bin, or the update, is too much."""
         while True:
-            outcome, problem = self._attempt(step, loss_scale)
+            outcome, problem = self._attempt(step, limits, loss_scale)
             if outcome is not None:
                 return outcome
             # Only here, where the exception is gone, is the memory of what it interrupted free again.
@@ -69,13 +69,14 @@ class Stepper:
             self.bins_at_once = smaller(self.bins_at_once)
             report(f"{problem}; going on with {self.bins_at_once} bins at once")
 
-    def _attempt(self, step: Step, loss_scale: float) -> tuple[StepOutcome | None, str]:
+    def _attempt(self, step: Step, limits: Limits, loss_scale: float) -> tuple[StepOutcome | None, str]:
         try:
             outcome = run_step(
                 self._job,
                 self._model,
                 self._optimizer,
                 step,
+                limits=limits,
                 bins_at_once=self.bins_at_once,
                 loss_scale=loss_scale,
             )

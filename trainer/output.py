@@ -41,7 +41,9 @@ def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenize
     return final
 
 
-def write_result(job: Job, model: torch.nn.Module, progress: Progress, output: Path) -> TrainingResult:
+def write_result(
+    job: Job, model: torch.nn.Module, progress: Progress, output: Path, *, output_step: int
+) -> TrainingResult:
     """training.json, the last write: from now on the training is finished."""
     result = TrainingResult(
         key=job.key,
@@ -53,6 +55,7 @@ def write_result(job: Job, model: torch.nn.Module, progress: Progress, output: P
         dtype=str(job.dtype).removeprefix("torch."),
         device=job.device.type,
         num_steps=progress.num_steps,
+        output_step=output_step,
         num_updates=progress.num_updates,
         num_overflow_steps=progress.num_overflow_steps,
         num_tokens=progress.num_tokens,

@@ -7,7 +7,7 @@ computes a share of every step. gloo connects CPUs, NCCL connects GPUs.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -20,9 +20,9 @@ from trainer.support import ONE_PROCESS
 
 JOIN_SECONDS = 180.0
 """Until all ranks have found each other; loading the libraries from a cold disk takes most of it."""
-COLLECTIVE_SECONDS = 3600.0
-"""Longest wait for another rank: the first one may be writing a checkpoint of many GB. A rank that died is noticed
-at once by whoever started it."""
+COLLECTIVE_TIMEOUTS = 2
+"""Longest wait for another rank, in train.rank_timeout_seconds: the heartbeat comes first, and has a name. A rank
+that died is noticed at once by whoever started it."""
 BUCKET_NUMBERS = 1 << 24
 """64 MiB of fp32 in one message: large enough for the wire, small beside the model."""
 
@@ -35,6 +35,23 @@ class LostRanksError(TrainingError):
     exit_code = LOST_RANKS_EXIT_CODE
 
 
+class Pulse:
+    """How far this process is, for trainer/heartbeat.py. All ranks come to the same marks, not to the same moves."""
+
+    def __init__(self) -> None:
+        self.state = (0, 0, "starting")
+
+    def mark(self, doing: str) -> None:
+        """What begins now."""
+        phase, moves, _ = self.state
+        self.state = (phase + 1, moves, doing)
+
+    def move(self) -> None:
+        """It goes on."""
+        phase, moves, doing = self.state
+        self.state = (phase, moves + 1, doing)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Rank `number` of `count`; tensors that the ranks exchange lie on `device`."""
@@ -42,6 +59,7 @@ class Ranks:
     number: int = 0
     count: int = 1
     device: torch.device = CPU
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -70,6 +88,17 @@ class Ranks:
         shared = torch.tensor([value], device=self.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return int(shared.item())
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in their order. They hold no NUL."""
+        if self.count == 1:
+            return [text]
+        own = text.encode()
+        padded = own.ljust(self.largest(len(own)), b"\0")
+        sent = torch.tensor(list(padded), dtype=torch.uint8, device=self.device)
+        received = [torch.empty_like(sent) for _ in range(self.count)]
+        dist.all_gather(received, sent)
+        return [bytes(part.tolist()).rstrip(b"\0").decode() for part in received]
 
     def copy_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite them by those of the first rank."""
@@ -117,7 +146,8 @@ def joined_ranks(config: PipelineConfig) -> Iterator[Ranks]:
         yield ALONE
         return
     device = _own_device(config, local_number)
-    _form_group(number, count, device)
+    timeout_seconds = COLLECTIVE_TIMEOUTS * config.train.rank_timeout_seconds
+    _form_group(number, count, device, timeout_seconds)
     is_whole = True
     try:
         yield Ranks(number, count, device)
@@ -156,14 +186,14 @@ def _own_device(config: PipelineConfig, local_number: int) -> torch.device:
     return torch.device("cuda", local_number)
 
 
-def _form_group(number: int, count: int, device: torch.device) -> None:
+def _form_group(number: int, count: int, device: torch.device, timeout_seconds: float) -> None:
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=_store(number, count),
             rank=number,
             world_size=count,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError, KeyError) as error:
@@ -174,20 +204,29 @@ def _form_group(number: int, count: int, device: torch.device) -> None:
 
 
 def _store(number: int, count: int) -> dist.Store | None:
-    """Where the ranks find each other; None: where torchrun's variables say."""
+    """Where the ranks find each other: the first one's port; None: where torchrun says."""
     if count == 1:
         return dist.HashStore()
-    if PORT_VARIABLE not in os.environ:
-        return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return None  # torchrun has a store of its own
+    host, port = _meeting_place()
     listening = os.environ.get(LISTENING_FD_VARIABLE)
     return dist.TCPStore(
-        "127.0.0.1",
-        int(os.environ[PORT_VARIABLE]),
+        host,
+        port,
         count,
         is_master=number == 0,
         timeout=timedelta(seconds=JOIN_SECONDS),
         master_listen_fd=int(listening) if number == 0 and listening is not None else None,
     )
+
+
+def _meeting_place() -> tuple[str, int]:
+    if PORT_VARIABLE in os.environ:
+        return "127.0.0.1", int(os.environ[PORT_VARIABLE])
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"RANK is set in the environment, {missing[0]} is not")
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -1,5 +1,7 @@
 """Rules about precision, compiling, and adapters that are trained on: settings that meet strategies and bases."""
 
+import os
+import shutil
 from typing import Any
 
 from schemas.errors import InputError
@@ -10,6 +12,8 @@ from trainer.start_adapter import adapter_folder, adapter_problem, adapter_setti
 
 WHOLE_BASE_STRATEGIES = ("single", "ddp", "zero1", "zero2", "pipeline")
 """They hold the whole base on each device, and load it as one."""
+COMPILING_STRATEGIES = ("single", "ddp", "zero1", "zero2")
+COMPILERS = ("g++", "c++", "clang++", "gcc", "cc", "clang")
 FLOAT16_STRATEGIES = ("single", "ddp", "fsdp2", "pipeline")
 """They sum gradients in fp32, and divide the sums by the loss scale."""
 
@@ -99,7 +103,60 @@ def _saved_and_target(config: PipelineConfig, architecture: dict[str, Any]) -> s
     return f"{sorted(both)[0]!r} is in train.lora.modules_to_save and in targets" if both else None
 
 
+def _compiled_bits(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if not config.train.compile or config.train.base == "plain":
+        return None
+    return f"train.compile is true, train.base {config.train.base}"
+
+
+def _compiled_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if not train.compile or (train.strategy in COMPILING_STRATEGIES and train.offload != "all"):
+        return None
+    return f"train.compile is true, train.strategy {train.strategy}, train.offload {train.offload}"
+
+
+def _compiled_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if not train.compile or train.method != "lora" or train.lora.dropout == 0:
+        return None
+    return f"train.compile is true, train.lora.dropout {train.lora.dropout}"
+
+
+def _no_compiler(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    named = [os.environ[name] for name in ("CXX", "CC") if name in os.environ]
+    if not config.train.compile or any(shutil.which(name) for name in (*named, *COMPILERS)):
+        return None
+    return "train.compile is true"
+
+
 SETTING_RULES = (
+    Rule(
+        "compile-bits",
+        _compiled_bits,
+        "bitsandbytes' products can't be traced, so a layer would fall into a dozen pieces, each compiled for itself",
+        "set train.compile to false, or train.base to plain",
+    ),
+    Rule(
+        "compile-strategy",
+        _compiled_elsewhere,
+        "weights that come and go inside a layer, or layers on several devices, are not compiled here",
+        "set train.compile to false, or train.strategy to ddp, zero1 or zero2",
+    ),
+    Rule(
+        "compile-dropout",
+        _compiled_dropout,
+        "draws that belong to a bin are made one by one, which a compiler would do for each number of bins anew",
+        "set train.lora.dropout to 0, or train.compile to false",
+        links=("huggingface/peft#3020",),
+    ),
+    Rule(
+        "compiler",
+        _no_compiler,
+        "no C++ compiler is on PATH",
+        "install g++ or clang, or set train.compile to false",
+        of_machine=True,
+    ),
     Rule(
         "adapter",
         _no_adapter_there,

@@ -11,7 +11,7 @@ from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
-from trainer.optimizers import Optimizer, learning_rate
+from trainer.optimizers import NO_LIMITS, Limits, Optimizer, learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
 
 OUT_OF_MEMORY_SIGNS = (
@@ -30,6 +30,8 @@ class StepOutcome:
     learning_rate: float
     is_overflow: bool = False
     """The gradient was too large for fp16 under this step's loss scale."""
+    is_spike: bool = False
+    """Finite, and skipped."""
 
     @property
     def is_finite(self) -> bool:
@@ -46,11 +48,12 @@ def run_step(
     optimizer: Optimizer,
     step: Step,
     *,
+    limits: Limits = NO_LIMITS,
     bins_at_once: int | None = None,
     loss_scale: float = 1.0,
 ) -> StepOutcome:
     """The step's loss is the weighted mean over its trained tokens, on whichever rank they are; its divisor is
-    known from the plan. Weights change unless loss or gradient is not finite.
+    known from the plan. Weights change if the limits allow its loss and gradient.
 
     `bins_at_once` cuts this rank's micro-steps further. Raises MicroStepError where they don't fit into memory.
     """
@@ -63,9 +66,11 @@ def run_step(
         if not is_out_of_memory(error):
             raise
         raise MicroStepError from error
-    loss, grad_norm = optimizer.update(total / loss_scale, rate, loss_scale=loss_scale)
+    job.ranks.pulse.mark(f"updating in step {step.number + 1}")
+    loss, grad_norm = optimizer.update(total / loss_scale, rate, limits, loss_scale=loss_scale)
+    is_spike = NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm)
     overflowed = is_overflow(loss, grad_norm, loss_scale)
-    return StepOutcome(loss=loss, grad_norm=grad_norm, learning_rate=rate, is_overflow=overflowed)
+    return StepOutcome(loss, grad_norm, learning_rate=rate, is_overflow=overflowed, is_spike=is_spike)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -86,6 +91,7 @@ def _accumulate(
     total = torch.zeros((), device=job.device)
     own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
     for number, micro_step in enumerate(own, 1):
+        job.ranks.pulse.move()
         factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
         total += _run_micro_step(
             job, model, optimizer, step, micro_step, factor=factor, is_last=number == len(own)

@@ -171,6 +171,23 @@ def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | Non
     return "train.trackers names wandb"
 
 
+def _early_stopping_without_evaluations(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.early_stopping_evaluations == 0 or train.evaluate_every_steps > 0:
+        return None
+    return f"train.early_stopping_evaluations is {train.early_stopping_evaluations}, train.evaluate_every_steps 0"
+
+
+def _spikes_in_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if not train.strategy.startswith("zero") or not (train.max_loss_spike or train.max_grad_spike):
+        return None
+    return (
+        f"train.max_loss_spike is {train.max_loss_spike:g}, train.max_grad_spike {train.max_grad_spike:g}, "
+        f"train.strategy {train.strategy}"
+    )
+
+
 RULES = (
     Rule("model", _no_model, "there is nothing to train", "add model.path"),
     Rule(
@@ -204,6 +221,18 @@ RULES = (
         _cannot_offload,
         "this strategy does not leave that in the CPU's memory",
         "set train.offload to optimizer with train.strategy zero1, zero2, zero3 or fsdp2, or to all with zero3 or fsdp2",
+    ),
+    Rule(
+        "early-stopping",
+        _early_stopping_without_evaluations,
+        "there is one validation, at the end",
+        "set train.evaluate_every_steps",
+    ),
+    Rule(
+        "spikes-zero",
+        _spikes_in_deepspeed,
+        "DeepSpeed decides by itself which step it skips",
+        "set train.strategy to ddp or fsdp2, or both limits to 0",
     ),
     Rule(
         "int8-full",

@@ -11,22 +11,21 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
-from trainer import checkpoint
+from trainer import checkpoint, judging
 from trainer.attention import unwrapped, use_packed_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
 from trainer.folders import remove_leftovers
+from trainer.heartbeat import Heartbeat
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels
 from trainer.loss import split_loss
@@ -46,8 +45,9 @@ from trainer.optimizers import Optimizer
 from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
+from trainer.preflight import check_ranks
 from trainer.probe import check_packing
-from trainer.ranks import joined_ranks
+from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
 from trainer.start_adapter import adapter_folder, merge_into
 from trainer.stepping import StepOutcome
@@ -68,6 +68,7 @@ def train(config: PipelineConfig) -> TrainingResult:
     config = lowered(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
+        check_ranks(job)
         finished = read_result(job)
         if finished is None:
             return train_job(job)
@@ -95,7 +96,8 @@ def train_job(job: Job) -> TrainingResult:
             progress = restore(job, optimizer)
         announce(job, model, progress)
         progress = run_steps(job, model, optimizer, progress, signals)
-        return finish(job, model, tokenizer, progress)
+        output_step = take_best(job, optimizer, progress)
+        return finish(job, model, tokenizer, progress, output_step)
 
 
 def tell(job: Job, message: str) -> None:
@@ -114,15 +116,17 @@ def make_deterministic(job: Job) -> None:
 def load_model(job: Job) -> torch.nn.Module:
     """The model with its weights, or with stand-ins for them where the strategy fills them in later."""
     model: PreTrainedModel | None = None
+    device = job.device
     if STRATEGIES[job.config.train.strategy].fill is not None:
         model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
-            tell(job, "each process loads the whole model first: this family's files can't be read in parts")
+            tell(job, "each process loads the whole model first: its files can't be read in parts")
+            device = CPU  # where there is more room; place() takes from it what this rank keeps
     if model is None:
         model = load_base_model(
             job.model,
             base=job.config.train.base,
-            device=job.device,
+            device=device,
             dtype=job.dtype,
             lay_out=STRATEGIES[job.config.train.strategy].lay_out,
         )
@@ -176,7 +180,9 @@ def restore(job: Job, optimizer: Optimizer) -> Progress:
     optimizer.restore(found.read, num_updates=found.progress.num_updates)
     tell(job, f"going on after step {found.progress.num_steps}")
     if job.ranks.is_first:
-        checkpoint.settle(job.folder, newest=found.folder, keep=job.config.train.keep_checkpoints)
+        train = job.config.train
+        best_step = found.progress.best_step if train.keep_best else None
+        checkpoint.settle(job.folder, newest=found.folder, keep=train.keep_checkpoints, best_step=best_step)
     return found.progress
 
 
@@ -210,26 +216,35 @@ def run_steps(
 ) -> Progress:
     steps = job.steps[progress.num_steps :]
     meter = StepMeter(job, model)
-    with open_metrics(job, progress) as metrics, open_writer(job, optimizer) as writer:
-        stepper = Stepper(job, model, optimizer)
+    train = job.config.train
+    stepper = Stepper(job, model, optimizer)
+    with (
+        open_metrics(job, progress) as metrics,
+        open_writer(job, optimizer) as writer,
+        Heartbeat(job.ranks, timeout_seconds=train.rank_timeout_seconds),
+    ):
         signals.begin()
         for step in steps:
+            if judging.has_stopped_early(progress, train):
+                break
             started_at = time.monotonic()
+            job.ranks.pulse.mark(f"computing step {step.number + 1}")
             scale = loss_scale(progress, job.dtype)
-            outcome = stepper.run(step, loss_scale=scale)
-            progress = advance(job, progress, step, outcome)
+            outcome = stepper.run(step, judging.limits(progress, train), loss_scale=scale)
+            progress = judging.advance(progress, step, outcome)
             seconds = time.monotonic() - started_at
             record = step_record(step, outcome, seconds) | meter.read(step, seconds)
             if job.dtype == torch.float16:
                 progress = after_step(progress, scale, overflowed=outcome.is_overflow)
                 record["loss_scale"] = scale
             metrics.log_step(record)
-            check_progress(job, progress)
+            judging.check_progress(progress, train)
             writer.check()
-            if is_due(job, step, job.config.train.evaluate_every_steps):
+            if is_due(job, step, train.evaluate_every_steps):
                 progress = validate(job, model, metrics, progress)
+            job.ranks.pulse.mark(f"at the end of step {step.number + 1}")
             received = job.ranks.largest(signals.received or 0)
-            if received or is_due(job, step, job.config.train.checkpoint_every_steps):
+            if received or is_checkpoint_due(job, step, progress):
                 save(optimizer, writer, metrics, progress)
             if received:
                 writer.wait()
@@ -249,22 +264,6 @@ def open_metrics(job: Job, progress: Progress) -> AbstractContextManager[Metrics
     )
 
 
-def advance(job: Job, progress: Progress, step: Step, outcome: StepOutcome) -> Progress:
-    loss = outcome.loss if outcome.is_finite else None
-    was_updated = outcome.is_finite and step.weight_sum > 0
-    return dataclasses.replace(
-        progress,
-        num_steps=progress.num_steps + 1,
-        num_updates=progress.num_updates + was_updated,
-        num_nonfinite_steps=progress.num_nonfinite_steps
-        + (not outcome.is_finite and not outcome.is_overflow),
-        num_tokens=progress.num_tokens + step.num_tokens,
-        num_trained_tokens=progress.num_trained_tokens + step.num_trained_tokens,
-        first_loss=loss if progress.num_steps == 0 else progress.first_loss,
-        last_loss=loss,
-    )
-
-
 def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, Any]:
     return {
         "step": step.number + 1,
@@ -278,26 +277,23 @@ def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, A
     }
 
 
-def check_progress(job: Job, progress: Progress) -> None:
-    """Raises TrainingError after too many skipped steps."""
-    limit = job.config.train.max_nonfinite_steps
-    if progress.num_nonfinite_steps > limit:
-        raise TrainingError(
-            f"loss or gradient was not finite in {progress.num_nonfinite_steps} of {progress.num_steps} steps, "
-            f"allowed are {limit}; lower train.learning_rate, or use model.dtype: float32"
-        )
-
-
 def is_due(job: Job, step: Step, every_steps: int) -> bool:
     """Every so many steps (0: never) and after the last one."""
     done = step.number + 1
     return done == len(job.steps) or (every_steps > 0 and done % every_steps == 0)
 
 
+def is_checkpoint_due(job: Job, step: Step, progress: Progress) -> bool:
+    train = job.config.train
+    is_last = judging.has_stopped_early(progress, train)
+    return is_last or judging.is_new_best(progress, train) or is_due(job, step, train.checkpoint_every_steps)
+
+
 def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, progress: Progress) -> Progress:
     if job.validation is None:
         return progress
     reader, plan = job.validation
+    job.ranks.pulse.mark(f"validating after step {progress.num_steps}")
     found = split_loss(model, reader, plan, device=job.device, ranks=job.ranks)
     loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
     metrics.log_validation(
@@ -309,12 +305,15 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
             "validation_by_language": _by_name(found.by_language),
         }
     )
-    return dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+    measured = dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+    return judging.judged(measured, job.config.train)
 
 
 def open_writer(job: Job, optimizer: Optimizer) -> CheckpointWriter:
-    keep = job.config.train.keep_checkpoints
-    writer = CheckpointWriter(job.folder, job.ranks, facts=facts(job), keep=keep)
+    train = job.config.train
+    writer = CheckpointWriter(
+        job.folder, job.ranks, facts=facts(job), keep=train.keep_checkpoints, keep_best=train.keep_best
+    )
     writer.reserve(optimizer)
     return writer
 
@@ -332,7 +331,8 @@ def save(
 
 def facts(job: Job) -> dict[str, Any]:
     """What must be equal for a checkpoint to be ours."""
-    return {"key": job.key, "num_steps": len(job.steps), "seed": job.config.train.seed}
+    dtype = str(job.dtype).removeprefix("torch.")
+    return {"key": job.key, "num_steps": len(job.steps), "seed": job.config.train.seed, "dtype": dtype}
 
 
 def stop(job: Job, progress: Progress, signal_number: int) -> None:
@@ -344,21 +344,43 @@ def stop(job: Job, progress: Progress, signal_number: int) -> None:
     raise SystemExit(stopped_exit_code(signal_number))
 
 
+def take_best(job: Job, optimizer: Optimizer, progress: Progress) -> int:
+    """With train.keep_best put the weights of the best validation in the place of the last ones; their step."""
+    if progress.num_steps < len(job.steps):
+        tell(
+            job,
+            f"stopped early after step {progress.num_steps} of {len(job.steps)}: {job.config.train.best_metric} was "
+            f"best after step {progress.best_step}, {progress.num_validations_since_best} validations ago",
+        )
+    if not job.config.train.keep_best or progress.best_step in (None, progress.num_steps):
+        return progress.num_steps
+    assert progress.best_step is not None, "asked above"
+    folder = job.folder / checkpoint.step_name(progress.best_step)
+    found = checkpoint.read_agreed(folder, facts=facts(job), ranks=job.ranks)
+    optimizer.restore(found.read, num_updates=found.progress.num_updates)
+    tell(
+        job,
+        f"taking the weights of step {progress.best_step}: {job.config.train.best_metric} {progress.best_value:.4f}",
+    )
+    return progress.best_step
+
+
 def finish(
-    job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress
+    job: Job,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    output_step: int,
 ) -> TrainingResult:
     output = write_output(job, model, tokenizer)
-    written = publish(job, model, progress, output) if job.ranks.is_first else None
+    written = None
+    if job.ranks.is_first:
+        written = write_result(job, model, progress, output, output_step=output_step)
+        mark_current(job)
+        report(f"trained weights in {output}")
     job.ranks.wait_for_all()
     result = written if written is not None else read_result(job)
     assert result is not None, "the first rank has just written it"
-    return result
-
-
-def publish(job: Job, model: torch.nn.Module, progress: Progress, output: Path) -> TrainingResult:
-    result = write_result(job, model, progress, output)
-    mark_current(job)
-    report(f"trained weights in {output}")
     return result
 
 

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from schemas.pipeline_config import PipelineConfig
-from trainer import out_of_memory, stepping
+from trainer import compiling, out_of_memory, stepping
 from trainer import train as training
 from trainer.draws import draw_seed
 from trainer.job import plan_job
@@ -27,6 +28,8 @@ from trainer.ranks import joined_ranks
 from trainer.train import train_job
 from trainer.weights import WeightFiles
 
+BACKEND_VARIABLE = "SFT_PIPELINE_TEST_BACKEND"
+"""What torch.compile is to compile with: another one than the slow default."""
 POISONED_SEED = 7
 """Trainings of this seed meet a loss that is not a number, in one micro-step of each of these steps."""
 POISONED_STEPS = (2, 5)
@@ -90,7 +93,8 @@ def computing_parameters(model: torch.nn.Module) -> Iterator[dict[str, str]]:
         for part, parameter in module.named_parameters():
             seen[f"{name}.{part}"] = f"{tuple(parameter.shape)} {parameter.dtype}"
             if part.endswith(("packed", "absmax")):
-                numbers = parameter.detach().contiguous().view(torch.uint8).numpy()
+                # Cloned, since the memory behind an array can't be given back.
+                numbers = parameter.detach().clone().view(torch.uint8).numpy()
                 seen[f"{name}.{part}"] += f" {hashlib.sha256(numbers.tobytes()).hexdigest()}"
 
     # The last to be registered, after those that gather.
@@ -121,11 +125,21 @@ def held(model: torch.nn.Module, optimizer: Any, earlier: dict[int, Any]) -> dic
         if t is not None
     ]
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
-    alive = [t for t in alive_tensors() if id(t) not in earlier or earlier[id(t)]() is not t]
-    whole = {tuple(t.shape) for t in alive if t.dim() == 2 and t.untyped_storage().nbytes() >= t.nbytes > 0}
+    is_whole = not any(hasattr(p, "ds_tensor") or hasattr(p, "_local_tensor") for p in model.parameters())
+    everything = [*weights, *(piece.values for piece in optimizer.pieces())]
+    # A part of one weight may have the shape of another one.
+    parts = {tensor.untyped_storage().data_ptr() for tensor in everything if not is_whole}
+    whole = {
+        tuple(t.shape)
+        for t in alive_tensors()
+        if (id(t) not in earlier or earlier[id(t)]() is not t)
+        and t.dim() == 2
+        and t.untyped_storage().nbytes() >= t.nbytes > 0
+        and t.untyped_storage().data_ptr() not in parts
+    }
     return {
         "weights": num_bytes(weights),
-        "all": num_bytes([*weights, *(piece.values for piece in optimizer.pieces())]),
+        "all": num_bytes(everything),
         "whole": sorted(whole & shapes),
     }
 
@@ -137,6 +151,8 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def main(paths: list[str]) -> None:
     _silence_libraries()
+    if backend := os.environ.get(BACKEND_VARIABLE):
+        compiling.BACKEND = backend
     configs = [read_config(Path(path)) for path in paths]
     original, originals = stepping.summed_loss, (out_of_memory.run_step, training.WeightFiles)
     with joined_ranks(configs[0]) as ranks:

@@ -74,6 +74,10 @@ BROKEN: dict[str, dict[str, Any]] = {
     "whole-modules-sharded": {"train": {"strategy": "fsdp2", "lora": {"modules_to_save": ["norm"]}}},
     "saved-target": {"train": {"lora": {"targets": ["lm_head"], "modules_to_save": ["lm_head"]}}},
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
+    "compile-bits": {"train": {"compile": True, "base": "nf4"}},
+    "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
+    "compile-dropout": {"train": {"compile": True, "lora": {"dropout": 0.1}}},
+    "compiler": {"train": {"compile": True}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
     "nf4-full": {"train": {"base": "nf4", "method": "full"}},
     "processes": {"train": {"num_processes": 2}},
@@ -81,7 +85,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"train": {"base": "int8"}},
     "wandb": {"train": {"trackers": ["wandb"]}},
 }
-PACKAGES = ("deepspeed", "bitsandbytes", "wandb")
+PACKAGES = ("deepspeed", "bitsandbytes", "wandb", "compiler")
 
 
 @pytest.fixture
@@ -92,6 +96,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def uninstall(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if package == "compiler":
+        monkeypatch.setenv("PATH", "/nowhere")
+        return
     monkeypatch.setitem(sys.modules, package, None)
 
 

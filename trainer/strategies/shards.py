@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import ComputeLoss, step_count, torch_adamw, trainable
+from trainer.optimizers import NO_LIMITS, ComputeLoss, Limits, step_count, torch_adamw, trainable
 from trainer.pieces import MOMENTS, Piece, ReadPiece, Shapes
 from trainer.ranks import Ranks
 
@@ -64,7 +64,12 @@ class ShardedAdamW:
         return loss.detach()
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
         self._take_gradients()
         gradients = [m.grad for m in self.masters.values() if m.grad is not None and m.grad.numel()]
@@ -75,7 +80,7 @@ class ShardedAdamW:
         # One wait for the device a step, here: the update depends on both numbers.
         shared = self._ranks.add_up(torch.stack([loss.double(), squares]))
         loss_value, grad_norm = float(shared[0]), math.sqrt(float(shared[1])) if shared[1] >= 0 else math.nan
-        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+        if limits.allow(loss_value, grad_norm):
             self._clip(gradients, grad_norm)
             self._step(learning_rate)
         self._drop_gradients()

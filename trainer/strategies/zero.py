@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import ComputeLoss, step_count, trainable, trained_parameters
+from trainer.optimizers import (
+    NO_LIMITS,
+    ComputeLoss,
+    Limits,
+    step_count,
+    trainable,
+    trained_parameters,
+)
 from trainer.pieces import KINDS, MOMENTS, Piece, ReadPiece, Shapes
 from trainer.ranks import Ranks
 from trainer.strategies.deepspeed_engine import engine_settings, start_engine
@@ -79,8 +86,14 @@ class ZeroAdamW:
         return loss.detach()
 
     def update(
-        self, loss: torch.Tensor, learning_rate: float, *, loss_scale: float = 1.0
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        limits: Limits = NO_LIMITS,
+        *,
+        loss_scale: float = 1.0,
     ) -> tuple[float, float]:
+        assert limits == NO_LIMITS, "DeepSpeed decides by itself which step it skips: a rule refuses limits"
         loss_value = float(self._ranks.add_up(loss))
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
