@@ -93,7 +93,8 @@ def computing_parameters(model: torch.nn.Module) -> Iterator[dict[str, str]]:
         for part, parameter in module.named_parameters():
             seen[f"{name}.{part}"] = f"{tuple(parameter.shape)} {parameter.dtype}"
             if part.endswith(("packed", "absmax")):
-                numbers = parameter.detach().contiguous().view(torch.uint8).numpy()
+                # Cloned, since the memory behind an array can't be given back.
+                numbers = parameter.detach().clone().view(torch.uint8).numpy()
                 seen[f"{name}.{part}"] += f" {hashlib.sha256(numbers.tobytes()).hexdigest()}"
 
     # The last to be registered, after those that gather.
@@ -124,11 +125,21 @@ def held(model: torch.nn.Module, optimizer: Any, earlier: dict[int, Any]) -> dic
         if t is not None
     ]
     shapes = {tuple(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
-    alive = [t for t in alive_tensors() if id(t) not in earlier or earlier[id(t)]() is not t]
-    whole = {tuple(t.shape) for t in alive if t.dim() == 2 and t.untyped_storage().nbytes() >= t.nbytes > 0}
+    is_whole = not any(hasattr(p, "ds_tensor") or hasattr(p, "_local_tensor") for p in model.parameters())
+    everything = [*weights, *(piece.values for piece in optimizer.pieces())]
+    # A part of one weight may have the shape of another one.
+    parts = {tensor.untyped_storage().data_ptr() for tensor in everything if not is_whole}
+    whole = {
+        tuple(t.shape)
+        for t in alive_tensors()
+        if (id(t) not in earlier or earlier[id(t)]() is not t)
+        and t.dim() == 2
+        and t.untyped_storage().nbytes() >= t.nbytes > 0
+        and t.untyped_storage().data_ptr() not in parts
+    }
     return {
         "weights": num_bytes(weights),
-        "all": num_bytes([*weights, *(piece.values for piece in optimizer.pieces())]),
+        "all": num_bytes(everything),
         "whole": sorted(whole & shapes),
     }
 
