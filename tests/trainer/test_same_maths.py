@@ -359,9 +359,10 @@ def test_after_a_step_each_rank_holds_its_share_of_everything_and_no_weight_whol
     assert whole[0]["whole"]  # so the absence of any says something
     # ddp's ranks share the writing of what each of them holds.
     states = sum(rank["all"] - rank["weights"] for rank in whole)
+    # In bf16 it computes with copies of the masters: 2 bytes beside 4 + 8. FSDP2 casts what it gathers.
+    copies = states / 6 if CASES[case].dtype == "bfloat16" else 0
     for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured:
-        assert rank["weights"] == pytest.approx(whole[0]["weights"] / 2, rel=0.02)
-        assert rank["all"] == pytest.approx((whole[0]["weights"] + states) / 2, rel=0.02)
+        assert rank["all"] == pytest.approx((whole[0]["weights"] - copies + states) / 2, rel=0.02)
         assert rank["whole"] == []
 
 
@@ -372,8 +373,8 @@ def test_layers_compute_with_the_shapes_dtypes_and_4_bit_bytes_of_whole_ones(
 ) -> None:
     """The adapters beside 4-bit weights alone are gathered as fp32 masters, and cast by their layers."""
     whole = trainings.variant(case, "ddp", 2, is_short=True).measured[0]["seen"]
-    assert sum("lora_A" in name for name in whole) == (0 if case == "measured full" else 28)
-    assert sum("packed" in name for name in whole) == (28 if case == "measured nf4" else 0)
+    assert sum("lora_A" in name for name in whole) == (0 if case == "measured full" else 14)
+    assert sum("packed" in name for name in whole) == (14 if case == "measured nf4" else 0)
     for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured:
         assert rank["seen"].keys() == whole.keys()
         for name, seen in rank["seen"].items():

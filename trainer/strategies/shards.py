@@ -78,8 +78,10 @@ class ShardedAdamW:
         norms = torch._foreach_norm(gradients) if gradients else []
         squares = sum((norm.double().square() for norm in norms), loss.new_zeros((), dtype=torch.float64))
         # One wait for the device a step, here: the update depends on both numbers.
-        shared = self._ranks.add_up(torch.stack([loss.double(), squares]))
-        loss_value, grad_norm = float(shared[0]), math.sqrt(float(shared[1])) if shared[1] >= 0 else math.nan
+        loss_value, square = self._ranks.add_up(
+            torch.stack([loss.double(), squares.to(loss.device)])
+        ).tolist()
+        grad_norm = math.sqrt(square) if square >= 0 else math.nan
         if limits.allow(loss_value, grad_norm):
             self._clip(gradients, grad_norm)
             self._step(learning_rate)
