@@ -1,6 +1,5 @@
 """Checks of `sft-pipeline doctor` on what training needs: torch, GPUs or memory, and the tools of a strategy."""
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,6 +146,7 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
     """The model with its optimiser against free memory: fails when the weights alone don't fit."""
     from schemas.errors import InputError
     from trainer.memory import CUDA_CONTEXT_BYTES, memory_need, read_shapes
+    from trainer.memory import on_gpu as part_on_gpu
     from trainer.rank_processes import count_processes
     from trainer.support import model_architecture, model_folder
 
@@ -165,8 +165,13 @@ def memory_findings(torch: Torch, config: PipelineConfig) -> Iterator[Finding]:
         bytes_per_weight=_bytes_per_weight(torch, config),
         num_processes=num_processes,
     )
+    need = part_on_gpu(need, config.train) if on_gpu else need
     context = CUDA_CONTEXT_BYTES if on_gpu else 0
-    free, where = _free_memory(torch, on_gpu=on_gpu, num_processes=num_processes)
+    if on_gpu and config.train.strategy == "pipeline":
+        free = sum(gpu.free_bytes - context for gpu in torch.gpus) + context
+        where = f"on {len(torch.gpus)} GPUs together"
+    else:
+        free, where = _free_memory(torch, on_gpu=on_gpu, num_processes=num_processes)
     found = f"{size_text(free)} free {where}"
     expected = (
         f"at least {size_text(need.floor + context)} (weights {size_text(need.weights)}, what the optimiser "
@@ -192,19 +197,13 @@ def _bytes_per_weight(torch: Torch, config: PipelineConfig) -> int:
 
 def _free_memory(torch: Torch, *, on_gpu: bool, num_processes: int) -> tuple[int, str]:
     """For one process."""
+    from trainer.memory import free_machine_bytes
+
     if on_gpu:
         gpu = min(torch.gpus[:num_processes], key=lambda gpu: gpu.free_bytes)
         return gpu.free_bytes, f"of {size_text(gpu.total_bytes)} on {gpu.name}"
     share = f"of the machine's memory for each of {num_processes}" if num_processes > 1 else "of its memory"
-    return _free_machine_bytes() // num_processes, share
-
-
-def _free_machine_bytes() -> int:
-    numbers = Path("/proc/meminfo")
-    for line in numbers.read_text().splitlines() if numbers.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_machine_bytes() // num_processes, share
 
 
 # Strategies -------------------------------------------------------------------------------------------------

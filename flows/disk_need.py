@@ -109,7 +109,8 @@ def _training_needs(config: PipelineConfig, model: Path) -> Iterator[Need]:
     num_trained = num_trained_weights(shapes, config.train)
     checkpoint = CHECKPOINT_BYTES_PER_WEIGHT * num_trained
     # One more than are kept lies there while it is written.
-    yield Need("checkpoints", checkpoint, (config.train.keep_checkpoints + 1) * checkpoint)
+    most = config.train.keep_checkpoints + config.train.keep_best + 1
+    yield Need("checkpoints", checkpoint, most * checkpoint)
     name = "model" if config.train.method == "full" else "adapter"
     yield Need(name, 2 * num_trained, 4 * num_trained + TOKENIZER_BYTES)
 

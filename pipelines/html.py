@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import html_to_markdown
-import markdownify
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from pipelines.html_limits import MAX_STRAY_BYTES, MAX_STRAY_TAGS, check_limits
@@ -160,6 +159,8 @@ def _with_html_to_markdown(html: str) -> str:
 
 
 def _with_markdownify(html: str) -> str:
+    import markdownify  # a tenth of a second, with all that it brings
+
     return markdownify.markdownify(
         html,
         heading_style="ATX",

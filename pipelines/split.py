@@ -1,7 +1,9 @@
 """Stage 6, one row: a chat becomes one training example, or several where it is longer than split.max_tokens."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -107,14 +109,26 @@ def _samples(encoder: ChatEncoder, rows: Sequence[Conversation]) -> Iterator[str
 
 
 def prepare(config: PipelineConfig) -> RowSplitter:
-    """The row step. Loads the tokenizer: a second, once per worker.
+    """The row step. Loads the tokenizer: three seconds for a large one, once per worker.
 
     Raises as load_encoder does.
     """
-    with torch_left_out():
+    with torch_left_out(), _without_collector():
         encoder = load_encoder(config)
     check_end_token(config, encoder)
     return RowSplitter(encoder, config.split)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A vocabulary is a million objects that stay: to look through them for garbage takes a sixth of the loading."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def split_chat(encoder: ChatEncoder, config: SplitConfig, row: Conversation) -> SplitResult | Drop:

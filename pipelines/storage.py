@@ -12,20 +12,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipelines.disk_errors import disk_errors, is_disk_error, storage_error
+from pipelines.row_columns import drops_table, rows_of, rows_table
 from pipelines.sealed import json_bytes, sealed, unsealed
-from schemas.conversation import Conversation, Drop, Message, Role
+from schemas.conversation import Conversation, Drop
 from schemas.dataset import DROPS, ROWS
 from schemas.errors import InputError, IntegrityError
 from schemas.run import FORMAT_VERSION, MANIFEST_NAME, TEMPORARY_PREFIX, FileEntry, Manifest
 
 ROWS_PER_GROUP = 4096
+Item = TypeVar("Item")
 
 # Durable writes ---------------------------------------------------------------------------------------------
 
@@ -199,33 +201,27 @@ def check_file(folder: Path, entry: FileEntry, *, cure: str = "delete it and run
 
 def write_rows(path: Path, rows: Iterable[Conversation]) -> int:
     """Durably write rows; returns how many. Bytes depend on the rows alone."""
-    return _write_parquet(path, ROWS, (_row_record(row) for row in rows))
+    with parquet_file(path, ROWS) as write:
+        return sum(write(rows_table(group)) for group in _groups(rows, ROWS_PER_GROUP))
 
 
 def write_drops(path: Path, drops: Iterable[tuple[Conversation, Drop]], *, stage: str) -> int:
     """Durably write dropped rows, each as it was when it left, with its reason."""
-    return _write_parquet(path, DROPS, (_row_record(row) | _drop_record(drop, stage) for row, drop in drops))
+    with parquet_file(path, DROPS) as write:
+        return sum(write(drops_table(group, stage=stage)) for group in _groups(drops, ROWS_PER_GROUP))
 
 
 def read_rows(path: Path) -> Iterator[Conversation]:
     """Rows of a part in order; page checksums are verified on the way."""
     with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
         for batch in parquet.iter_batches(batch_size=1024, columns=ROWS.names):
-            for record in batch.to_pylist():
-                yield _row(record)
+            yield from rows_of(batch)
 
 
 def read_metas(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Row ids and meta of a part, in order, without its messages."""
     table = pq.read_table(path, columns=["row_id", "meta"], page_checksum_verification=True)
     return table["row_id"].to_pylist(), [json.loads(meta) for meta in table["meta"].to_pylist()]
-
-
-def _write_parquet(path: Path, schema: pa.Schema, records: Iterable[dict[str, Any]]) -> int:
-    with parquet_file(path, schema) as write:
-        return sum(
-            write(pa.Table.from_pylist(group, schema=schema)) for group in _groups(records, ROWS_PER_GROUP)
-        )
 
 
 @contextmanager
@@ -265,38 +261,10 @@ def read_arrow(path: Path) -> pa.Table:
         return reader.read_all()
 
 
-def _groups(records: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(records)
+def _groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group
-
-
-def _row_record(row: Conversation) -> dict[str, Any]:
-    return {
-        "row_id": row.row_id,
-        "source": row.source,
-        "record": row.record,
-        "messages": [
-            {"role": m.role, "content": m.content, "extras": _json_text(m.extras)} for m in row.messages
-        ],
-        "meta": _json_text(row.meta),
-    }
-
-
-def _drop_record(drop: Drop, stage: str) -> dict[str, Any]:
-    return {"stage": stage, "reason": drop.reason, "detail": drop.detail, "survivor": drop.survivor}
-
-
-def _json_text(value: dict[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False) if value else "{}"
-
-
-def _row(record: dict[str, Any]) -> Conversation:
-    messages = [
-        Message(cast(Role, m["role"]), m["content"], json.loads(m["extras"])) for m in record["messages"]
-    ]
-    meta = json.loads(record["meta"])
-    return Conversation(record["row_id"], record["source"], record["record"], messages, meta)
 
 
 # Manifests --------------------------------------------------------------------------------------------------

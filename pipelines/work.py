@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 from pipelines.parts import PartTask, feature_entry, features_name, write_sidecar
 from pipelines.storage import (
     check_file,
+    durable_file,
     file_entry,
     parquet_file,
     read_arrow,
@@ -82,8 +84,11 @@ def verdict_part(task: PartTask) -> PartEntry:
     `sides` is None (all stay) or one side a row, None where dropped; no row is parsed on the way.
     """
     folder, entry, sides, packed = task.payload
-    drops = _unpacked_drops(packed)
-    table = read_table(check_file(folder, entry))
+    path, drops = check_file(folder, entry), _unpacked_drops(packed)
+    if not drops and (sides is None or (len(set(sides)) == 1 and sides[0] in SPLITS)):
+        kept_whole = (_copied(task, path, entry, "" if sides is None else sides[0]),)
+        return _entry(task, kept_whole, None, entry.num_rows, {})
+    table = read_table(path)
     kept = tuple(
         _write_table(task, side, _on_side(table, sides, drops, side))
         for side in ([""] if sides is None else SPLITS)
@@ -238,6 +243,14 @@ def _on_side(
 ) -> pa.Table:
     keep = [row not in drops and (sides is None or sides[row] == side) for row in range(table.num_rows)]
     return table.filter(pa.array(keep, pa.bool_()))
+
+
+def _copied(task: PartTask, path: Path, entry: FileEntry, side: str) -> FileEntry:
+    """A part of which every row stays: the bytes that writing its rows again would give."""
+    copy = task.folder / side / f"part-{task.key[:32]}.parquet"
+    with durable_file(copy, sync_name=False) as temporary:
+        shutil.copyfile(path, temporary)
+    return entry.model_copy(update={"path": copy.relative_to(task.folder).as_posix()})
 
 
 def _write_table(task: PartTask, side: str, table: pa.Table) -> FileEntry:

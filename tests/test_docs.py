@@ -161,6 +161,27 @@ def check_torchrun(words: Words) -> None:
     _parser().parse_args(options.training_script_args)
 
 
+def check_deepspeed(words: Words) -> None:
+    from deepspeed.launcher.runner import parse_args
+
+    options = parse_args(words)
+    assert options.module
+    assert options.user_script == "trainer.launch"
+    from trainer.launch import _parser
+
+    _parser().parse_args(["--local_rank=0", *options.user_args])
+
+
+def check_sbatch(words: Words) -> None:
+    assert (ROOT / words[0]).is_file()
+
+
+def check_wandb(words: Words) -> None:
+    from wandb.cli.cli import cli
+
+    assert words[0] in cli.commands
+
+
 def check_pip(words: Words) -> None:
     assert words[0] == "install"
     extras = {extra for word in words for extra in re.findall(r"\[(\w+)\]", word)}
@@ -215,6 +236,10 @@ PROGRAMS: dict[str, Callable[[Words], None]] = {
     "make": check_make,
     "python": check_python,
     "torchrun": check_torchrun,
+    "deepspeed": check_deepspeed,
+    "sbatch": check_sbatch,
+    "wandb": check_wandb,
+    "tensorboard": check_nothing,
     "pip": check_pip,
     "pre-commit": check_pre_commit,
     ".": check_activate,
@@ -283,6 +308,10 @@ def check_mention(line: str) -> None:
         "export PREFECT_NO_SUCH_SETTING=1",
         "curl https://example.org",
         "torchrun --nproc-per-node 2 -m trainer.launch trian --config x",
+        "deepspeed --no_ssh --node_rnak 0 --module trainer.launch train --config x",
+        "deepspeed --no_ssh --module trainer.launch train --confg x",
+        "sbatch examples/slurm/tarin.sbatch config.json",
+        "wandb snyc folder",
     ],
 )
 def test_a_command_that_is_wrong_does_not_pass(line: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +22,11 @@ from pipelines.storage import (
     check_manifest,
     file_entry,
     file_sha256,
+    json_bytes,
     json_digest,
     sync_folder,
     write_arrow,
+    write_bytes,
     write_record,
 )
 from schemas.errors import IntegrityError
@@ -38,7 +41,7 @@ from schemas.evaluation import (
     TrainedModel,
 )
 from schemas.pipeline_config import PipelineConfig
-from schemas.run import EVALUATION_NAME, MANIFEST_NAME, STAGE_FOLDERS
+from schemas.run import CHECKPOINTS_FOLDER, EVALUATION_NAME, MANIFEST_NAME, STAGE_FOLDERS
 from trainer.answer import answer, check_base, load_with_adapter, printable
 from trainer.attention import unwrapped, use_plain_attention
 from trainer.held_out import (
@@ -54,6 +57,8 @@ from trainer.model import load_adapter, load_tokenizer, needed_model
 from trainer.service import check_trained_model, find_candidate, find_incumbent, read_evaluation
 from trainer.start_adapter import take_off_adapter
 
+ANSWERS_NAME = "answers.json"
+"""In the folder of a training: evaluate.questions as the base answers them, and as the trained model does."""
 EVALUATION_VERSION = 1
 """Raise it when the same models and examples would give other numbers."""
 
@@ -66,13 +71,14 @@ def evaluate(config: PipelineConfig) -> Evaluation:
     model's loss is not finite.
     """
     work = plan_evaluation(config)
-    finished = _finished(config.run_root, work.key)
-    if finished is not None:
+    found = _finished(config.run_root, work.key)
+    if found is not None:
         report(f"evaluation {work.key[:12]} is there: nothing to do")
-        return finished
-    held_out = read_held_out(config)
-    measured = measure(config, work, held_out)
-    return _write(config, work, held_out, measured)
+    else:
+        held_out = read_held_out(config)
+        found = _write(config, work, held_out, measure(config, work, held_out))
+    _keep_answers(config.run_root, found)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +218,14 @@ def _write(config: PipelineConfig, work: Work, held_out: HeldOut, measured: Meas
     return evaluation
 
 
+def _keep_answers(run_root: Path, evaluation: Evaluation) -> None:
+    """The answers before and after, beside the training too: the report in the run root is the newest one's alone."""
+    path = run_root / CHECKPOINTS_FOLDER / evaluation.candidate.training_key / ANSWERS_NAME
+    answers = json_bytes([answer.model_dump(mode="json") for answer in evaluation.answers])
+    if evaluation.answers and (not path.exists() or path.read_bytes() != answers):
+        write_bytes(path, answers)
+
+
 def _labels(measured: Measured) -> list[Label]:
     order: tuple[Label, ...] = ("base", "incumbent", "candidate")
     return [label for label in order if label in measured.nats]
@@ -265,10 +279,23 @@ def run_evaluate(config: PipelineConfig, *, show_answers: bool = True) -> None:
             f"{model.label:9}  {_number(total.bits_per_byte)} bits per byte  {_number(total.loss)} nats per token  "
             f"({total.num_examples} examples, {total.num_trained_tokens:,} tokens of {evaluation.split})"
         )
+    for line in (*_group_lines(evaluation, "source"), *_group_lines(evaluation, "language")):
+        print(line)
     for answers in evaluation.answers if show_answers else ():
         print(f"\n{printable(answers.question)}")
         print(f"  base:      {printable(answers.base)}\n  candidate: {printable(answers.candidate)}")
     print(f"\n{config.run_root / EVALUATION_NAME}")
+
+
+def _group_lines(evaluation: Evaluation, kind: Literal["source", "language"]) -> Iterator[str]:
+    """Bits per byte of each source or language under all models; nothing where there is but one."""
+    tables = {
+        model.label: model.by_source if kind == "source" else model.by_language for model in evaluation.models
+    }
+    names = list(next(iter(tables.values())))
+    for name in names if len(names) > 1 else ():
+        parts = (f"{label} {_number(table[name].bits_per_byte)}" for label, table in tables.items())
+        yield f"{kind} {printable(name)}: {', '.join(parts)}"
 
 
 def _number(value: float | None) -> str:

@@ -39,21 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from pipelines.run_lock import exit_with_parent, hold_run_root
+    from trainer.launchers import is_first, take_place
     from trainer.signals import leave_signals_to_starter
 
+    take_place(os.environ, local_rank=options.local_rank)
     leave_signals_to_starter()
     exit_with_parent()
     config = read_config(options.config)
     with ExitStack() as stack:
         lock: Lock = ()
-        if _is_first_rank():  # it holds the run root for the others
+        if is_first():  # it holds the run root for the others
             wait_seconds = config.engine.lock_wait_seconds
             lock = stack.enter_context(hold_run_root(config.run_root, wait_seconds=wait_seconds))
         COMMANDS[options.command](config, options, lock)
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def read_config(path: Path) -> "PipelineConfig":
@@ -101,11 +99,12 @@ def _refuse_foreign(problem: str) -> None:
 
 
 def _train(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock") -> None:
+    from trainer.launchers import is_first, is_one_of_several
     from trainer.rank_processes import count_processes, train_in_processes
     from trainer.support import check_supported
 
     check_supported(config)
-    if "RANK" not in os.environ and (num_processes := count_processes(config)) > 1:
+    if not is_one_of_several() and (num_processes := count_processes(config)) > 1:
         train_in_processes(options.config.resolve(), num_processes, lock=lock)
         return
     _silence_libraries()
@@ -113,7 +112,7 @@ def _train(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock") 
     from trainer.train import train
 
     result = train(config)
-    if _is_first_rank():
+    if is_first():
         print(config.run_root / CHECKPOINTS_FOLDER / result.key / result.output)
 
 
@@ -172,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.launch", description="Train, evaluate, promote and try a model."
     )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text) for name, text in _HELP.items()}
     for command in parsers.values():

@@ -7,10 +7,11 @@ a guide, not a promise.
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,6 +89,17 @@ def _weights_under_fsdp2(train: TrainConfig, weights: int, num_processes: int) -
     return weights if train.shard_base == "never" else math.ceil(weights / num_processes)
 
 
+def on_gpu(need: MemoryNeed, train: TrainConfig) -> MemoryNeed:
+    """Without what train.offload leaves to the CPU's memory. Of fsdp2 the need is a device's already."""
+    if train.strategy == "fsdp2":
+        return need
+    return replace(
+        need,
+        weights=0 if train.offload == "all" else need.weights,
+        states=need.states if train.offload == "none" else 0,
+    )
+
+
 def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) -> float:
     """Of one trained weight in one process. The master of an fp32 weight is the weight itself."""
     optimizer = MOMENTS_BYTES + (MASTER_BYTES if bytes_per_weight < MASTER_BYTES else 0)
@@ -124,6 +136,15 @@ def _num_in_whole_modules(shapes: Shapes, names: Sequence[str]) -> int:
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer; embeddings and the head are none here."""
     return len(shape) == 2 and name.endswith(".weight") and _NOT_LINEAR.search(name) is None
+
+
+def free_machine_bytes() -> int:
+    """Memory that a new process can have on this machine without moving others out."""
+    numbers = Path("/proc/meminfo")
+    for line in numbers.read_text().splitlines() if numbers.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

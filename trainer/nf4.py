@@ -58,7 +58,10 @@ class NF4Linear(torch.nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """Unpacked anew each time, for those who ask a linear layer for its device, dtype or numbers."""
+        """Unpacked anew each time, for those who ask a linear layer for its device, dtype or numbers.
+
+        What is written into it is lost. PEFT's merging does so without an error: merge into the unquantised model.
+        """
         if is_stand_in(self.packed):
             return torch.empty((), dtype=self.dtype).expand(self.shape)
         return unpacked(self.packed, self.absmax, self.shape, self.dtype)

@@ -89,6 +89,17 @@ class Ranks:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return int(shared.item())
 
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in their order. They hold no NUL."""
+        if self.count == 1:
+            return [text]
+        own = text.encode()
+        padded = own.ljust(self.largest(len(own)), b"\0")
+        sent = torch.tensor(list(padded), dtype=torch.uint8, device=self.device)
+        received = [torch.empty_like(sent) for _ in range(self.count)]
+        dist.all_gather(received, sent)
+        return [bytes(part.tolist()).rstrip(b"\0").decode() for part in received]
+
     def copy_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite them by those of the first rank."""
         if self.count > 1:
@@ -193,20 +204,29 @@ def _form_group(number: int, count: int, device: torch.device, timeout_seconds: 
 
 
 def _store(number: int, count: int) -> dist.Store | None:
-    """Where the ranks find each other; None: where torchrun's variables say."""
+    """Where the ranks find each other: the first one's port; None: where torchrun says."""
     if count == 1:
         return dist.HashStore()
-    if PORT_VARIABLE not in os.environ:
-        return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return None  # torchrun has a store of its own
+    host, port = _meeting_place()
     listening = os.environ.get(LISTENING_FD_VARIABLE)
     return dist.TCPStore(
-        "127.0.0.1",
-        int(os.environ[PORT_VARIABLE]),
+        host,
+        port,
         count,
         is_master=number == 0,
         timeout=timedelta(seconds=JOIN_SECONDS),
         master_listen_fd=int(listening) if number == 0 and listening is not None else None,
     )
+
+
+def _meeting_place() -> tuple[str, int]:
+    if PORT_VARIABLE in os.environ:
+        return "127.0.0.1", int(os.environ[PORT_VARIABLE])
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"RANK is set in the environment, {missing[0]} is not")
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -45,6 +45,7 @@ from trainer.optimizers import Optimizer
 from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
+from trainer.preflight import check_ranks
 from trainer.probe import check_packing
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
@@ -67,6 +68,7 @@ def train(config: PipelineConfig) -> TrainingResult:
     config = lowered(config)
     with joined_ranks(config) as ranks:
         job = plan_job(config, ranks)
+        check_ranks(job)
         finished = read_result(job)
         if finished is None:
             return train_job(job)
@@ -118,7 +120,7 @@ def load_model(job: Job) -> torch.nn.Module:
     if STRATEGIES[job.config.train.strategy].fill is not None:
         model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
-            tell(job, "each process loads the whole model first: this family's files can't be read in parts")
+            tell(job, "each process loads the whole model first: its files can't be read in parts")
             device = CPU  # where there is more room; place() takes from it what this rank keeps
     if model is None:
         model = load_base_model(

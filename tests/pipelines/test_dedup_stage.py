@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.parts import StageResult
 from pipelines.stage import plan_stages, run_stage
+from pipelines.storage import check_file, file_sha256, read_manifest, read_rows, write_rows
 from schemas.config_file import load_config
 from schemas.errors import InputError
 
@@ -85,6 +86,27 @@ def test_rows_of_an_earlier_run_are_not_taken_again(tmp_path: Path) -> None:
     assert run_to_dedup(config, "earlier_runs=[first]").skipped
     (tmp_path / "first").rename(tmp_path / "moved")
     assert run_to_dedup(config, "earlier_runs=[moved]").skipped
+
+
+def test_a_part_of_which_every_row_stays_is_copied_to_the_bytes_of_its_rows_written_again(
+    tmp_path: Path,
+) -> None:
+    again = (words(0), "answer 0")
+    rounds = [(words(n), f"answer {n}") for n in range(40)]
+    config = write_project(tmp_path, [*rounds, *(again for _ in range(3))])
+    manifest = run_to_dedup(config).manifest
+    before = read_manifest(tmp_path / "run/03_filtered")
+    assert before is not None
+    assert manifest.drops == {"duplicate": 3}
+    num_copied = 0
+    for part, part_before in zip(manifest.parts, before.parts, strict=True):
+        file = part.kept[0]
+        rows = list(read_rows(check_file(tmp_path / "run/04_deduplicated", file)))
+        assert len(rows) == file.num_rows
+        write_rows(tmp_path / "again.parquet", rows)
+        assert file_sha256(tmp_path / "again.parquet") == file.sha256
+        num_copied += file.sha256 == part_before.kept[0].sha256
+    assert 0 < num_copied < len(before.parts)
 
 
 @pytest.mark.parametrize(

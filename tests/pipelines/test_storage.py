@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import storage
+from pipelines.row_columns import rows_of, rows_table
 from schemas.conversation import Conversation, Drop, Message
 from schemas.dataset import DROPS, ROWS
 from schemas.errors import IntegrityError
@@ -32,6 +34,33 @@ def test_rows_come_back_as_they_were_written(
     path = tmp_path_factory.mktemp("rows") / "part.parquet"
     assert storage.write_rows(path, rows) == len(rows)
     assert list(storage.read_rows(path)) == rows
+
+
+@given(rows=st.lists(conversations, max_size=8), start=st.integers(0, 8), length=st.integers(0, 8))
+def test_columns_are_those_that_arrow_makes_of_dicts_and_parts_of_them_are_read_as_such(
+    rows: list[Conversation], start: int, length: int
+) -> None:
+    records = [
+        {
+            "row_id": row.row_id,
+            "source": row.source,
+            "record": row.record,
+            "messages": [
+                {
+                    "role": m.role,
+                    "content": m.content,
+                    "extras": json.dumps(m.extras, sort_keys=True, ensure_ascii=False),
+                }
+                for m in row.messages
+            ],
+            "meta": json.dumps(row.meta),
+        }
+        for row in rows
+    ]
+    table = rows_table(rows)
+    assert table.equals(pa.Table.from_pylist(records, schema=ROWS))
+    for batch in table.slice(start, length).to_batches():
+        assert list(rows_of(batch)) == rows[start : start + length]
 
 
 def test_columns_are_the_documented_ones_and_equal_rows_give_equal_bytes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The report: its numbers against a plain loop, its bytes, and what it refuses. Trains tiny models for real."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -367,6 +368,32 @@ def forge_base(config: PipelineConfig) -> None:
 
 
 # The command ------------------------------------------------------------------------------------------------
+
+
+def test_answers_before_and_after_stand_beside_the_training_too_and_come_back(
+    run_copy: PipelineConfig,
+) -> None:
+    key = find_candidate(run_copy.run_root).training_key
+    path = run_copy.run_root / CHECKPOINTS_FOLDER / key / "answers.json"
+    expected = [answers.model_dump() for answers in read_report(run_copy).answers]
+    assert json.loads(path.read_bytes()) == expected
+    assert [list(answers) for answers in expected] == [["question", "base", "candidate"]] * len(QUESTIONS)
+    path.unlink()
+    evaluate(run_copy)
+    assert json.loads(path.read_bytes()) == expected
+
+
+def test_the_command_compares_sources_and_languages_where_there_are_several(
+    run_copy: PipelineConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_evaluate(run_copy)
+    lines = capsys.readouterr().out.splitlines()
+    base, candidate = read_report(run_copy).models
+    assert len(base.by_source) > 1
+    for name, loss in base.by_source.items():
+        after = candidate.by_source[name].bits_per_byte
+        assert f"source {name}: base {loss.bits_per_byte:.4f}, candidate {after:.4f}" in lines
+    assert not any(line.startswith("language ") for line in lines)  # all are of one
 
 
 @pytest.fixture

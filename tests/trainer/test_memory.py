@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from tests.integration import toy
-from trainer.memory import memory_need, num_trained_weights, read_shapes
+from trainer.memory import memory_need, num_trained_weights, on_gpu, read_shapes
 from trainer.methods import METHODS
 from trainer.optimizers import MasterAdamW
 from trainer.output import num_trainable_weights
@@ -92,6 +92,9 @@ def test_a_quantised_base_and_shared_states_need_less(folder: Path) -> None:
         for name in ("ddp", "zero1", "zero2", "zero3")
     ]
     assert [share / plain.states for share in states] == [1, 7 / 16, 1 / 4, 1 / 4]
+    for offload, left in (("optimizer", (plain.weights, 0)), ("all", (0, 0))):
+        small = on_gpu(plain, config_of(folder, offload=offload).train)
+        assert (small.weights, small.states) == left
     cut = memory_need(config_of(folder, strategy="zero3"), shapes, {}, bytes_per_weight=2, num_processes=4)
     assert cut.weights == math.ceil(plain.weights / 4)
     assert plain.activations == 0, "no shape is known"

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.training_config import LoraConfig, TrainConfig
 from tests.trainer.tiny_models import example_of, random_documents, tiny_model
-from trainer import methods
+from trainer import methods, nf4
 from trainer.attention import unwrapped, use_packed_attention
 from trainer.data import collate
 from trainer.loss import summed_loss
@@ -85,6 +85,22 @@ def test_full_tuning_multiplies_what_is_counted_and_the_head_once_more(family: s
     recomputed = 2 * head.numel() * num_trained  # a trained head is computed again backwards, to save memory
     assert matrices_only(work, num_trained) + recomputed == by_weights
     assert work.of(np.array(LENGTHS), num_trained) + recomputed - by_weights == inside / 2
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_module_that_a_lora_trains_whole_counts_once(saved: str) -> None:
+    model = lora(tiny_model(), modules_to_save=[saved])
+    by_weights, _, num_trained = executed(model)
+    head = unwrapped(model).get_output_embeddings()
+    recomputed = 2 * 320 * 32 * num_trained if head.weight.requires_grad else 0
+    assert matrices_only(count_work(model), num_trained) + recomputed == by_weights
+
+
+def test_a_base_of_four_bits_counts_as_one_of_sixteen() -> None:
+    plain, quantised = tiny_model().requires_grad_(False), tiny_model().requires_grad_(False)
+    nf4.replace_linear_layers(quantised)
+    assert count_work(quantised) == count_work(plain)
+    assert count_work(plain).per_token > 0
 
 
 def test_recomputing_activations_counts_no_more() -> None:

@@ -77,6 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"dropout": 0.1}},
     "full": {"method": "full", "learning_rate": 1e-3, "gradient_checkpointing": True},
     "int8": {"base": "int8"},
+    "nf4": {"base": "nf4"},
 }
 
 
