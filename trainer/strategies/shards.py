@@ -53,7 +53,7 @@ class ShardedAdamW:
         self.num_updates = 0
 
     def _master(self, parameter: DTensor) -> torch.Tensor:
-        local = parameter.detach().to_local()
+        local: torch.Tensor = parameter.to_local().detach()
         return local.to("cpu", copy=True) if self._is_offloaded else local
 
     def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
@@ -85,7 +85,7 @@ class ShardedAdamW:
         if limits.allow(loss_value, grad_norm):
             self._clip(gradients, grad_norm)
             self._step(learning_rate)
-        self._drop_gradients()
+        self.drop_gradients()
         return loss_value, grad_norm
 
     def _take_gradients(self) -> None:
@@ -111,7 +111,7 @@ class ShardedAdamW:
             for name, parameter in self.parameters.items():
                 parameter.to_local().copy_(self.masters[name])
 
-    def _drop_gradients(self) -> None:
+    def drop_gradients(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
