@@ -43,7 +43,8 @@ def advance(progress: Progress, step: Step, outcome: StepOutcome) -> Progress:
         progress,
         num_steps=progress.num_steps + 1,
         num_updates=progress.num_updates + was_updated,
-        num_nonfinite_steps=progress.num_nonfinite_steps + (not outcome.is_finite and not outcome.is_overflow),
+        num_nonfinite_steps=progress.num_nonfinite_steps
+        + (not outcome.is_finite and not outcome.is_overflow),
         num_spike_steps=progress.num_spike_steps + outcome.is_spike,
         num_tokens=progress.num_tokens + step.num_tokens,
         num_trained_tokens=progress.num_trained_tokens + step.num_trained_tokens,
