@@ -328,6 +328,7 @@ def support(
     dtype: Several = (),
     packing: Several = (),
     checkpointing: bool | None = None,
+    compile: bool | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
     markdown: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -347,6 +348,8 @@ def support(
         Only these of pack.mode.
     checkpointing
         Only with, or without, train.gradient_checkpointing.
+    compile
+        Only with, or without, train.compile.
     json
         Print a JSON list with an object for each combination.
     markdown
@@ -354,8 +357,14 @@ def support(
     """
     from flows.support_page import support_text
 
-    switches = {"checkpointing": checkpointing}
-    chosen = {"strategy": strategy, "method": method, "base": base, "dtype": dtype, "packing": packing}
+    switches = {"checkpointing": checkpointing, "compile": compile}
+    chosen: dict[str, tuple[str | bool, ...]] = {
+        "strategy": strategy,
+        "method": method,
+        "base": base,
+        "dtype": dtype,
+        "packing": packing,
+    }
     chosen |= {axis: (switch,) for axis, switch in switches.items() if switch is not None}
     given = {axis: values for axis, values in chosen.items() if values}
     print(support_text(given, as_json=json, as_markdown=markdown), end="")

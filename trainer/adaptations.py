@@ -66,7 +66,8 @@ ADAPTATIONS = (
     Adaptation(
         "compile-parts",
         _compiled,
-        "each layer is compiled in two parts, attention runs between them; Liger's kernels are left out",
+        "each layer is compiled in two parts, attention runs between them; LoRA, norms and MLPs are fused by the compiler "
+        "and by no kernels of ours or Liger's",
         "attention knows the documents' borders as numbers, and a compiler would make a program for each set of them",
         links=("huggingface/peft#1199", "huggingface/peft#2900"),
     ),

@@ -5,6 +5,8 @@ set of them; what is compiled is all before it in a layer and all after it. Row 
 the compiler gives up the first length when it meets a second one.
 """
 
+import warnings
+
 import torch
 from transformers import AttentionInterface
 
@@ -12,10 +14,18 @@ from trainer.attention import PACKED_ATTENTION, PACKED_BY_DOCUMENT
 from trainer.strategies.pipeline import decoder_layers
 
 BACKEND = "inductor"
+MAX_PROGRAMS = 32
+"""Of one piece of code; beyond it torch goes on uncompiled, and says it in its log alone."""
 
 
 def compile_layers(model: torch.nn.Module) -> str:
     """Compile in place, at first use. Parameters and their names stay as they are. Returns words for people."""
+    torch.compiler.reset()  # what another model of this process has left would count against the limit of programs
+    # Input with a gradient or without, of one length or any, in training or validation: each is a program.
+    torch._dynamo.config.recompile_limit = MAX_PROGRAMS
+    # Of what torch's own tracing does to autograd functions and between two parts; nobody can act on that.
+    warnings.filterwarnings("ignore", ".*autograd.function.Function.*instantiated", DeprecationWarning)
+    warnings.filterwarnings("ignore", ".*grad attribute of a Tensor that is not a leaf", UserWarning)
     registered = AttentionInterface()
     for name in (PACKED_ATTENTION, PACKED_BY_DOCUMENT):
         AttentionInterface.register(name, torch.compiler.disable(registered[name]))

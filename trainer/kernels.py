@@ -37,16 +37,17 @@ class Kernels:
 
 
 def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torch.device) -> Kernels:
-    """Take over what can be, unless train.kernels is "plain"."""
+    """Take over what can be, unless train.kernels is "plain".
+
+    A compiler gets layers as they are: with a forward of its own each layer would be a program of its own.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if train.kernels == "plain":
+    if train.kernels == "plain" or train.compile:
         return Kernels(len(layers), 0, has_liger=False)
     fused = [layer for layer in layers if _can_fuse(layer)]
     for layer in fused:
         layer.forward = functools.partial(_lora_forward, layer)  # type: ignore[method-assign]
-    return Kernels(
-        len(layers), len(fused), has_liger=device.type == "cuda" and not train.compile and _use_liger(model)
-    )
+    return Kernels(len(layers), len(fused), has_liger=device.type == "cuda" and _use_liger(model))
 
 
 # LoRA -------------------------------------------------------------------------------------------------------

@@ -117,6 +117,13 @@ def _compiled_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> s
     return f"train.compile is true, train.lora.dropout {train.lora.dropout}"
 
 
+def _compiled_recomputed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if not train.compile or not train.gradient_checkpointing:
+        return None
+    return "train.compile and train.gradient_checkpointing are true"
+
+
 def _no_compiler(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     named = [os.environ[name] for name in ("CXX", "CC") if name in os.environ]
     if not config.train.compile or any(shutil.which(name) for name in (*named, *COMPILERS)):
@@ -143,6 +150,13 @@ SETTING_RULES = (
         "draws that belong to a bin are made one by one, which a compiler would do for each number of bins anew",
         "set train.lora.dropout to 0, or train.compile to false",
         links=("huggingface/peft#3020",),
+    ),
+    Rule(
+        "compile-checkpointing",
+        _compiled_recomputed,
+        "a layer that is recomputed is compiled as a whole or not at all, and its attention is not compiled: nothing "
+        "would be",
+        "set train.compile or train.gradient_checkpointing to false",
     ),
     Rule(
         "compiler",

@@ -57,7 +57,7 @@ SMALL: dict[str, Any] = {"run_root": "run", "sources": [{"name": "a", "path": "a
     [
         {"train": {"max_step": 3}},
         {"train": {"epochs": 0}},
-        {"model": {"dtype": "float16", "path": "m"}},
+        {"model": {"dtype": "float8", "path": "m"}},
         {"sources": []},
         {"surces": []},
         {"run_root": None},

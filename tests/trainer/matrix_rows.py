@@ -3,19 +3,25 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from schemas.pipeline_config import PipelineConfig
 from tests.trainer.rank_groups import train_with_two_processes
+from tests.trainer.ranks_program import BACKEND_VARIABLE
 from tests.trainer.tiny_models import learnable_documents, tiny_run, write_model, write_plans
+from trainer import compiling
 from trainer.job import plan_job
 from trainer.support import ONE_PROCESS
 from trainer.support_matrix import Answer, model_settings, train_settings
 from trainer.train import train_job
 
 NUM_STEPS = 3
+QUICK_BACKEND = "aot_eager"
+"""Traces and differentiates as the default does, and leaves the C++ compiler out."""
 NUM_DOCUMENTS = 20
 DOCUMENTS = {
     "train": learnable_documents(NUM_DOCUMENTS),
@@ -62,11 +68,15 @@ def losses_of_rows(folder: Path, rows: Sequence[Settings]) -> dict[str, list[flo
     """Losses of the three steps by the row's name."""
     configs = {row_name(row): config_of_row(folder, row) for row in rows}
     alone = {name: one for name, one in configs.items() if one.train.strategy in ONE_PROCESS}
-    for config in alone.values():
-        train_job(plan_job(config))
     together = {name: one for name, one in configs.items() if name not in alone}
-    if together:
-        train_with_two_processes(together, folder / "extensions")
+    with (
+        mock.patch.object(compiling, "BACKEND", QUICK_BACKEND),
+        mock.patch.dict(os.environ, {BACKEND_VARIABLE: QUICK_BACKEND}),
+    ):
+        for config in alone.values():
+            train_job(plan_job(config))
+        if together:
+            train_with_two_processes(together, folder / "extensions")
     return {name: read_losses(config) for name, config in configs.items()}
 
 
@@ -83,17 +93,14 @@ def reference_of(settings: Settings) -> dict[str, Any]:
     return {name: plain.get(name, False if value is True else value) for name, value in settings.items()}
 
 
-def pairwise(found: Iterable[Answer]) -> list[Answer]:
-    """Few rows in which every two values that meet in some row meet."""
+def covering(found: Iterable[Answer], *, num_settings: int) -> list[Answer]:
+    """Few rows in which every so many values that meet in some row meet."""
     rows = list(found)
-    open_pairs = {pair for row in rows for pair in _pairs(row)}
+    groups = {id(row): set(itertools.combinations(row.settings.items(), num_settings)) for row in rows}
+    left = set().union(*groups.values())
     chosen = []
-    while open_pairs:
-        best = max(rows, key=lambda row: sum(pair in open_pairs for pair in _pairs(row)))
+    while left:
+        best = max(rows, key=lambda row: len(groups[id(row)] & left))
         chosen.append(best)
-        open_pairs -= set(_pairs(best))
+        left -= groups[id(best)]
     return chosen
-
-
-def _pairs(row: Answer) -> Iterator[Any]:
-    return itertools.combinations(row.settings.items(), 2)

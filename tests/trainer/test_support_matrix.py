@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from schemas.errors import ConfigError
-from tests.trainer.matrix_rows import losses_of_rows, pairwise, reference_of, row_name
+from tests.trainer.matrix_rows import covering, losses_of_rows, reference_of, row_name
 from trainer.adaptations import ADAPTATIONS
 from trainer.support import RULES, refusals
 from trainer.support_matrix import AXES, Answer, answer, answers, axes_that_matter, config_of
 
 ALL = list(answers())
 TRAINED = [row for row in ALL if row.verdict != "refused"]
-SAMPLE = pairwise(TRAINED)
+SAMPLE = covering(TRAINED, num_settings=2)
 MAX_LOSS_DIFFERENCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 3e-2}
 """From the reference, in nats, with a plain base. A gradient of another half of the data gives 0.05 at step 2."""
 MAX_LOSS_DIFFERENCE_OF_BITS = {"int8": 0.05, "nf4": 0.6}
