@@ -83,7 +83,7 @@ class ShardedAdamW:
         if limits.allow(loss_value, grad_norm):
             self._clip(gradients, grad_norm)
             self._step(learning_rate)
-        self._drop_gradients()
+        self.drop_gradients()
         return loss_value, grad_norm
 
     def _take_gradients(self) -> None:
@@ -109,7 +109,7 @@ class ShardedAdamW:
             for name, parameter in self.parameters.items():
                 parameter.to_local().copy_(self.masters[name])
 
-    def _drop_gradients(self) -> None:
+    def drop_gradients(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
