@@ -141,7 +141,8 @@ class HostBuffer:
     """Memory of the host for so many fp32 numbers, page-locked where a GPU copies into it; used again and again."""
 
     def __init__(self, num_numbers: int, *, is_pinned: bool) -> None:
-        self._numbers = torch.empty(num_numbers, dtype=torch.float32)
+        # Filled, since an untouched page is made at the first write: that would be the first checkpoint.
+        self._numbers = torch.empty(num_numbers, dtype=torch.float32).fill_(0.0)
         # Locked where it lies: torch's own page-locked memory comes in powers of two, up to twice as much.
         self._is_pinned = is_pinned and num_numbers > 0
         if self._is_pinned:

@@ -25,12 +25,6 @@ def _float16_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> 
     return f"model.dtype is float16, train.strategy {config.train.strategy}"
 
 
-def _compiled_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if not config.train.compile or config.train.strategy != "zero3":
-        return None
-    return "train.compile is true, train.strategy zero3"
-
-
 def _adapter(config: PipelineConfig) -> tuple[ModelConfig, dict[str, Any]] | None:
     """The section model and the adapter's config; None where there is none, or none that can be read."""
     model = config.model
@@ -212,11 +206,5 @@ SETTING_RULES = (
         _float16_elsewhere,
         "this strategy sums gradients in its own place, which does not know the loss scale",
         "set train.strategy to ddp, fsdp2 or single, or model.dtype to bfloat16 or float32",
-    ),
-    Rule(
-        "compile-zero3",
-        _compiled_in_shards,
-        "DeepSpeed gathers weights by hooks in the midst of what would be compiled",
-        "set train.compile to false, or train.strategy to fsdp2",
     ),
 )

@@ -68,7 +68,7 @@ def gradients(folder: Path, **train: Any) -> tuple[float, np.ndarray]:
     model = place(job, model)
     optimizer: Any = build_optimizer(job, model)
     found = {}
-    optimizer.update = lambda loss, rate: (
+    optimizer.update = lambda loss, *_, **__: (
         found.update({name: master.grad.clone() for name, master in optimizer.masters.items()})
         or (float(loss), 0.0)
     )

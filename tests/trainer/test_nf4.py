@@ -20,20 +20,21 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from schemas.errors import InputError, RefusedError, TrainingError
+from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
-from schemas.training_config import ModelConfig, TrainConfig
+from schemas.training_config import LoraConfig, ModelConfig, TrainConfig
 from schemas.training_result import TrainingResult
 from tests.trainer import shards_program
 from tests.trainer.tiny_models import tiny_lora, tiny_model, tiny_run, write_model
 from trainer import nf4
+from trainer.answer import load_with_adapter
 from trainer.attention import use_plain_attention
 from trainer.data import micro_batch
 from trainer.job import plan_job
 from trainer.kernels import use_fast_kernels
 from trainer.memory import memory_need, num_trained_weights, read_shapes
 from trainer.methods import lora
-from trainer.model import check_dtypes, load_adapter, load_base_model
+from trainer.model import check_dtypes, load_base_model
 from trainer.nf4 import NF4Linear
 from trainer.optimizers import MasterAdamW
 from trainer.output import num_trainable_weights
@@ -302,7 +303,8 @@ def test_the_adapter_is_plain_pefts_over_the_plain_base_and_the_quantised_one(tm
             found: torch.Tensor = PeftModel.from_pretrained(model, folder).train()(input_ids=ids).logits
         return found
 
-    ours = load_adapter(load_base_model(config.model, base="nf4"), folder).eval()
+    ours = load_with_adapter(config, folder).eval()  # as evaluate, promote and generate do
+    assert sum(isinstance(layer, NF4Linear) for layer in ours.modules()) == 14
     use_plain_attention(ours)
     with torch.no_grad():
         of_ours = ours(input_ids=ids).logits
@@ -330,6 +332,15 @@ def test_adapters_norms_and_head_have_the_dtype_that_computes(tmp_path: Path, ba
     model.model.norm.weight.data = model.model.norm.weight.data.half()
     with pytest.raises(TrainingError, match=r"norm\.weight is torch\.float16, expected"):
         check_dtypes(trained, expected)
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_quantised_module_is_not_trained_whole(tmp_path: Path, base: Any) -> None:
+    folder = write_model(tmp_path / "model")
+    model = load_base_model(ModelConfig(path=str(folder), device="cpu"), base=base)
+    settings = LoraConfig(targets=["k_proj"], modules_to_save=["mlp.up_proj"])
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj is quantised and has no gradient"):
+        lora.apply(model, TrainConfig(base=base, lora=settings))
 
 
 def test_the_memory_told_is_what_a_4_bit_model_and_its_optimiser_hold(tmp_path: Path) -> None:

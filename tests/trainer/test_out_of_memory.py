@@ -1,6 +1,9 @@
 """Too little memory: the step is done again with fewer bins, the result is what it would have been."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from trainer.out_of_memory import OutOfMemoryError, _cure, lowered
 from trainer.rank_processes import MICRO_STEP_VARIABLE
 from trainer.stepping import is_out_of_memory
 from trainer.train import train
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run_of(folder: Path, **settings: Any) -> PipelineConfig:
@@ -152,6 +157,43 @@ def test_the_cure_is_for_what_took_most(
     tmp_path: Path, bins: int, shares: tuple[int, int, int], settings: dict[str, Any], said: str
 ) -> None:
     assert said in _cure(run_of(tmp_path / "run", **settings).train, bins, *shares)
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from trainer.launch import read_config
+from trainer.train import train
+import torch.distributed, peft, transformers.models.llama.modeling_llama
+
+torch.set_num_threads(1)
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 400 * 2**20,) * 2)
+train(read_config(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_really_runs_out_of_memory_goes_on_with_fewer_bins(tmp_path: Path) -> None:
+    """The kernel gives it 400 MiB more than it has; the logits of 64 bins at once take more than that."""
+    model = write_model(tmp_path / "model", vocab_size=60_000)
+    settings = {"bins_per_step": 64, "bins_per_micro_step": 64, "max_steps": 2}
+    config = tiny_run(tmp_path, num_documents=200, train=settings, model={"path": str(model)})
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    ended = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "out of memory with 64 bins at once ([enforce fail" in ended.stderr
+    assert "going on with 32 bins at once" in ended.stderr
+    assert "trained weights in" in ended.stderr
 
 
 def test_ranks_that_are_started_again_take_the_micro_step_of_their_starter(

@@ -21,7 +21,15 @@ from schemas.training_result import TrainingResult
 from tests.trainer.tiny_models import tiny_run, write_model
 from trainer import checkpoint
 from trainer.job import plan_job, read_result
-from trainer.rank_processes import LOST_RANKS_EXIT_CODE, _failure, _Rank, count_processes
+from trainer.rank_processes import (
+    LOST_RANKS_EXIT_CODE,
+    OUT_OF_MEMORY_EXIT_CODE,
+    _failure,
+    _Rank,
+    _RanksOutOfMemoryError,
+    count_processes,
+    smaller,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 WAIT_SECONDS = 300
@@ -80,6 +88,17 @@ def test_the_rank_that_is_to_blame_is_quoted(
     assert type(error) is kind
     assert said in str(error)
     assert "\n" not in str(error)
+
+
+def test_ranks_that_can_go_on_with_a_smaller_micro_step_are_told_from_failed_ones() -> None:
+    program = f"print('error: out of memory with 4 bins'); exit({OUT_OF_MEMORY_EXIT_CODE})"
+    with ended(program, LOST) as ranks:
+        while any(rank.process.poll() is None for rank in ranks):
+            time.sleep(0.01)
+        error = _failure(ranks, None)
+    assert isinstance(error, _RanksOutOfMemoryError)
+    assert str(error) == "process 0 of 2: out of memory with 4 bins"
+    assert [smaller(bins) for bins in (7, 2, 1)] == [3, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -236,3 +255,54 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
     assert training.words().splitlines() == [
         "error: train.lora.targets: 'q_prj' matches no linear layer; nearest: q_proj, v_proj, o_proj"
     ]
+
+
+LITTLE_MEMORY = """
+import importlib.abc, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "trainer.stepping":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_plant(module):
+            load(module)
+            original = module.summed_loss
+
+            def summed_loss(model, batch):
+                if batch.num_tokens > 64:
+                    raise module.torch.OutOfMemoryError("CUDA out of memory")
+                return original(model, batch)
+
+            module.summed_loss = summed_loss
+
+        spec.loader.exec_module = load_and_plant
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+"""As Python starts: a row of more than 64 tokens, one bin, does not fit."""
+
+
+@pytest.mark.stress
+def test_sharded_ranks_that_run_out_of_memory_are_started_again_with_a_smaller_micro_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LITTLE_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    settings = {
+        "strategy": "fsdp2",
+        "num_processes": 2,
+        "bins_per_step": 4,
+        "bins_per_micro_step": 2,
+        "max_steps": 3,
+    }
+    config = tiny_run(tmp_path, train=settings)
+    (config.run_root / "config.json").write_text(config.model_dump_json())
+    with launched(config) as training:
+        assert training.end() == 0, training.words()
+    assert "starting again with bins_per_micro_step 1" in training.words()
+    assert finished(config)[0].num_steps == 3

@@ -64,7 +64,6 @@ BROKEN: dict[str, dict[str, Any]] = {
     "micro-step": {"train": {"bins_per_step": 2, "bins_per_micro_step": 4}},
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
     "float16-strategy": {"model_settings": {"dtype": "float16"}, "train": {"strategy": "zero2"}},
-    "compile-zero3": {"train": {"compile": True, "strategy": "zero3"}},
     "adapter": {"model_settings": {"adapter": "/no/such/folder"}},
     "adapter-kind": {"adapter": {"peft_type": "IA3"}},
     "adapter-contradiction": {"adapter": {}, "train": {"lora": {"rank": 8}}},

@@ -163,13 +163,21 @@ def _aliases(model: PeftModel) -> dict[str, str]:
 
 
 def _check_saved_modules(model: PreTrainedModel, names: list[str]) -> None:
-    modules = [name for name, _ in model.named_modules() if name]
+    modules = {name: module for name, module in model.named_modules() if name}
     for wanted in names:
         # PEFT's own reading, and it says nothing where none matches.
-        if not any(name.endswith(wanted) for name in modules):
+        found = {name: module for name, module in modules.items() if name.endswith(wanted)}
+        if not found:
             raise ConfigError(
-                f"train.lora.modules_to_save: {wanted!r} is the end of no module's name; {_nearest(wanted, modules)}"
+                f"train.lora.modules_to_save: {wanted!r} is the end of no module's name; "
+                f"{_nearest(wanted, list(modules))}"
             )
+        for name, module in found.items():
+            if not all(parameter.is_floating_point() for parameter in module.parameters()):
+                raise ConfigError(
+                    f"train.lora.modules_to_save: {name} is quantised and has no gradient; leave {wanted!r} out, "
+                    "or set train.base to plain"
+                )
 
 
 def _trains_tied_weights(model: PreTrainedModel, names: list[str]) -> bool:

@@ -19,6 +19,7 @@ from trainer.pieces import MOMENTS
 from trainer.ranks import Ranks
 from trainer.stand_ins import is_stand_in
 from trainer.strategies.deepspeed_engine import engine_settings, import_deepspeed, start_engine
+from trainer.strategies.pipeline import decoder_layers
 from trainer.strategies.zero import Fragment, Parameters, Shards, ZeroAdamW
 from trainer.weights import WeightFiles, name_in_files
 
@@ -34,8 +35,7 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     """Cut every weight into as many parts as there are ranks. The engine is made with it: its hooks gather them."""
     trained = [parameter for _, parameter in trained_parameters(model)]
     settings = engine_settings(trained, train, stage=3, device=device)
-    # By default small ones are kept whole, which hides that something reads them without gathering them.
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    settings["zero_optimization"] |= _gathering(model)
     to_be_filled = tuple(name for name, parameter in model.named_parameters() if is_stand_in(parameter))
     _cut(model, device, ranks, settings)
     engine = start_engine(_Whole(model), trained, train, ranks, settings)
@@ -115,6 +115,22 @@ def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple
         with GatheredParameters([parameters[name]]):
             whole = parameters[name].detach().to("cpu", copy=True)
         yield name, whole
+
+
+def _gathering(model: torch.nn.Module) -> dict[str, int]:
+    """What is gathered at once: about two layers, one that computes and the next one.
+
+    By default DeepSpeed keeps a billion weights from the forward pass for the backward pass, and small ones always,
+    which hides that something reads them without gathering them.
+    """
+    _, layers = decoder_layers(model)
+    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    return {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": largest,  # a layer that was recomputed is there for its gradient
+        "stage3_max_live_parameters": 2 * largest,
+        "stage3_prefetch_bucket_size": largest,
+    }
 
 
 class _Whole(torch.nn.Module):
