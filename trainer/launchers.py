@@ -45,7 +45,7 @@ def _meeting_host(environment: MutableMapping[str, str]) -> str:
         return "127.0.0.1"
     raise RefusedError(
         f"srun started process {environment['SLURM_PROCID']} on one of {num_nodes} nodes and MASTER_ADDR is not set; "
-        'in the batch script: export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
+        "export it in the batch script: the first line of `scontrol show hostnames $SLURM_JOB_NODELIST`"
     )
 
 

@@ -114,8 +114,9 @@ def _chunk_losses(
 
 def _is_frozen_linear(head: torch.nn.Module) -> bool:
     # Strategies subclass it; what computes otherwise has another forward.
-    is_linear = isinstance(head, torch.nn.Linear) and type(head).forward is torch.nn.Linear.forward
-    return is_linear and head.weight.is_floating_point() and not head.weight.requires_grad
+    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
+        return False
+    return head.weight.is_floating_point() and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

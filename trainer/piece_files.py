@@ -5,6 +5,7 @@ while it does, and never calls fsync. Any reader of safetensors reads them.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -76,7 +77,7 @@ def write_pieces(path: Path, make_pieces: MakePieces) -> tuple[FileEntry, tuple[
     )
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for data in (_header(runs), *map(_bytes_of, _not_empty(make_pieces()))):
+        for data in itertools.chain([memoryview(_header(runs))], map(_bytes_of, _not_empty(make_pieces()))):
             file.write(data)
             digest.update(data)
             num_bytes += len(data)
@@ -108,7 +109,8 @@ def _header(runs: Sequence[Run]) -> bytes:
 def _bytes_of(piece: Piece) -> memoryview:
     values = piece.values.detach()
     assert values.dtype == torch.float32, f"{piece.kind} of {piece.name} is {values.dtype}"
-    return memoryview(values.cpu().contiguous().view(-1).numpy()).cast("B")
+    numbers: Any = values.cpu().contiguous().view(-1).numpy()
+    return memoryview(numbers).cast("B")
 
 
 def index_of(parts: Iterable[Part]) -> Index:

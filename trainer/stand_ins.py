@@ -30,10 +30,9 @@ def change_parameters(
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in changed:
                 tensor = change(parameter)
-                is_kept = tensor is None
                 changed[parameter] = (
-                    parameter
-                    if is_kept
-                    else torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                    torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                    if tensor is not None
+                    else parameter
                 )
             setattr(module, name, changed[parameter])

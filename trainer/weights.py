@@ -75,7 +75,7 @@ class WeightFiles:
         """Elements [start, end) of the flattened tensor, in the dtype of the file, on the CPU."""
         stored = self.tensors[name]
         buffer = torch.empty((end - start) * stored.dtype.itemsize, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs: it is one
         position = stored.offset + start * stored.dtype.itemsize
         while view:
             count = os.preadv(self._file(stored.path), [view], position)

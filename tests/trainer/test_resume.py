@@ -98,7 +98,7 @@ def test_a_run_that_ended_while_finishing_finishes(
     expected = unbroken(tmp_path / "unbroken")
     config = run_of(tmp_path / "broken")
 
-    def crash(*_: Any) -> None:
+    def crash(*_: Any, **__: Any) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:

@@ -1,8 +1,8 @@
 """Every strategy trains what one process trains: losses, gradient norms and weights, on 1, 2 and 4 processes.
 
-A table: CASES are what is trained, VARIANTS how it is laid over processes, SHORT the pairs that run by default on
-two processes. All pairs of CASES and VARIANTS but IMPOSSIBLE run on 1, 2 and 4 in `make stress`; one group of
-processes runs all pairs of its size. Judges: strategy single, plain transformers and PEFT.
+A table: CASES are what is trained, VARIANTS how it is laid over processes. SHORT are the pairs that run by default,
+on two processes; `make stress` runs BASIC on 1, 2 and 4 and OTHERS on 2. One group of processes runs all pairs of its
+size. Judges: strategy single, plain transformers and PEFT.
 """
 
 import functools
@@ -69,7 +69,6 @@ CASES = {
     "bfloat16": Case(LORA, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "bfloat16 full": Case(FULL, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
     "bfloat16 nf4": Case({"base": "nf4"}, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
-    "measured": Case({"seed": ranks_program.MEASURED_SEED}),
     "measured bfloat16": Case(
         {"seed": ranks_program.MEASURED_SEED}, dtype="bfloat16", limit=2e-2, weights_limit=0.1
     ),
@@ -99,26 +98,34 @@ IMPOSSIBLE = {
 }
 MEASURED = [case for case in CASES if case.startswith("measured")]
 SHORT = [
-    *((case, variant) for case in ("lora", "full") for variant in ("ddp", "zero1", "zero2", "fsdp2")),
-    ("lora", "fsdp2 whole base"),
-    ("lora", "fsdp2, all on CPU"),
-    ("full", "fsdp2, optimizer on CPU"),
-    ("bfloat16 full", "fsdp2, all on CPU"),
+    *(("lora", variant) for variant in ("ddp", "zero1", "zero2", "fsdp2", "fsdp2 whole base")),
+    *(("full", variant) for variant in ("zero2", "fsdp2", "fsdp2, optimizer on CPU")),
     *((case, variant) for case in MEASURED for variant in ("ddp", "fsdp2")),
-    *((RESUMED, variant) for variant in ("ddp", "zero2", "fsdp2")),
-    *(("poisoned", variant) for variant in ("ddp", "zero2", "fsdp2")),
-    *(
-        (case, "fsdp2")
-        for case in ("nf4", "tied", "experts", "checkpointing", "accumulation", "bfloat16 nf4")
-    ),
-    ("int8", "zero2"),
-    ("nf4", "ddp"),
+    *((case, variant) for case in (RESUMED, "poisoned") for variant in ("zero2", "fsdp2")),
+    *((case, "fsdp2") for case in ("nf4", "tied", "experts", "checkpointing", "accumulation")),
+    ("bfloat16 full", "fsdp2, all on CPU"),
     ("bfloat16", "zero2"),
+    ("int8", "zero2"),
     ("packing", "ddp"),
 ]
-ALL = [
-    (case, variant) for case in [*CASES, RESUMED] for variant in VARIANTS if (case, variant) not in IMPOSSIBLE
+BASIC = [
+    (case, variant)
+    for case in ("lora", "full", "int8", "nf4")
+    for variant in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2 whole base")
+    if (case, variant) not in IMPOSSIBLE
 ]
+"""On 1, 2 and 4 processes."""
+OTHERS = [
+    *(
+        (case, variant)
+        for case in [*CASES, RESUMED]
+        for variant in ("ddp", "zero2", "zero3", "fsdp2")
+        if (case, variant) not in BASIC and (case, variant) not in IMPOSSIBLE and case not in MEASURED
+    ),
+    *((case, v) for case in ("lora", "full", "bfloat16") for v in VARIANTS if v.endswith("on CPU")),
+]
+"""On 2 processes."""
+WHOLE = {1: BASIC, 2: BASIC + OTHERS, 4: BASIC}
 
 
 # Trainings --------------------------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ def train_in_group(
     assert (count, is_short) not in said, "this group of processes has failed before"
     said[count, is_short] = ""
     configs = {}
-    for case, variant in SHORT if is_short else ALL:
+    for case, variant in SHORT if is_short else WHOLE[count]:
         settings = VARIANTS[variant] | {"num_processes": count}
         place = f"{case} {variant} {count} {is_short}"
         if case == RESUMED:
@@ -215,8 +222,8 @@ def rows(keep: Callable[[str, str], bool] = lambda case, variant: True) -> list[
     ]
     whole = [
         pytest.param(*pair, count, False, marks=pytest.mark.stress, id=f"{' '.join(pair)} on {count}")
-        for count in (1, 2, 4)
-        for pair in ALL
+        for count, pairs in WHOLE.items()
+        for pair in pairs
         if keep(*pair)
     ]
     return short + whole
@@ -359,9 +366,10 @@ def test_after_a_step_each_rank_holds_its_share_of_everything_and_no_weight_whol
     assert whole[0]["whole"]  # so the absence of any says something
     # ddp's ranks share the writing of what each of them holds.
     states = sum(rank["all"] - rank["weights"] for rank in whole)
+    # In bf16 it computes with copies of the masters: 2 bytes beside 4 + 8. FSDP2 casts what it gathers.
+    copies = states / 6 if CASES[case].dtype == "bfloat16" else 0
     for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured:
-        assert rank["weights"] == pytest.approx(whole[0]["weights"] / 2, rel=0.02)
-        assert rank["all"] == pytest.approx((whole[0]["weights"] + states) / 2, rel=0.02)
+        assert rank["all"] == pytest.approx((whole[0]["weights"] - copies + states) / 2, rel=0.02)
         assert rank["whole"] == []
 
 
@@ -372,8 +380,8 @@ def test_layers_compute_with_the_shapes_dtypes_and_4_bit_bytes_of_whole_ones(
 ) -> None:
     """The adapters beside 4-bit weights alone are gathered as fp32 masters, and cast by their layers."""
     whole = trainings.variant(case, "ddp", 2, is_short=True).measured[0]["seen"]
-    assert sum("lora_A" in name for name in whole) == (0 if case == "measured full" else 28)
-    assert sum("packed" in name for name in whole) == (28 if case == "measured nf4" else 0)
+    assert sum("lora_A" in name for name in whole) == (0 if case == "measured full" else 14)
+    assert sum("packed" in name for name in whole) == (14 if case == "measured nf4" else 0)
     for rank in trainings.variant(case, "fsdp2", 2, is_short=True).measured:
         assert rank["seen"].keys() == whole.keys()
         for name, seen in rank["seen"].items():

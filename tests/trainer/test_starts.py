@@ -226,8 +226,11 @@ exit "$status"
 """
 SCONTROL = """#!/bin/bash
 echo "$@" >> "$(dirname "$0")/scontrol.log"
-[[ $1 == show ]] && printf '127.0.0.1\\nnode-b\\n'
-exit 0
+if [[ $1 == show ]]; then
+  echo 127.0.0.1
+  sleep 0.2  # who reads no further than the first line has left by now
+  echo node-b
+fi
 """
 
 

@@ -62,7 +62,7 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
         own = [parameter for parameter in unit.parameters() if parameter not in taken]
         taken.update(own)
         if own or unit is backbone:
-            fully_shard(unit, mp_policy=_precision(unit, own, causal_lm.config.dtype), **options)
+            fully_shard(unit, mp_policy=_precision(unit, own, compute_dtype(model)), **options)
     _sum_gradients(model)
     if not is_tied and isinstance(units[0], FSDPModule):
         units[0].set_unshard_in_backward(False)  # the gradient of a look-up needs no table
@@ -78,6 +78,13 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
 def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> ShardedAdamW:
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     return ShardedAdamW(trained_parameters(model), units, train, ranks)
+
+
+def compute_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The masters' own is fp32, whatever computes."""
+    dtype = unwrapped(model).config.dtype
+    assert isinstance(dtype, torch.dtype), f"loading sets it, found {dtype!r}"
+    return dtype
 
 
 def _prepared(parameter: torch.nn.Parameter) -> torch.Tensor | None:
@@ -101,7 +108,7 @@ def _layers(backbone: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _precision(
-    unit: torch.nn.Module, own: list[torch.nn.Parameter], compute_dtype: torch.dtype
+    unit: torch.nn.Module, own: list[torch.nn.Parameter], dtype: torch.dtype
 ) -> MixedPrecisionPolicy:
     """Trained weights are gathered in the dtype that computes and their gradients summed in fp32.
 
@@ -109,12 +116,10 @@ def _precision(
     weights), the trained ones are gathered as they are and cast by their own layers.
     """
     has_trained = any(parameter.requires_grad for parameter in own)
-    if not has_trained or compute_dtype == torch.float32:
+    if not has_trained or dtype == torch.float32:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
-    if all(parameter.requires_grad or parameter.dtype == compute_dtype for parameter in own):
-        return MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    if all(parameter.requires_grad or parameter.dtype == dtype for parameter in own):
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     _cast_in_own_layers(unit, own)
     return MixedPrecisionPolicy(cast_forward_inputs=False)
 
@@ -259,7 +264,7 @@ def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
 def _read(model: torch.nn.Module, files: WeightFiles, name: str, start: int, end: int) -> torch.Tensor:
     """Numbers of a weight as it computes."""
     found = files.read(name_in_files(name), start, end)
-    return found.to(unwrapped(model).config.dtype) if found.is_floating_point() else found
+    return found.to(compute_dtype(model)) if found.is_floating_point() else found
 
 
 def _fill_in_4_bits(
@@ -305,7 +310,7 @@ def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple
     for name in names:
         parameter = parameters[name].detach()
         if isinstance(parameter, DTensor):
-            yield name, _gathered_by_first(parameter, unwrapped(model).config.dtype)
+            yield name, _gathered_by_first(parameter, compute_dtype(model))
         else:
             yield name, parameter.cpu()
 

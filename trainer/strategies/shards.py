@@ -53,7 +53,7 @@ class ShardedAdamW:
         self.num_updates = 0
 
     def _master(self, parameter: DTensor) -> torch.Tensor:
-        local = parameter.detach().to_local()
+        local: torch.Tensor = parameter.to_local().detach()
         return local.to("cpu", copy=True) if self._is_offloaded else local
 
     def backward(self, compute_loss: ComputeLoss, *, is_last: bool = True) -> torch.Tensor:
@@ -78,12 +78,14 @@ class ShardedAdamW:
         norms = torch._foreach_norm(gradients) if gradients else []
         squares = sum((norm.double().square() for norm in norms), loss.new_zeros((), dtype=torch.float64))
         # One wait for the device a step, here: the update depends on both numbers.
-        shared = self._ranks.add_up(torch.stack([loss.double(), squares]))
-        loss_value, grad_norm = float(shared[0]), math.sqrt(float(shared[1])) if shared[1] >= 0 else math.nan
+        loss_value, square = self._ranks.add_up(
+            torch.stack([loss.double(), squares.to(loss.device)])
+        ).tolist()
+        grad_norm = math.sqrt(square) if square >= 0 else math.nan
         if limits.allow(loss_value, grad_norm):
             self._clip(gradients, grad_norm)
             self._step(learning_rate)
-        self._drop_gradients()
+        self.drop_gradients()
         return loss_value, grad_norm
 
     def _take_gradients(self) -> None:
@@ -109,7 +111,7 @@ class ShardedAdamW:
             for name, parameter in self.parameters.items():
                 parameter.to_local().copy_(self.masters[name])
 
-    def _drop_gradients(self) -> None:
+    def drop_gradients(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
