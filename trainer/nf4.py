@@ -159,7 +159,9 @@ def _few_rows(layer: NF4Linear, x: torch.Tensor) -> torch.Tensor:
 
 def _flat(packed: torch.Tensor) -> torch.Tensor:
     column = packed.view(torch.uint8).flatten()
-    return F.pad(column, (0, -len(column) % PACKED_MULTIPLE))
+    num_missing = -len(column) % PACKED_MULTIPLE
+    # F.pad copies even where it adds nothing: a second copy of all the model's bytes, 3 GiB of a 7 B model.
+    return F.pad(column, (0, num_missing)) if num_missing else column
 
 
 def _column(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -75,13 +75,13 @@ def _merged_into_bits(config: PipelineConfig, architecture: dict[str, Any]) -> s
     return f"model.adapter_use is merge, train.base {config.train.base}"
 
 
-def _merged_into_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+def _adapter_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     model = config.model
-    if model is None or model.adapter is None or model.adapter_use != "merge":
+    if model is None or model.adapter is None:
         return None
     if config.train.strategy in WHOLE_BASE_STRATEGIES:
         return None
-    return f"model.adapter_use is merge, train.strategy {config.train.strategy}"
+    return f"model.adapter_use is {model.adapter_use}, train.strategy {config.train.strategy}"
 
 
 def _whole_modules_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -197,10 +197,10 @@ SETTING_RULES = (
         links=("huggingface/peft#2321", "huggingface/peft#2105", "huggingface/transformers#31293"),
     ),
     Rule(
-        "adapter-merge-sharded",
-        _merged_into_shards,
-        "the base is read in pieces, and no process ever holds a whole weight to add to",
-        "set model.adapter_use to continue, or train.strategy to ddp, zero1 or zero2",
+        "adapter-sharded",
+        _adapter_in_shards,
+        "the base is read in pieces: no process holds a whole weight to add to, nor cuts an adapter that is there",
+        "set train.strategy to ddp, zero1 or zero2",
     ),
     Rule(
         "whole-modules-sharded",

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,15 @@ def test_outputs_and_gradients_are_bitsandbytes_own_bit_for_bit(
     for of_ours, of_theirs in zip(*found, strict=True):
         assert torch.equal(of_ours, of_theirs)
     assert not torch.equal(found[0][0], linear(x)), "it is quantised"
+
+
+def test_the_bytes_of_a_layer_of_bitsandbytes_are_taken_over_where_they_lie() -> None:
+    model = torch.nn.Sequential(bitsandbytes_layer(random_linear((128, 64), torch.bfloat16)))
+    place = model[0].weight.data_ptr()
+    model.config = SimpleNamespace()  # type: ignore[assignment]
+    nf4.take_over(model, torch.bfloat16)  # type: ignore[arg-type]
+    assert isinstance(model[0], NF4Linear)
+    assert model[0].packed.data_ptr() == place
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

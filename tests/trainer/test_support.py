@@ -69,7 +69,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "adapter-contradiction": {"adapter": {}, "train": {"lora": {"rank": 8}}},
     "adapter-full": {"adapter": {}, "train": {"method": "full"}},
     "adapter-merge-bits": {"adapter": {}, "model_settings": MERGE, "train": {"base": "int8"}},
-    "adapter-merge-sharded": {"adapter": {}, "model_settings": MERGE, "train": {"strategy": "fsdp2"}},
+    "adapter-sharded": {"adapter": {}, "model_settings": MERGE, "train": {"strategy": "fsdp2"}},
     "whole-modules-sharded": {"train": {"strategy": "fsdp2", "lora": {"modules_to_save": ["norm"]}}},
     "saved-target": {"train": {"lora": {"targets": ["lm_head"], "modules_to_save": ["lm_head"]}}},
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
