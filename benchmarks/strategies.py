@@ -48,7 +48,9 @@ def main() -> None:
     options = parse_arguments()
     options.folder.mkdir(parents=True)
     write_model(options)
-    print("| | loss, first and last step | validation | largest difference: loss | norm | tokens/s | GiB |")
+    print(
+        "| | loss, first and last step | validation | loss differs by, largest share | norm | tokens/s | GiB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for method, settings in METHODS.items():
         reference: list[dict[str, Any]] = []
@@ -118,13 +120,13 @@ def trained(
 
 def row(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
     steps, beside = ([line for line in found if "loss" in line] for found in (lines, reference))
-    loss = max(abs(a["loss"] - b["loss"]) for a, b in zip(steps, beside, strict=True))
+    loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(steps, beside, strict=True))
     norm = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(steps, beside, strict=True))
     late = steps[len(steps) // 2 :]
     speed = sum(s["num_tokens"] for s in late) / sum(s["seconds"] for s in late)
     validation = next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
     return (
-        f"| {name} | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} | {validation:.4f} | {loss:.4f} | {norm:.4f} "
+        f"| {name} | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} | {validation:.4f} | {loss:.2%} | {norm:.2%} "
         f"| {speed:,.0f} | {steps[-1]['memory_gib']:.2f} |"
     )
 
