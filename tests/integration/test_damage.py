@@ -295,7 +295,7 @@ def test_a_model_with_any_damaged_file_is_refused(config: PipelineConfig, number
 
 
 @pytest.mark.parametrize(
-    "name", ["weights.safetensors", "moments.safetensors", "state.json", "manifest.json"]
+    "name", ["pieces-00001-of-00001.safetensors", "index.json", "state.json", "manifest.json"]
 )
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
     config: PipelineConfig, number: int, name: str
