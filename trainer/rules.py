@@ -87,6 +87,13 @@ def _attention_sinks(config: PipelineConfig, architecture: dict[str, Any]) -> st
     return "the model is a gpt_oss" if architecture.get("model_type") == "gpt_oss" else None
 
 
+def _experts_under_zero3(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if config.train.strategy != "zero3" or not any(architecture.get(name) for name in names):
+        return None
+    return f"train.strategy is zero3, model type {architecture.get('model_type')!r} has experts"
+
+
 def _warmup_never_ends(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     warmup_steps, max_steps = config.train.warmup_steps, config.train.max_steps
     if warmup_steps is None or max_steps is None or warmup_steps < max_steps:
@@ -131,6 +138,12 @@ MODEL_RULES = (
         _attention_sinks,
         "packed attention does not compute learned sinks",
         "use a model without them, such as Llama, Qwen, Mistral or Gemma",
+    ),
+    Rule(
+        "experts-zero3",
+        _experts_under_zero3,
+        "DeepSpeed's hook on a layer of experts ends the check of packed gradients (found with 0.19.8)",
+        "set train.strategy to fsdp2 or zero2",
     ),
     Rule(
         "warm-up",

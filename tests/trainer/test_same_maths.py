@@ -95,7 +95,7 @@ RESUMED = "resumed"
 """A variant goes on after step 10 of strategy single's LoRA."""
 IMPOSSIBLE = {
     ("int8", variant) for variant, settings in VARIANTS.items() if settings["strategy"] in ("fsdp2", "zero3")
-}
+} | {("experts", "zero3")}
 MEASURED = [case for case in CASES if case.startswith("measured")]
 SHORT = [
     *(("lora", variant) for variant in ("ddp", "zero1", "zero2", "fsdp2", "fsdp2 whole base")),

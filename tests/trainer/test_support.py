@@ -60,6 +60,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
     "recurrent-layers": {"architecture": {"model_type": "jamba"}},
     "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
+    "experts-zero3": {"architecture": {**LLAMA, "num_experts": 4}, "train": {"strategy": "zero3"}},
     "warm-up": {"train": {"warmup_steps": 10, "max_steps": 10}},
     "micro-step": {"train": {"bins_per_step": 2, "bins_per_micro_step": 4}},
     "int8-sharded": {"train": {"base": "int8", "strategy": "zero3"}},
