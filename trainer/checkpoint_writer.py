@@ -17,6 +17,7 @@ import torch
 
 from trainer import checkpoint, folders
 from trainer.checkpoint import Progress
+from trainer.memory import free_machine_bytes
 from trainer.optimizers import Optimizer
 from trainer.pieces import KINDS, Piece
 from trainer.ranks import Ranks
@@ -61,7 +62,7 @@ class CheckpointWriter:
         weights = [piece.values for piece in optimizer.pieces() if piece.kind == "weight"]
         num_numbers = len(KINDS) * sum(weight.numel() for weight in weights)
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks.count))
-        if 4 * num_numbers * num_local <= MAX_MEMORY_SHARE * _free_memory():
+        if 4 * num_numbers * num_local <= MAX_MEMORY_SHARE * free_machine_bytes():
             self._buffer = HostBuffer(num_numbers, is_pinned=any(w.is_cuda for w in weights))
 
     def save(
@@ -171,12 +172,3 @@ class HostBuffer:
 def _check_cuda(code: Any) -> None:
     if int(code) != 0:
         raise MemoryError(f"CUDA can't lock host memory for checkpoints: error {int(code)}")
-
-
-def _free_memory() -> int:
-    """Bytes that the system can still give away."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return 0

@@ -167,7 +167,7 @@ def test_a_state_too_large_to_be_copied_is_written_while_training_waits(
         original(*arguments, **named)
 
     monkeypatch.setattr(checkpoint, "write_part", watched)
-    monkeypatch.setattr(checkpoint_writer, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(checkpoint_writer, "free_machine_bytes", lambda: 1000)
     expected = state_of(optimizer)
     with open_writer(tmp_path, optimizer) as writer:
         save(writer, optimizer, 5)

@@ -29,6 +29,7 @@ from schemas.training_config import TrainConfig
 from trainer import nf4
 from trainer.attention import unwrapped
 from trainer.loss import computed_by
+from trainer.memory import free_machine_bytes
 from trainer.nf4 import NF4Linear
 from trainer.optimizers import trained_parameters
 from trainer.ranks import Ranks
@@ -200,9 +201,7 @@ def _is_base_cut(model: torch.nn.Module, device: torch.device, ranks: Ranks, tra
 def _free_bytes(device: torch.device, ranks: Ranks) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return available // ranks.count  # the ranks of a CPU training are mostly on one machine
+    return free_machine_bytes() // ranks.count  # the ranks of a CPU training are mostly on one machine
 
 
 # An LM head that shares the embedding's weight ---------------------------------------------------------------
