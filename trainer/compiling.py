@@ -26,6 +26,7 @@ def compile_layers(model: torch.nn.Module) -> str:
     # Of what torch's own tracing does to autograd functions and between two parts; nobody can act on that.
     warnings.filterwarnings("ignore", ".*autograd.function.Function.*instantiated", DeprecationWarning)
     warnings.filterwarnings("ignore", ".*grad attribute of a Tensor that is not a leaf", UserWarning)
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
     registered = AttentionInterface()
     for name in (PACKED_ATTENTION, PACKED_BY_DOCUMENT):
         AttentionInterface.register(name, torch.compiler.disable(registered[name]))

@@ -141,9 +141,9 @@ def wrapped_writer(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     @contextmanager
-    def wrapper(path: Any) -> Iterator[Any]:
+    def wrapper(path: Any, **options: Any) -> Iterator[Any]:
         real_path = os.path.realpath(path)
-        with original(path) as temporary:
+        with original(path, **options) as temporary:
             real_temporary = os.path.realpath(temporary)
             with phase(phase_of_file(real_path), real_path, temporary=real_temporary):
                 yield temporary
