@@ -9,6 +9,7 @@ from schemas.local_path import LocalPath
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8", "nf4"]
 Tracker = Literal["tensorboard", "wandb"]
+LoraInit = Literal["default", "pissa", "olora", "eva", "loftq"]
 
 
 class _Section(BaseModel):
@@ -41,19 +42,43 @@ class LoraConfig(_Section):
     """Inner size of the two matrices beside each layer: more learn more and take more memory."""
     alpha: float = Field(default=32, gt=0)
     """What the matrices add is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a high rank learns as fast as a low one."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the inputs of the matrices that is dropped in training."""
     targets: str | list[str] = "all-linear"
-    """'all-linear', or names of modules."""
+    """'all-linear' (all but the head), a list of ends of modules' names, or a regular expression for whole names."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA). Slower: fused layers don't compute
+    it."""
+    init: LoraInit = "default"
+    """What the matrices begin with. default: the first random, the second 0; pissa: the leading part of the weight's
+    singular values, olora: of its QR decomposition, both taken out of the base meanwhile; eva: the leading directions of
+    what flows into the layer; loftq: what a quantised base has lost."""
+    eva_bins: int = Field(default=16, gt=0)
+    """init eva: so many bins of the training side are looked at."""
+    eva_rho: float = Field(default=2.0, ge=1)
+    """init eva: a layer may get up to so many times the rank, where others get less; 1: all get the same."""
+    learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """LoRA+: the second matrix learns so many times as fast as the first one; 16 is usual, 1 is off."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules that are trained whole beside the matrices and saved with them, by the end of their names: lm_head,
     embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
+class Ia3Config(_Section):
+    targets: list[str] = Field(default_factory=list)
+    """Layers whose outputs are scaled, by the ends of their names; none: those of keys and values."""
+    feedforward_targets: list[str] = Field(default_factory=list)
+    """Layers whose inputs are scaled; none: the last one of each MLP."""
+
+
 class TrainConfig(_Section):
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: small matrices beside the frozen weights, or all weights."""
+    method: Literal["lora", "full", "ia3"] = "lora"
+    """What is trained. lora: small matrices beside the frozen weights; full: all weights; ia3: vectors that scale keys,
+    values and what the MLPs compute."""
     lora: LoraConfig = LoraConfig()
+    ia3: Ia3Config = Ia3Config()
     base: BaseForm = "plain"
     """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
     4-bit floats, as in QLoRA, a bit more than a quarter."""

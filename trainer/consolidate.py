@@ -14,6 +14,7 @@ import torch
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER
+from trainer import initial_adapter
 from trainer.checkpoint import BEST_NAME, LATEST_NAME, Checkpoint, read_checkpoint, step_folders
 from trainer.folders import built_aside
 from trainer.methods import METHODS
@@ -34,12 +35,13 @@ def consolidate(config: PipelineConfig, *, checkpoint: str = LATEST_NAME, out: P
     folder = find_checkpoint(config, checkpoint)
     found = _read(folder)
     dtype: torch.dtype = getattr(torch, str(found.facts["dtype"]))
-    model = _model(config, dtype)
+    model = _model(config, dtype, folder.parent)
     method = METHODS[config.train.method]
     names = method.saved_names(model)
     check_shapes(found.shapes, _shapes(model, names))
     with built_aside(out) as temporary:
         method.save(model, temporary, needed_model(config), _weights(found, names, dtype))
+        initial_adapter.complete(temporary, config.train, folder.parent)
         load_tokenizer(config).save_pretrained(temporary)
     return out
 
@@ -76,12 +78,14 @@ def _read(folder: Path) -> Checkpoint:
         raise InputError(f"{folder} can't be used: {' '.join(str(error).split())}") from error
 
 
-def _model(config: PipelineConfig, dtype: torch.dtype) -> Any:
+def _model(config: PipelineConfig, dtype: torch.dtype, training_folder: Path) -> Any:
     """Names and shapes of what is trained; in what form the frozen weights were held plays no part."""
     settings = needed_model(config)
     base = model_without_weights(settings, dtype=dtype)
     if base is None:
         base = load_base_model(settings, device=torch.device("cpu"), dtype=dtype)
+    if initial_adapter.is_needed(config.train):
+        return initial_adapter.wrapped_in(base, config.train, training_folder / initial_adapter.FOLDER_NAME)
     return METHODS[config.train.method].apply(base, config.train)
 
 

@@ -186,7 +186,7 @@ SETTING_RULES = (
     Rule(
         "adapter-full",
         _continued_under_full,
-        "full tuning trains no adapter",
+        "only method lora trains an adapter on",
         "set model.adapter_use to merge, or train.method to lora",
     ),
     Rule(

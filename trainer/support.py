@@ -12,6 +12,7 @@ from typing import Any
 
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.lora_rules import LORA_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
 
@@ -204,6 +205,7 @@ RULES = (
     ),
     *MODEL_RULES,
     *SETTING_RULES,
+    *LORA_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,
