@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pipelines import clean
 from pipelines.text_repair import clean_unicode
 from schemas.conversation import Conversation, Drop, Message
-from schemas.pipeline_config import CleanConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import CleanConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 
 def chat(*turns: tuple[str, str], **meta: Any) -> Conversation:
