@@ -34,15 +34,18 @@ def run_generate(
     num_processes: int | None = None,
 ) -> None:
     """Prints answers to prompts, or answers a file into a file. Raises ConfigError when it is asked for neither."""
-    choice, base = choose(config, adapter), choose(config, "none")
-    if before_after and choice.folder is None:
+    is_file = input_path is not None and output_path is not None and not prompts
+    if not is_file and (not prompts or input_path is not None or output_path is not None):
+        raise ConfigError("generate needs prompts, or both a file of prompts and a file for the answers")
+    if before_after and adapter == "none":
         raise ConfigError("--before-after compares with the base model, and --adapter none is the base model")
-    if input_path is not None and output_path is not None and not prompts:
+    choice = choose(config, adapter)
+    if input_path is not None and output_path is not None:
         work = FileWork(
             input_path=input_path,
             output_path=output_path,
             choice=choice,
-            base=base,
+            base=choose(config, "none"),
             sampling=sampling,
             before_after=before_after,
             rows_at_once=rows_at_once,
@@ -51,8 +54,6 @@ def run_generate(
         )
         _report(generate_file(config, work), input_path)
         return
-    if not prompts or input_path is not None or output_path is not None:
-        raise ConfigError("generate needs prompts, or both a file of prompts and a file for the answers")
     show = _print_before_after if before_after else _print_answers
     show(config, choice, prompts, sampling, device)
 
