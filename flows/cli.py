@@ -59,6 +59,7 @@ PIPELINE = Group.create_ordered("Data, and the whole way")
 MODEL = Group.create_ordered("Model")
 MACHINE = Group.create_ordered("Machine")
 app = App(name="sft-pipeline", help=HELP, version=version, suppress_keyboard_interrupt=False)
+app.command("flows.bench.command:bench", name="bench", group=MACHINE)
 
 
 @app.command(group=PIPELINE)
