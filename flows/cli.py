@@ -76,6 +76,8 @@ def _app() -> App:
         group = Group.create_ordered(heading)
         for function in functions:
             built.command(function, group=group)
+    # `bench` has commands of its own; their module is read when one of them is called.
+    built.command("flows.bench.command:bench", name="bench", group=group)
     return built
 
 
