@@ -73,12 +73,34 @@ class Ia3Config(_Section):
     """Layers whose inputs are scaled; none: the last one of each MLP."""
 
 
+class FreezeConfig(_Section):
+    last_layers: int = Field(default=0, ge=0)
+    """Train so many decoder layers, counted from the end."""
+    parameters: list[str] = Field(default_factory=list)
+    """Train the parameters whose whole names match one of these regular expressions, such as '.*norm.*'."""
+    head: bool = False
+    """Train the LM head. Where it is one matrix with the embedding, this and `embeddings` name the same."""
+    embeddings: bool = False
+    """Train the token embedding."""
+
+
+class ExpandConfig(_Section):
+    new_layers: int = Field(default=4, gt=0)
+    """Layers that are added, evenly among those that are there: no more than these."""
+
+
 class TrainConfig(_Section):
-    method: Literal["lora", "full", "ia3"] = "lora"
-    """What is trained. lora: small matrices beside the frozen weights; full: all weights; ia3: vectors that scale keys,
-    values and what the MLPs compute."""
+    method: Literal["lora", "full", "freeze", "expand", "ia3"] = "lora"
+    """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
+    expand: layers that are added, and change nothing at first; ia3: vectors that scale keys, values and what the MLPs
+    compute."""
     lora: LoraConfig = LoraConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    """method freeze: what is trained, all of these together."""
+    expand: ExpandConfig = ExpandConfig()
+    """method expand."""
     ia3: Ia3Config = Ia3Config()
+    """method ia3."""
     base: BaseForm = "plain"
     """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
     4-bit floats, as in QLoRA, a bit more than a quarter."""

@@ -50,6 +50,15 @@ def target_layers(model: PreTrainedModel, targets: str | list[str]) -> dict[str,
     return matching_names(layers, targets, setting="train.lora.targets")
 
 
+def targets_for_peft(model: PreTrainedModel, targets: str | list[str]) -> str | list[str]:
+    """As the config has them; of a pattern that matches norms and the like too, which PEFT refuses, the linear ones."""
+    if targets == ALL_LINEAR or isinstance(targets, list):
+        return targets
+    layers = target_layers(model, targets)
+    matched = {name for name, _ in model.named_modules() if re.fullmatch(targets, name)}
+    return targets if matched == set(layers) else list(layers)
+
+
 def matching_names(
     layers: Mapping[str, torch.nn.Linear], targets: Iterable[str], *, setting: str
 ) -> dict[str, torch.nn.Linear]:

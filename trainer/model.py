@@ -87,7 +87,7 @@ def _device_map(
 ) -> dict[str, torch.device] | None:
     if lay_out is not None:
         return lay_out(empty_model(folder, dtype), device, base)
-    return {"": device} if device.type == "cuda" or base != "plain" else None
+    return {"": device} if device.type != "cpu" or base != "plain" else None
 
 
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -6,13 +6,21 @@ saved_names(model) -> names         of the parameters that save() wants, the sam
 save(model, folder, config, weights) -> None   the trained weights, in a format that plain libraries load;
                                     `weights` yields those parameters by name, each whole and on the CPU
 
-and, where there is something to be refused before weights are read:
+and may have:
 
+NEEDS_WEIGHTS                       True: apply reads the model's weights, so under a strategy that reads them in parts
+                                    each process loads the whole model first
 check(model, train) -> None         of a model on the meta device: do names and shapes have what the settings ask for
 """
 
 from types import ModuleType
 
-from trainer.methods import full, ia3, lora
+from trainer.methods import expand, freeze, full, ia3, lora
 
-METHODS: dict[str, ModuleType] = {"lora": lora, "full": full, "ia3": ia3}
+METHODS: dict[str, ModuleType] = {
+    "lora": lora,
+    "full": full,
+    "freeze": freeze,
+    "expand": expand,
+    "ia3": ia3,
+}

@@ -16,7 +16,7 @@ from pipelines import storage
 from schemas.errors import ConfigError, InputError
 from schemas.training_config import ModelConfig, TrainConfig
 from trainer.dora import begin_at_own_length, compute_in_float32
-from trainer.lora_targets import check_targets
+from trainer.lora_targets import check_targets, targets_for_peft
 from trainer.model import is_scale_vector, outdated_names_allowed
 from trainer.start_adapter import adapter_folder, adapter_settings, adapter_tensors, combined
 from trainer.weights import check_weights, whole_shape
@@ -52,7 +52,7 @@ def apply_with_ranks(model: PreTrainedModel, train: TrainConfig, ranks: Mapping[
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        target_modules=lora.targets,
+        target_modules=targets_for_peft(model, lora.targets),
         exclude_modules=left_out or None,
         rank_pattern={name: rank for name, rank in ranks.items() if rank},
         alpha_pattern={n: lora.alpha * (rank / lora.rank) ** power for n, rank in ranks.items() if rank},
