@@ -50,10 +50,31 @@ class LoraConfig(_Section):
     embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
+class VirtualTokensConfig(_Section):
+    """Of the methods prefix, prompt, p_tuning and llama_adapter."""
+
+    count: int = Field(default=32, gt=0)
+    """How many stand before each document; of llama_adapter, in each of its layers."""
+    inner_size: int | None = Field(default=None, gt=0)
+    """Of the small network that they come out of while they are trained: prefix has one where this is set, p_tuning
+    always; its default is the model's hidden size."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """How method prompt begins: with embeddings of tokens drawn from the vocabulary, or with normal noise."""
+    layers: int | None = Field(default=None, gt=0)
+    """llama_adapter: in how many layers, counted from the head; default: in all."""
+
+
 class TrainConfig(_Section):
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: small matrices beside the frozen weights, or all weights."""
+    method: Literal["lora", "full", "prefix", "prompt", "p_tuning", "llama_adapter"] = "lora"
+    """What is trained: small matrices beside the frozen weights, or all weights. prefix, prompt, p_tuning and
+    llama_adapter train virtual tokens before each document: as keys and values of each layer, as embeddings, as
+    embeddings out of a small network, or beside the attention of each layer behind a gate."""
     lora: LoraConfig = LoraConfig()
+    virtual_tokens: VirtualTokensConfig = VirtualTokensConfig()
+    batches: Literal["auto", "packed", "unpacked"] = "auto"
+    """How the documents of a bin are laid out. packed: one after the other in one row; unpacked: each in a row of its
+    own, padded to the longest of a batch of at most as many tokens as a bin has; auto: unpacked for virtual tokens,
+    else packed. The loss is the same."""
     base: BaseForm = "plain"
     """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
     4-bit floats, as in QLoRA, a bit more than a quarter."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import Adaptation
+from trainer.virtual_rules import UNPACKED_ADAPTATIONS
 
 
 def adaptations(config: PipelineConfig, architecture: dict[str, Any]) -> Iterator[tuple[Adaptation, str]]:
@@ -77,4 +78,5 @@ ADAPTATIONS = (
         "the loss is multiplied before the backward pass; steps that overflow are skipped and counted",
         "fp16 has no numbers below 6e-8, where many gradients are",
     ),
+    *UNPACKED_ADAPTATIONS,
 )

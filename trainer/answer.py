@@ -37,6 +37,7 @@ from trainer.model import (
     needed_model,
 )
 from trainer.service import check_trained_model, find_candidate, find_promoted
+from trainer.virtual_tokens import num_virtual_positions
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Write: TypeAlias = Callable[[str], object]
@@ -167,6 +168,7 @@ def _generation_settings(
     num_prompt: int,
 ) -> GenerationConfig:
     limit = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    num_prompt += num_virtual_positions(model)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_prompt)
     if room < 1:
         raise InputError(f"the prompt has {num_prompt} tokens and the model reads {limit}: shorten it")

@@ -13,7 +13,7 @@ from pipelines import storage
 from schemas.errors import IntegrityError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
-from schemas.training_config import ModelConfig
+from schemas.training_config import ModelConfig, TrainConfig
 from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
 from trainer.data import Plan, check_plan, read_plan
 from trainer.model import (
@@ -30,6 +30,7 @@ from trainer.shard_reader import ShardReader
 from trainer.start_adapter import adapter_digest, adapter_folder, check_base_of
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
+from trainer.virtual_rules import is_unpacked, tokens_of_a_bin
 
 TRAINER_VERSION = 2
 """Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
@@ -54,6 +55,9 @@ SETTINGS_OUTSIDE_KEY = frozenset(
 )
 """They shape no weight, the last three but for rounding, so they may change between two runs of one training."""
 
+LATER_SETTINGS = frozenset({"batches", "virtual_tokens"})
+"""Not in the key while they have their defaults: trainings of before they were there keep theirs."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
@@ -76,6 +80,11 @@ class Job:
     @property
     def num_tokens(self) -> int:
         return sum(step.num_tokens for step in self.steps)
+
+    @property
+    def padded_tokens_per_bin(self) -> int | None:
+        """The budget of padded rows; None where documents are packed."""
+        return tokens_of_a_bin(self.config) if is_unpacked(self.config.train) else None
 
 
 def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
@@ -204,6 +213,9 @@ def _settings(config: PipelineConfig) -> dict[str, Any]:
         outside.remove("evaluate_every_steps")  # it decides which weights are the best ones
     else:
         outside.add("best_metric")
+    outside |= {
+        name for name in LATER_SETTINGS if getattr(train, name) == TrainConfig.model_fields[name].default
+    }
     return train.model_dump(mode="json", exclude=outside)
 
 

@@ -9,6 +9,13 @@ save(model, folder, config, weights) -> None   the trained weights, in a format 
 
 from types import ModuleType
 
-from trainer.methods import full, lora
+from trainer.methods import full, llama_adapter, lora, p_tuning, prefix, prompt
 
-METHODS: dict[str, ModuleType] = {"lora": lora, "full": full}
+METHODS: dict[str, ModuleType] = {
+    "lora": lora,
+    "full": full,
+    "prefix": prefix,
+    "prompt": prompt,
+    "p_tuning": p_tuning,
+    "llama_adapter": llama_adapter,
+}
