@@ -6,6 +6,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.local_path import LocalPath
 
+Method = Literal[
+    "lora",
+    "full",
+    "freeze",
+    "expand",
+    "prefix",
+    "prompt",
+    "p_tuning",
+    "llama_adapter",
+]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8", "nf4"]
 Tracker = Literal["tensorboard", "wandb"]
@@ -50,6 +60,22 @@ class LoraConfig(_Section):
     embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
+class FreezeConfig(_Section):
+    last_layers: int = Field(default=0, ge=0)
+    """Train so many decoder layers, counted from the end."""
+    parameters: list[str] = Field(default_factory=list)
+    """Train the parameters whose whole names match one of these regular expressions, such as '.*norm.*'."""
+    head: bool = False
+    """Train the LM head. Where it is one matrix with the embedding, this and `embeddings` name the same."""
+    embeddings: bool = False
+    """Train the token embedding."""
+
+
+class ExpandConfig(_Section):
+    new_layers: int = Field(default=4, gt=0)
+    """Layers that are added, evenly among those that are there: no more than these."""
+
+
 class VirtualTokensConfig(_Section):
     """Of the methods prefix, prompt, p_tuning and llama_adapter."""
 
@@ -65,12 +91,18 @@ class VirtualTokensConfig(_Section):
 
 
 class TrainConfig(_Section):
-    method: Literal["lora", "full", "prefix", "prompt", "p_tuning", "llama_adapter"] = "lora"
-    """What is trained: small matrices beside the frozen weights, or all weights. prefix, prompt, p_tuning and
-    llama_adapter train virtual tokens before each document: as keys and values of each layer, as embeddings, as
-    embeddings out of a small network, or beside the attention of each layer behind a gate."""
+    method: Method = "lora"
+    """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
+    expand: layers that are added, and change nothing at first; and virtual tokens before each document, prefix: as keys
+    and values of each layer, prompt: as embeddings, p_tuning: as embeddings out of a small network, llama_adapter:
+    beside the attention of each layer, behind a gate."""
     lora: LoraConfig = LoraConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    """method freeze: what is trained, all of these together."""
+    expand: ExpandConfig = ExpandConfig()
+    """method expand."""
     virtual_tokens: VirtualTokensConfig = VirtualTokensConfig()
+    """methods prefix, prompt, p_tuning and llama_adapter."""
     batches: Literal["auto", "packed", "unpacked"] = "auto"
     """How the documents of a bin are laid out. packed: one after the other in one row; unpacked: each in a row of its
     own, padded to the longest of a batch of at most as many tokens as a bin has; auto: unpacked for virtual tokens,

@@ -15,6 +15,7 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
 from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES
+from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -207,6 +208,7 @@ RULES = (
     *SETTING_RULES,
     *UNPACKED_RULES,
     *VIRTUAL_TOKEN_RULES,
+    *WHOLE_WEIGHT_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,

@@ -198,18 +198,17 @@ VIRTUAL_TOKEN_RULES = (
 )
 
 
-def _unpacked_from_full_bins(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if not is_unpacked(config.train) or config.pack.mode != "packed":
-        return None
-    return f"{_why_unpacked(config.train)}, pack.mode packed"
+def _virtual(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    method = config.train.method
+    return f"train.method is {method}" if method in VIRTUAL_TOKEN_METHODS else None
 
 
-UNPACKED_ADAPTATIONS = (
+VIRTUAL_TOKEN_ADAPTATIONS = (
     Adaptation(
-        "unpacked-bins",
-        _unpacked_from_full_bins,
-        "each bin is cut into padded batches by length; pack.mode token_budget makes bins of like length, with less "
-        "padding",
-        "a packed bin holds documents of every length",
+        "virtual-tokens",
+        _virtual,
+        "each document is a row of its own, padded to the longest of its batch; pack.mode token_budget makes bins of "
+        "like length, with less padding",
+        "virtual tokens would reach only the first document of a packed row",
     ),
 )
