@@ -37,7 +37,7 @@ from trainer.model import (
     needed_model,
 )
 from trainer.service import check_trained_model, find_candidate, find_promoted
-from trainer.virtual_tokens import num_virtual_positions
+from trainer.virtual_tokens import generated_positions, num_virtual_positions
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Write: TypeAlias = Callable[[str], object]
@@ -146,6 +146,7 @@ def answer(
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(),
         _own_settings_aside(model),
+        generated_positions(),
     ):
         torch.manual_seed(seed)
         generated: Any = model.generate(  # type: ignore[operator]

@@ -4,6 +4,9 @@ Padding stands behind a document, where causal attention does not look: no mask 
 first positions and the document goes on after them, as in PEFT's own forward pass, which generation uses.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +45,14 @@ def num_virtual_positions(model: torch.nn.Module) -> int:
     """Positions that virtual tokens take before the first token of a row."""
     settings = _settings(model)
     return int(settings.num_virtual_tokens) if settings is not None and settings.is_prompt_learning else 0
+
+
+@contextmanager
+def generated_positions() -> Iterator[None]:
+    """PEFT says that it leaves out the positions that transformers' generate() hands it, and counts them itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
+        yield
 
 
 def _inputs(model: torch.nn.Module, input_ids: torch.Tensor) -> dict[str, Any]:

@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.pack import plan_epoch
 from schemas.pipeline_config import PipelineConfig
+from tests.trainer.padded_judge import DOCUMENTS, gradients, judged_loss
 from tests.trainer.rank_groups import Finished
 from tests.trainer.tiny_models import (
-    Document,
     example_of,
     random_documents,
     tiny_lora,
@@ -37,7 +36,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {},
 }
-DOCUMENTS = random_documents([29, 40, 7, 18], seed=3)
 
 
 # Layout -----------------------------------------------------------------------------------------------------
@@ -87,27 +85,6 @@ def test_rows_hold_the_documents_and_their_targets() -> None:
 # Maths ------------------------------------------------------------------------------------------------------
 
 
-def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def by_transformers(model: Any, documents: list[Document]) -> torch.Tensor:
-    """Weighted sum of the trained tokens' losses, out of a padded batch with a mask and all logits."""
-    width = max(len(document.ids) for document in documents)
-    ids, mask = torch.zeros(2, len(documents), width, dtype=torch.long)
-    weights = torch.zeros(len(documents), width)
-    for row, document in enumerate(documents):
-        ids[row, : len(document.ids)] = torch.tensor(document.ids)
-        mask[row, : len(document.ids)] = 1
-        for start, end, weight in document.spans:
-            weights[row, max(start, 1) : end] = weight
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return (losses * weights[:, 1:].flatten()).sum()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_of_lora_are_those_packed_and_those_of_transformers(family: str) -> None:
     model = tiny_lora(tiny_model(family, **FAMILIES[family])).train()
@@ -115,7 +92,7 @@ def test_loss_and_gradients_of_lora_are_those_packed_and_those_of_transformers(f
     use_plain_attention(model)
     padded = summed_loss(model, collate_padded(examples))
     ours = gradients(model, padded)
-    judged = by_transformers(model, DOCUMENTS)
+    judged = judged_loss(model, DOCUMENTS)
     right = gradients(model, judged)
     use_packed_attention(model)
     packed = summed_loss(model, collate(examples))
