@@ -19,6 +19,8 @@ from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import FreezeConfig, TrainConfig
 from trainer.layer_names import copied_layers, is_in_last, layer_number, matches, num_layers
+from trainer.virtual_rules import VIRTUAL_TOKEN_METHODS
+from trainer.virtual_sizes import num_virtual_weights
 
 QUANTISED_BYTES = {"int8": 1, "nf4": 1 / 2 + 4 / 64}
 """A weight of a linear layer; nf4 has a float32 scale for each 64."""
@@ -127,6 +129,8 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
         return _num_weights(shapes, _chosen(shapes, train.freeze))
     if train.method == "expand":
         return _num_in_new_layers(shapes, train.expand.new_layers)
+    if train.method in VIRTUAL_TOKEN_METHODS:
+        return num_virtual_weights(shapes, train)
     whole = _in_whole_modules(shapes, train.lora.modules_to_save)
     return _num_weights(shapes, whole) + sum(
         train.lora.rank * sum(shape)

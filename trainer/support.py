@@ -14,6 +14,7 @@ from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
+from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES
 from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
 
@@ -205,6 +206,8 @@ RULES = (
     ),
     *MODEL_RULES,
     *SETTING_RULES,
+    *UNPACKED_RULES,
+    *VIRTUAL_TOKEN_RULES,
     *WHOLE_WEIGHT_RULES,
     Rule(
         "int8-sharded",
