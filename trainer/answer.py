@@ -29,11 +29,10 @@ from schemas.evaluation import TrainedModel
 from schemas.pipeline_config import PipelineConfig
 from trainer.attention import unwrapped, use_plain_attention
 from trainer.model import (
-    check_model_folder,
+    base_digest,
     load_adapter,
     load_base_model,
     load_tokenizer,
-    model_digest,
     needed_model,
 )
 from trainer.service import check_trained_model, find_candidate, find_promoted
@@ -79,14 +78,16 @@ def load_with_adapter(config: PipelineConfig, folder: Path | None) -> torch.nn.M
         return load_base_model(settings, base=base)
     if (folder / "adapter_config.json").is_file():
         return load_adapter(load_base_model(settings, base=base), folder)
-    whole = settings.model_copy(update={"path": str(folder), "revision": None})
+    # What the settings change in the base stands in its own config and weights.
+    own = {"path": str(folder), "revision": None, "init": "files", "rope_scaling": None, "new_tokens": []}
+    whole = settings.model_copy(update=own)
     return load_base_model(whole, base=base)
 
 
 def check_base(config: PipelineConfig, trained: TrainedModel) -> None:
     """Raises InputError when an adapter was trained on another base model than the config names."""
     settings = needed_model(config)
-    found = model_digest(check_model_folder(settings))
+    found = base_digest(settings)
     if trained.kind == "adapter" and found != trained.base_digest:
         raise InputError(
             f"{trained.path} was trained on another base model (digest {trained.base_digest[:12]}) than "
