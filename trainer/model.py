@@ -128,7 +128,7 @@ def _device_map(
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return lay_out(empty, device, base)
-    return {"": device} if device.type == "cuda" or base != "plain" else None
+    return {"": device} if device.type != "cpu" or base != "plain" else None
 
 
 def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
@@ -192,6 +192,12 @@ def without_outliers(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer, threshold in zip(layers, thresholds, strict=True):
             layer.state.threshold = threshold
+
+
+def as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
+    """A whole model in `folder`, taken as it is: what the settings change in the base stands in its own files."""
+    own = {"path": str(folder), "revision": None, "init": "files", "rope_scaling": None, "new_tokens": []}
+    return model.model_copy(update=own)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":

@@ -246,6 +246,7 @@ def run_steps(
             progress = judging.advance(progress, step, outcome)
             seconds = time.monotonic() - started_at
             record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            record |= {"unix_time": time.time(), "bins_at_once": stepper.bins_at_once}
             if job.dtype == torch.float16:
                 progress = after_step(progress, scale, overflowed=outcome.is_overflow)
                 record["loss_scale"] = scale
