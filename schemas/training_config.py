@@ -27,6 +27,13 @@ class _Section(BaseModel):
     )
 
 
+class RopeScalingConfig(_Section):
+    type: Literal["linear", "dynamic", "yarn", "llama3"]
+    """How positions beyond those that the model knows are brought into its range, by the names of transformers."""
+    factor: float = Field(gt=1)
+    """How many times as many positions."""
+
+
 class ModelConfig(_Section):
     path: LocalPath
     """Folder with a Hugging Face model and tokenizer, or a hub name that is in the local cache."""
@@ -34,6 +41,10 @@ class ModelConfig(_Section):
     """Commit or tag of a hub name."""
     tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer and the embedding get. Each begins as the mean of all others and is trained, in the
+    embedding and in the head. Words of letters and digits are found in all texts; others, such as <|tool|>, stand
+    only where the chat template writes them. One that is there already keeps its numbers, and is trained too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What weights and activations compute in; what is trained adds up in float32 all the same. auto: bfloat16 from
     compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
@@ -44,6 +55,13 @@ class ModelConfig(_Section):
     adapter_use: Literal["continue", "merge"] = "continue"
     """continue: its weights are trained on, with its rank and targets; merge: it is added into the base and a fresh
     adapter is trained over that, and both are saved as one."""
+
+    init: Literal["files", "random"] = "files"
+    """random: no weight is read, they are drawn. To see whether a training fits before its model is downloaded: the
+    folder needs nothing but config.json and the tokenizer. Such a model is never promoted."""
+    rope_scaling: RopeScalingConfig | None = None
+    """For examples longer than the model's positions. A model that is saved carries it in its config; whoever loads an
+    adapter elsewhere gives the same to the base."""
 
 
 class LoraConfig(_Section):

@@ -12,6 +12,7 @@ from typing import Any
 
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.model_rules import SECTION_MODEL_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
 from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES
@@ -205,6 +206,7 @@ RULES = (
         "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
+    *SECTION_MODEL_RULES,
     *SETTING_RULES,
     *UNPACKED_RULES,
     *VIRTUAL_TOKEN_RULES,

@@ -51,12 +51,25 @@ def test_defaults_are_supported(tmp_path: Path) -> None:
 
 
 MERGE = {"adapter_use": "merge"}
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4}}
+TOKENS = {"new_tokens": ["<|tool|>"]}
+DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 4}}
 BROKEN: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
     "positions": {"split": {"max_tokens": 8192}},
     "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "gptq"}}},
     "quantised-form": {"architecture": {**LLAMA, "quantization_config": NF4}, "train": {"base": "int8"}},
+    "rope-twice": {
+        "architecture": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2}},
+        "model_settings": YARN,
+    },
+    "rope-phi3": {"architecture": {**LLAMA, "model_type": "phi3"}, "model_settings": YARN},
+    "rope-row": {"model_settings": DYNAMIC, "split": {"max_tokens": 8192}},
+    "random": {"model_settings": {"init": "random"}, "train": {"strategy": "pipeline"}},
+    "new-tokens-method": {"model_settings": TOKENS, "train": {"method": "expand"}},
+    "new-tokens-sharded": {"model_settings": TOKENS, "train": {"strategy": "fsdp2"}},
+    "new-tokens-beside": {"model_settings": TOKENS, "train": {"lora": {"targets": ["lm_head"]}}},
     "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
     "recurrent-layers": {"architecture": {"model_type": "jamba"}},
     "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
