@@ -78,6 +78,9 @@ def _app() -> App:
         group = Group.create_ordered(heading)
         for function in functions:
             built.command(function, group=group)
+    # `bench` has commands of its own; their module is read when one of them is called.
+    about = "Measure training on this machine, beside other trainers."
+    built.command("flows.bench.command:bench", name="bench", group=group, help=about)
     return built
 
 

@@ -14,6 +14,7 @@ from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
+from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -204,6 +205,7 @@ RULES = (
     ),
     *MODEL_RULES,
     *SETTING_RULES,
+    *WHOLE_WEIGHT_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,
