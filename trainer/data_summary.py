@@ -83,7 +83,7 @@ def _languages(reader: ShardReader) -> tuple[str, ...]:
     return tuple(
         name
         for name, count in counted.most_common()
-        if name and count >= MIN_LANGUAGE_SHARE * reader.num_rows
+        if name not in ("", "und") and count >= MIN_LANGUAGE_SHARE * reader.num_rows
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -163,8 +162,8 @@ def test_what_can_not_be_exported_is_refused_and_leaves_nothing(
         export(lora_run, out, adapter="none")
     with pytest.raises(ConfigError, match="use adapter or merged"):
         export(lora_run, out, form="model", adapter="current")
+    merge = MergeSettings(dtype="float16", max_difference=1e-9)
     with pytest.raises(LimitError, match="is not the trained one"):
-        merge = MergeSettings(dtype="float16", max_difference=1e-9)
         export(lora_run, out, form="merged", adapter="current", merge=merge)
     assert list(tmp_path.iterdir()) == []
     out.mkdir()
@@ -204,7 +203,7 @@ def test_a_card_tells_what_the_records_of_the_run_say(lora_run: PipelineConfig, 
         "| tiny | 0 | 0 | 40 |",
     ):
         assert expected in card.text
-    assert str(total.bits_per_byte)[:6] in card.text
+    assert f"{total.bits_per_byte:.4f} |" in card.text
 
 
 def full_facts() -> CardFacts:
@@ -216,7 +215,7 @@ def full_facts() -> CardFacts:
         base_id="owner/name",
         license={"license": "other", "license_name": "own", "license_link": "https://x.y/z"},
         dtype="bfloat16",
-        data=DataSummary((SourceSummary("chats", 10, 9, 8, 7000, "mit"),), ("en", "zh-Hans", "de", "und")),
+        data=DataSummary((SourceSummary("chats", 10, 9, 8, 7000, "mit"),), ("en", "zh-Hans", "de")),
         difference=Difference(64, 0.004, 0.1, 1e-5, 0.99),
         harness=[HarnessScore("own_task", "acc", 0.5, 0.1, 12)],
     )
@@ -229,7 +228,7 @@ def test_the_hub_reads_every_part_of_the_front_matter(tmp_path: Path) -> None:
     assert data["base_model"] == "owner/name"
     assert data["base_model_relation"] == "finetune"
     assert data["license_link"] == "https://x.y/z"
-    assert data["language"] == ["en", "de", "und"] or data["language"] == ["en", "de"]
+    assert data["language"] == ["en", "de"]
     (score,) = card.data.eval_results or ()
     assert (score.dataset_name, score.metric_type, score.metric_value) == ("own_task", "acc", 0.5)
     assert "| chats | 10 | 9 | 8 | 7,000 | mit |" in card.text
@@ -243,7 +242,6 @@ def test_a_card_of_what_nobody_recorded_claims_nothing(tmp_path: Path) -> None:
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert data.keys() == {"library_name", "pipeline_tag", "tags"}
     assert "## Data" not in card_text(facts)
-    assert replace(facts, base_id="a/b") != facts
 
 
 def test_licences_come_from_the_card_beside_a_source_and_data_that_changed_is_not_told(
@@ -279,7 +277,7 @@ def write_task(folder: Path) -> None:
     (folder / "colours.yaml").write_text(
         f"task: colours\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: 0\n"
-        "doc_to_choice: ['{{good}}', '{{bad}}']\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        "doc_to_choice: '{{[good, bad]}}'\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
 
 
