@@ -138,10 +138,14 @@ def can_be_padded(model: torch.nn.Module) -> bool:
 
 
 def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End tokens: the tokenizer's, generation_config.json's, and those the template writes after an answer."""
+    """End tokens of a loaded model."""
+    return end_token_ids(tokenizer, getattr(unwrapped(model).generation_config, "eos_token_id", None))
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | None) -> list[int]:
+    """The tokenizer's, those of a generation_config.json, and those the template writes after an answer."""
     encoder = chat_encoder(tokenizer)
     written = [encoder.control_ids.get(token) for token in encoder.template.end_tokens]
-    configured = getattr(unwrapped(model).generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in (tokenizer.eos_token_id, *several, *written) if token is not None})
 
