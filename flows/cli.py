@@ -63,19 +63,22 @@ app = App(name="sft-pipeline", help=HELP, version=version, suppress_keyboard_int
 
 @app.command(group=PIPELINE)
 def init(
-    folder: Path,
+    folder: Path | None = None,
     /,
     *,
+    recipe: str | None = None,
     model: Path | None = None,
     out: Path = Path("sft-pipeline.yaml"),
     force: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Look at the dumps in a folder and write a commented config.
+    """Look at the dumps in a folder and write a commented config, or take a recipe.
 
     Parameters
     ----------
     folder
         Folder with .json, .jsonl or .parquet files, also .gz, .zst, .bz2 and .xz.
+    recipe
+        Write this one of `sft-pipeline recipes`, with the dumps of the folder for sources if one is given.
     model
         Folder of the model to train.
     out
@@ -85,7 +88,21 @@ def init(
     """
     from flows.init_config import write_config
 
-    print(write_config(folder, model=model, out=out, force=force))
+    print(write_config(folder, model=model, out=out, force=force, recipe=recipe))
+
+
+@app.command(group=PIPELINE)
+def recipes(name: str | None = None, /) -> None:
+    """List recipes: short configs of whole routes, by method, model and cards.
+
+    Parameters
+    ----------
+    name
+        Print this one.
+    """
+    from flows.recipe import print_recipes
+
+    print_recipes(name)
 
 
 @app.command(group=PIPELINE)
@@ -259,6 +276,22 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
+
+
+@app.command(group=MODEL)
+def download(name: str, /, *, revision: str | None = None) -> None:
+    """Download a model from the hub into the local cache and print what goes into the config.
+
+    Parameters
+    ----------
+    name
+        Owner and name, such as HuggingFaceTB/SmolLM2-135M-Instruct.
+    revision
+        Commit, tag or branch; default: the newest commit, which is printed.
+    """
+    from flows.download import download as download_model
+
+    download_model(name, revision)
 
 
 @app.command(group=PIPELINE)
