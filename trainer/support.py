@@ -15,6 +15,7 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
 from trainer.weight_rules import WEIGHT_RULES
+from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -185,6 +186,7 @@ RULES = (
     ),
     *MODEL_RULES,
     *SETTING_RULES,
+    *WHOLE_WEIGHT_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,
