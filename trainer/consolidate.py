@@ -94,6 +94,8 @@ def _weights(
     found: Checkpoint, names: Iterable[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
-        weight = read_whole(found.read, "weight", name, found.shapes[name])
+        weight = read_whole(found.read, "average", name, found.shapes[name])
+        if weight is None:
+            weight = read_whole(found.read, "weight", name, found.shapes[name])
         assert weight is not None, "a checkpoint holds all weights"
         yield name, weight.to(dtype)

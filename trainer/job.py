@@ -54,6 +54,39 @@ SETTINGS_OUTSIDE_KEY = frozenset(
 )
 """They shape no weight, the last three but for rounding, so they may change between two runs of one training."""
 
+SETTINGS_ALWAYS_IN_KEY = frozenset(
+    {
+        "method",
+        "base",
+        "epochs",
+        "max_steps",
+        "max_tokens",
+        "bins_per_step",
+        "learning_rate",
+        "schedule",
+        "warmup_steps",
+        "warmup_share",
+        "min_learning_rate_share",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "gradient_checkpointing",
+        "kernels",
+        "deterministic",
+        "seed",
+        "keep_best",
+        "best_metric",
+        "early_stopping_evaluations",
+        "evaluate_every_steps",
+        "max_loss_spike",
+        "max_grad_spike",
+    }
+)
+LORA_SETTINGS_ALWAYS_IN_KEY = frozenset({"rank", "alpha", "dropout", "targets", "modules_to_save"})
+"""Settings that came later count where they are not at their default: older trainings keep their keys."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
@@ -204,7 +237,10 @@ def _settings(config: PipelineConfig) -> dict[str, Any]:
         outside.remove("evaluate_every_steps")  # it decides which weights are the best ones
     else:
         outside.add("best_metric")
-    return train.model_dump(mode="json", exclude=outside)
+    always = train.model_dump(mode="json", include=set(SETTINGS_ALWAYS_IN_KEY) - outside)
+    lora = train.lora.model_dump(mode="json", include=set(LORA_SETTINGS_ALWAYS_IN_KEY))
+    changed = train.model_dump(mode="json", exclude=outside, exclude_defaults=True)
+    return always | changed | {"lora": lora | changed.get("lora", {})}
 
 
 def _key(inputs: dict[str, str], settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:

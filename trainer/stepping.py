@@ -11,7 +11,8 @@ from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
-from trainer.optimizers import NO_LIMITS, Limits, Optimizer, learning_rate
+from trainer.optimizers import NO_LIMITS, Limits, Optimizer
+from trainer.schedules import learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
 
 OUT_OF_MEMORY_SIGNS = (

@@ -12,6 +12,7 @@ from typing import Any
 
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
 
@@ -160,9 +161,11 @@ def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str |
 
 
 def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.base == "plain" or importlib.util.find_spec("bitsandbytes") is not None:
+    train = config.train
+    is_needed = train.base != "plain" or train.optimizer in BITSANDBYTES_OPTIMIZERS
+    if not is_needed or importlib.util.find_spec("bitsandbytes") is not None:
         return None
-    return f"train.base is {config.train.base}"
+    return f"train.base is {train.base}, train.optimizer {train.optimizer}"
 
 
 def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -204,6 +207,7 @@ RULES = (
     ),
     *MODEL_RULES,
     *SETTING_RULES,
+    *OPTIMIZER_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,
@@ -263,7 +267,8 @@ RULES = (
         "bitsandbytes",
         _no_bitsandbytes,
         "bitsandbytes is not installed",
-        "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain",
+        "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain and "
+        "train.optimizer to adamw",
         of_machine=True,
     ),
     Rule(
