@@ -84,10 +84,31 @@ class LowRankConfig(_Section):
     """The projected update is multiplied by it. Default: 0.25 for galore, 1 for apollo."""
 
 
+class FreezeConfig(_Section):
+    last_layers: int = Field(default=0, ge=0)
+    """Train so many decoder layers, counted from the end."""
+    parameters: list[str] = Field(default_factory=list)
+    """Train the parameters whose whole names match one of these regular expressions, such as '.*norm.*'."""
+    head: bool = False
+    """Train the LM head. Where it is one matrix with the embedding, this and `embeddings` name the same."""
+    embeddings: bool = False
+    """Train the token embedding."""
+
+
+class ExpandConfig(_Section):
+    new_layers: int = Field(default=4, gt=0)
+    """Layers that are added, evenly among those that are there: no more than these."""
+
+
 class TrainConfig(_Section):
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: small matrices beside the frozen weights, or all weights."""
+    method: Literal["lora", "full", "freeze", "expand"] = "lora"
+    """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
+    expand: layers that are added, and change nothing at first."""
     lora: LoraConfig = LoraConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    """method freeze: what is trained, all of these together."""
+    expand: ExpandConfig = ExpandConfig()
+    """method expand."""
     base: BaseForm = "plain"
     """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
     4-bit floats, as in QLoRA, a bit more than a quarter."""

@@ -90,7 +90,7 @@ def _device_map(
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return lay_out(empty, device, base)
-    return {"": device} if device.type == "cuda" or base != "plain" else None
+    return {"": device} if device.type != "cpu" or base != "plain" else None
 
 
 def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
+from trainer.memory import WHOLE_MODEL_METHODS
 from trainer.rules import Rule
 
 WHOLE_STATE_STRATEGIES = ("single", "ddp", "pipeline")
 """A process holds all that is trained, in one piece."""
 SAME_DEVICE_STRATEGIES = ("single", "ddp")
 WHOLE_MATRIX_OPTIMIZERS = ("muon", "galore", "apollo")
-WHOLE_MATRIX_METHODS = ("full", "freeze", "expand")
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 
 
@@ -34,7 +34,7 @@ def _average_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> 
 
 def _matrices_of_an_adapter(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.optimizer not in WHOLE_MATRIX_OPTIMIZERS or train.method in WHOLE_MATRIX_METHODS:
+    if train.optimizer not in WHOLE_MATRIX_OPTIMIZERS or train.method in WHOLE_MODEL_METHODS:
         return None
     return f"train.optimizer is {train.optimizer}, train.method {train.method}"
 

@@ -103,11 +103,14 @@ def _check_gradient(model: torch.nn.Module, device: torch.device, dtype: torch.d
 
 
 def _probed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The first few trained ones: what comes back to them went through the whole model."""
+    """The first few trained ones: what comes back to them went through the whole model. And all vectors: an added
+    layer may begin with a gradient in a norm alone.
+    """
     trained = [p for p in model.parameters() if p.requires_grad and p.numel() <= MAX_PROBED_NUMBERS]
     if not trained:
         raise TrainingError("nothing is trainable")
-    return trained[:NUM_PROBED_PARAMETERS]
+    vectors = [p for p in trained[NUM_PROBED_PARAMETERS:] if p.dim() == 1]
+    return trained[:NUM_PROBED_PARAMETERS] + vectors
 
 
 def _gradient(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:

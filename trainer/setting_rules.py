@@ -186,7 +186,7 @@ SETTING_RULES = (
     Rule(
         "adapter-full",
         _continued_under_full,
-        "full tuning trains no adapter",
+        "this method trains no such adapter",
         "set model.adapter_use to merge, or train.method to lora",
     ),
     Rule(

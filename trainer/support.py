@@ -15,6 +15,7 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
+from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -208,6 +209,7 @@ RULES = (
     *MODEL_RULES,
     *SETTING_RULES,
     *OPTIMIZER_RULES,
+    *WHOLE_WEIGHT_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,

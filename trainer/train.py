@@ -119,9 +119,10 @@ def load_model(job: Job) -> torch.nn.Module:
     model: PreTrainedModel | None = None
     device = job.device
     if STRATEGIES[job.config.train.strategy].fill is not None:
-        model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
+        if not needs_weights(job):
+            model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
-            tell(job, "each process loads the whole model first: its files can't be read in parts")
+            tell(job, "each process loads the whole model first: it can't be read in parts")
             device = CPU  # where there is more room; place() takes from it what this rank keeps
     if model is None:
         model = load_base_model(
@@ -138,6 +139,11 @@ def load_model(job: Job) -> torch.nn.Module:
     if job.config.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
+
+
+def needs_weights(job: Job) -> bool:
+    """Whether something reads the model's weights before they are laid over the processes."""
+    return getattr(METHODS[job.config.train.method], "NEEDS_WEIGHTS", False)
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
@@ -235,6 +241,7 @@ def run_steps(
             progress = judging.advance(progress, step, outcome)
             seconds = time.monotonic() - started_at
             record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            record |= {"unix_time": time.time(), "bins_at_once": stepper.bins_at_once}
             if job.dtype == torch.float16:
                 progress = after_step(progress, scale, overflowed=outcome.is_overflow)
                 record["loss_scale"] = scale

@@ -92,6 +92,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     },
     "int8-full": {"train": {"base": "int8", "method": "full"}},
     "nf4-full": {"train": {"base": "nf4", "method": "full"}},
+    "freeze-nothing": {"train": {"method": "freeze"}},
+    "whole-model-bits": {"train": {"method": "expand", "base": "nf4"}},
     "processes": {"train": {"num_processes": 2}},
     "deepspeed": {"train": {"strategy": "zero2"}},
     "bitsandbytes": {"train": {"base": "int8"}},

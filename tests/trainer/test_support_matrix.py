@@ -1,8 +1,8 @@
 """The answers of the support matrix: each combination has one, the rules give it, and rows that work do train.
 
 A row that works is trained for three steps; judge: strategy single over the plain base in fp32, one document in a
-row of its own where it packs none. Which rows: few in which every two settings meet, with train.compile under
-stress; in the long form all of them.
+row of its own where it packs none. Which rows: few in which every two settings meet; compiled ones, under stress,
+in which every setting is met; in the long form all of them.
 """
 
 from collections import Counter
@@ -15,10 +15,14 @@ from schemas.errors import ConfigError
 from tests.trainer.matrix_rows import covering, losses_of_rows, reference_of, row_name
 from trainer.adaptations import ADAPTATIONS
 from trainer.support import RULES, refusals
-from trainer.support_matrix import AXES, Answer, answer, answers, axes_that_matter, config_of
+from trainer.support_matrix import AXES, METHODS, Answer, answer, answers, axes_that_matter, config_of
 
 ALL = list(answers())
-TRAINED = [row for row in ALL if row.verdict != "refused"]
+BASIC_METHODS = ("lora", "full")
+GOING = [row for row in ALL if row.verdict != "refused"]
+TRAINED = [row for row in GOING if row.settings["method"] in BASIC_METHODS]
+"""Of these rows every two settings meet in some that are trained. The other methods meet all strategies and bases."""
+OTHER_METHODS = [name for name in METHODS if name not in BASIC_METHODS]
 MAX_LOSS_DIFFERENCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 3e-2}
 """From the reference, in nats, with a plain base. A gradient of another half of the data gives 0.05 at step 2."""
 MAX_LOSS_DIFFERENCE_OF_BITS = {"int8": 0.05, "nf4": 0.6}
@@ -104,7 +108,40 @@ def test_rows_that_work_train_as_strategy_single_does(tmp_path: Path) -> None:
 
 @pytest.mark.stress
 def test_rows_that_work_train_as_strategy_single_does_compiled_too(tmp_path: Path) -> None:
-    check_losses(tmp_path, covering(TRAINED, num_settings=2))
+    compiled = [row for row in TRAINED if row.settings["compile"]]
+    check_losses(tmp_path, covering(compiled, num_settings=1))
+
+
+def plain_rows(method: str) -> list[Answer]:
+    """One row for each strategy and base that the method goes with, all else as plain as it allows."""
+    found: dict[tuple[str, str], Answer] = {}
+    for row in GOING:
+        here = row.settings
+        is_plain = here["dtype"] == "float32" and not here["checkpointing"] and not here["compile"]
+        if here["method"] == method and is_plain:
+            found.setdefault((here["strategy"], here["base"]), row)
+    return list(found.values())
+
+
+@pytest.mark.stress
+def test_other_methods_train_over_several_processes_as_strategy_single_does(tmp_path: Path) -> None:
+    """Each under ddp and one more strategy, in turn; the long form has all strategies and bases."""
+    rows = []
+    for number, method in enumerate(OTHER_METHODS):
+        plain = [row for row in plain_rows(method) if row.settings["base"] == "plain"]
+        others = [row for row in plain if row.settings["strategy"] not in ("single", "ddp")]
+        rows += [row for row in plain if row.settings["strategy"] == "ddp"]
+        rows += others[number % len(others) :][:1] if others else []
+    check_losses(tmp_path, rows)
+
+
+@pytest.mark.hard
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_methods_train_with_every_strategy_and_base_that_is_allowed(
+    tmp_path: Path, method: str
+) -> None:
+    check_losses(tmp_path, plain_rows(method))
 
 
 @pytest.mark.hard
