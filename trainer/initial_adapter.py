@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from pipelines import storage
 from schemas.errors import InputError, IntegrityError
 from schemas.run import MANIFEST_NAME, FileEntry
-from schemas.training_config import TrainConfig
+from schemas.training_config import ModelConfig, TrainConfig
 from trainer.attention import unwrapped
 from trainer.checkpoint import step_folders
 from trainer.data import micro_batch
@@ -124,15 +124,14 @@ def _from_weights(job: Job, model: torch.nn.Module) -> PeftModel:
     """Matrices out of the weights that they stand beside."""
     train = job.config.train
     wrapped = lora.apply(unwrapped(model), train)
-    with WeightFiles(check_model_folder(job.model)) as files:
-        for name, layer in _lora_layers(wrapped).items():
-            job.ranks.pulse.move()
-            weight = _held(layer.get_base_layer())
-            if train.lora.init == "loftq":
-                weight = _unquantised(files, name, weight) - weight
-            matrices = STARTS[train.lora.init](weight, train.lora.rank, layer.scaling[lora.ADAPTER_NAME])
-            for parameter, matrix in zip(_matrices(layer), matrices, strict=True):
-                parameter.copy_(matrix)
+    for name, layer in _lora_layers(wrapped).items():
+        job.ranks.pulse.move()
+        weight = _held(layer.get_base_layer())
+        if train.lora.init == "loftq":
+            weight = _unquantised(job.model, name, weight) - weight
+        matrices = STARTS[train.lora.init](weight, train.lora.rank, layer.scaling[lora.ADAPTER_NAME])
+        for parameter, matrix in zip(_matrices(layer), matrices, strict=True):
+            parameter.copy_(matrix)
     return wrapped
 
 
@@ -146,16 +145,17 @@ def _held(layer: torch.nn.Module) -> torch.Tensor:
     return weight.detach().float() if scales is None else weight.data.float() * scales[:, None] / 127
 
 
-def _unquantised(files: WeightFiles, name: str, like: torch.Tensor) -> torch.Tensor:
+def _unquantised(model: ModelConfig, name: str, like: torch.Tensor) -> torch.Tensor:
     """The weight as it stands in the model's files."""
     key = name_in_files(f"{name}.weight")
-    stored = files.tensors.get(key)
-    if stored is None or stored.shape != tuple(like.shape):
-        raise InputError(
-            f"the model's files hold {key} {'not at all' if stored is None else stored.shape}, expected "
-            f"{tuple(like.shape)}: train.lora.init loftq needs the unquantised weights; set it to default"
-        )
-    return files.read(key, 0, like.numel()).view(like.shape).to(like)
+    with WeightFiles(check_model_folder(model)) as files:
+        stored = files.tensors.get(key)
+        if stored is None or stored.shape != tuple(like.shape):
+            raise InputError(
+                f"the model's files hold {key} {'not at all' if stored is None else stored.shape}, expected "
+                f"{tuple(like.shape)}: train.lora.init loftq needs the unquantised weights; set it to default"
+            )
+        return files.read(key, 0, like.numel()).view(like.shape).to(like)
 
 
 def _eva(job: Job, model: torch.nn.Module) -> PeftModel:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
+from trainer.optimizer_rules import WHOLE_STATE_STRATEGIES
 from trainer.rules import Rule
 
 VARIANT_STRATEGIES = ("single", "ddp")
@@ -40,11 +41,25 @@ def _dora_over_merged(config: PipelineConfig, architecture: dict[str, Any]) -> s
     return f"train.lora.dora is true, model.adapter {model.adapter}"
 
 
+def _two_rates_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    ratio = train.lora.learning_rate_ratio
+    if train.method != "lora" or ratio == 1 or train.strategy in WHOLE_STATE_STRATEGIES:
+        return None
+    return f"train.lora.learning_rate_ratio is {ratio:g}, train.strategy {train.strategy}"
+
+
 def _ia3_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
     if train.method != "ia3" or train.strategy in VARIANT_STRATEGIES:
         return None
     return f"train.method is ia3, train.strategy {train.strategy}"
+
+
+def _ia3_over_int8(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    if config.train.method != "ia3" or config.train.base != "int8":
+        return None
+    return "train.method is ia3, train.base int8"
 
 
 def _ia3_over_adapter(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -81,9 +96,20 @@ def _nothing_lost(config: PipelineConfig, architecture: dict[str, Any]) -> str |
 
 
 def _loss_unknown(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if _init(config) != "loftq" or "quantization_config" not in architecture:
+    if _init(config) != "loftq" or config.model is None:
+        return None
+    if config.model.init == "random":
+        return "train.lora.init is loftq, model.init random"
+    if "quantization_config" not in architecture:
         return None
     return "train.lora.init is loftq, the model's weights are quantised already"
+
+
+def _init_beside_new_tokens(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    init = _init(config)
+    if init is None or config.model is None or not config.model.new_tokens:
+        return None
+    return f"train.lora.init is {init}, model.new_tokens {config.model.new_tokens}"
 
 
 def _init_of_dora(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -127,10 +153,22 @@ LORA_RULES = (
         "set train.lora.dora to false, or merge the adapter with PEFT's merge_and_unload and name the result as model.path",
     ),
     Rule(
+        "lora-plus-strategy",
+        _two_rates_elsewhere,
+        "strategies that cut what is trained update all of it at one rate",
+        "set train.strategy to ddp or single, or train.lora.learning_rate_ratio to 1",
+    ),
+    Rule(
         "ia3-strategy",
         _ia3_elsewhere,
         "its vectors stay fp32, which this strategy would round",
         "set train.strategy to ddp or single, or train.method to lora",
+    ),
+    Rule(
+        "ia3-int8",
+        _ia3_over_int8,
+        "beside 8-bit layers PEFT computes keys and values in fp32 and the queries stay bf16 (found with peft 0.21)",
+        "set train.base to nf4 or plain, or train.method to lora",
     ),
     Rule(
         "ia3-adapter",
@@ -167,6 +205,12 @@ LORA_RULES = (
         _init_of_dora,
         "magnitudes of a changed base fit no other one",
         "set train.lora.dora to false, or train.lora.init to default",
+    ),
+    Rule(
+        "lora-init-tokens",
+        _init_beside_new_tokens,
+        "an initial adapter holds matrices and whole modules, no rows of new tokens",
+        "set train.lora.init to default, or leave model.new_tokens out",
     ),
     Rule(
         "lora-init-adapter",

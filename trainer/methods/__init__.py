@@ -15,12 +15,26 @@ check(model, train) -> None         of a model on the meta device: do names and 
 
 from types import ModuleType
 
-from trainer.methods import expand, freeze, full, ia3, lora
+from trainer.methods import (
+    expand,
+    freeze,
+    full,
+    ia3,
+    llama_adapter,
+    lora,
+    p_tuning,
+    prefix,
+    prompt,
+)
 
 METHODS: dict[str, ModuleType] = {
     "lora": lora,
     "full": full,
     "freeze": freeze,
     "expand": expand,
+    "prefix": prefix,
+    "prompt": prompt,
+    "p_tuning": p_tuning,
+    "llama_adapter": llama_adapter,
     "ia3": ia3,
 }

@@ -18,6 +18,7 @@ from schemas.training_config import ModelConfig, TrainConfig
 from trainer.dora import begin_at_own_length, compute_in_float32
 from trainer.lora_targets import check_targets, targets_for_peft
 from trainer.model import is_scale_vector, outdated_names_allowed
+from trainer.new_tokens import compute_rows_apart, trained_rows
 from trainer.start_adapter import adapter_folder, adapter_settings, adapter_tensors, combined
 from trainer.weights import check_weights, whole_shape
 
@@ -58,6 +59,7 @@ def apply_with_ranks(model: PreTrainedModel, train: TrainConfig, ranks: Mapping[
         alpha_pattern={n: lora.alpha * (rank / lora.rank) ** power for n, rank in ranks.items() if rank},
         modules_to_save=list(lora.modules_to_save) or None,  # PEFT adds to it what is tied
         ensure_weight_tying=_trains_tied_weights(model, lora.modules_to_save),
+        trainable_token_indices=trained_rows(model, lora.modules_to_save),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(train.seed)
@@ -110,6 +112,7 @@ def _wrapped(model: PreTrainedModel, settings: LoraConfig) -> PeftModel:
     with outdated_names_allowed():
         wrapped = get_peft_model(model, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     assert isinstance(wrapped, PeftModel)
+    compute_rows_apart(wrapped)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:  # beside 8-bit layers PEFT knows no dtype and takes fp32
             dtype = torch.float32 if is_scale_vector(name) else model.dtype
@@ -135,17 +138,19 @@ def save(
     trained |= {alias: trained[name].clone() for alias, name in _aliases(model).items()}
     tensors = {
         name: tensor.detach().contiguous()
-        for name, tensor in get_peft_model_state_dict(model, state_dict=trained).items()
+        for name, tensor in get_peft_model_state_dict(
+            model, state_dict=trained, save_embedding_layers=False
+        ).items()
     }
     check_weights(tensors, _expected_shapes(model))
-    settings = _adapter_config(model, model_config)
+    settings = adapter_config(model, model_config)
     if model_config.adapter is not None and model_config.adapter_use == "merge":
         tensors, settings = combined(tensors, settings, adapter_folder(model_config))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     storage.write_json(folder / "adapter_config.json", settings)
 
 
-def _adapter_config(model: PeftModel, model_config: ModelConfig) -> dict[str, Any]:
+def adapter_config(model: PeftModel, model_config: ModelConfig) -> dict[str, Any]:
     # PEFT writes its sets in the order of the process's hash seed: equal work would give unequal bytes.
     settings = {
         name: sorted(value) if isinstance(value, set) else value
@@ -159,10 +164,12 @@ def _adapter_config(model: PeftModel, model_config: ModelConfig) -> dict[str, An
 
 
 def _expected_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    # Rows of new tokens that head and embedding share stand in the file once: PEFT ties them itself.
+    tied_rows = {alias for alias in _aliases(model) if ".token_adapter." in alias}
     return {
         _saved_name(name): whole_shape(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
+        if parameter.requires_grad and name not in tied_rows
     }
 
 
