@@ -5,8 +5,6 @@ Nothing is downloaded, no code from the folder is run, and torch is not needed.
 
 import hashlib
 import json
-import re
-from functools import lru_cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer, models
 
 from pipelines.built_in_templates import template_bytes, template_for
+from pipelines.hub_cache import model_folder
 from schemas.conversation import blake2b_128
 from schemas.errors import ConfigError, InputError, RefusedError
 from schemas.pipeline_config import BUILT_IN_TEMPLATES, PipelineConfig
@@ -127,10 +126,13 @@ def _new_tokens(config: PipelineConfig) -> dict[str, str]:
 
 
 def num_embeddings(config: PipelineConfig) -> int | None:
-    """How many ids the model in the folder knows, by its config.json; None where there is none to read yet."""
-    if config.model is None or not Path(config.model.path).is_dir():
+    """How many ids the model knows, by its config.json; None where there is none to read yet."""
+    if config.model is None:
         return None
-    path = Path(config.model.path) / "config.json"
+    try:
+        path = model_folder(config.model.path, config.model.revision) / "config.json"
+    except InputError:
+        return None  # loading the model says it
     try:
         settings = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
@@ -149,25 +151,8 @@ def tokenizer_name(config: PipelineConfig) -> str:
 
 def tokenizer_folder(config: PipelineConfig) -> Path:
     """Where the tokenizer's files lie: a folder, or its snapshot in the local hub cache. Raises InputError."""
-    name = tokenizer_name(config)
-    if Path(name).is_dir():
-        return Path(name)
     revision = config.model.revision if config.model and config.model.tokenizer is None else None
-    return _cached_snapshot(name, revision)
-
-
-@lru_cache
-def _cached_snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise InputError(
-            f"tokenizer {name!r} is neither a folder nor in the local hub cache; download it once "
-            f"with `hf download {name}` or give a folder"
-        ) from None
+    return model_folder(tokenizer_name(config), revision, what="tokenizer")
 
 
 def _folder_digest(folder: Path) -> str:

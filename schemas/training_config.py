@@ -6,6 +6,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.local_path import LocalPath
 
+Method = Literal[
+    "lora",
+    "full",
+    "freeze",
+    "expand",
+    "prefix",
+    "prompt",
+    "p_tuning",
+    "llama_adapter",
+]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8", "nf4"]
 Tracker = Literal["tensorboard", "wandb"]
@@ -84,15 +94,37 @@ class ExpandConfig(_Section):
     """Layers that are added, evenly among those that are there: no more than these."""
 
 
+class VirtualTokensConfig(_Section):
+    """Of the methods prefix, prompt, p_tuning and llama_adapter."""
+
+    count: int = Field(default=32, gt=0)
+    """How many stand before each document; of llama_adapter, in each of its layers."""
+    inner_size: int | None = Field(default=None, gt=0)
+    """Of the small network that they come out of while they are trained: prefix has one where this is set, p_tuning
+    always; its default is the model's hidden size."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """How method prompt begins: with embeddings of tokens drawn from the vocabulary, or with normal noise."""
+    layers: int | None = Field(default=None, gt=0)
+    """llama_adapter: in how many layers, counted from the head; default: in all."""
+
+
 class TrainConfig(_Section):
-    method: Literal["lora", "full", "freeze", "expand"] = "lora"
+    method: Method = "lora"
     """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
-    expand: layers that are added, and change nothing at first."""
+    expand: layers that are added, and change nothing at first; and virtual tokens before each document, prefix: as keys
+    and values of each layer, prompt: as embeddings, p_tuning: as embeddings out of a small network, llama_adapter:
+    beside the attention of each layer, behind a gate."""
     lora: LoraConfig = LoraConfig()
     freeze: FreezeConfig = FreezeConfig()
     """method freeze: what is trained, all of these together."""
     expand: ExpandConfig = ExpandConfig()
     """method expand."""
+    virtual_tokens: VirtualTokensConfig = VirtualTokensConfig()
+    """methods prefix, prompt, p_tuning and llama_adapter."""
+    batches: Literal["auto", "packed", "unpacked"] = "auto"
+    """How the documents of a bin are laid out. packed: one after the other in one row; unpacked: each in a row of its
+    own, padded to the longest of a batch of at most as many tokens as a bin has; auto: unpacked for virtual tokens,
+    else packed. The loss is the same."""
     base: BaseForm = "plain"
     """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
     4-bit floats, as in QLoRA, a bit more than a quarter."""

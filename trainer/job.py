@@ -29,6 +29,7 @@ from trainer.shard_reader import ShardReader
 from trainer.start_adapter import adapter_digest, adapter_folder, check_base_of
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
+from trainer.virtual_rules import is_unpacked, tokens_of_a_bin
 
 TRAINER_VERSION = 2
 """Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
@@ -108,6 +109,11 @@ class Job:
     @property
     def num_tokens(self) -> int:
         return sum(step.num_tokens for step in self.steps)
+
+    @property
+    def padded_tokens_per_bin(self) -> int | None:
+        """The budget of padded rows; None where documents are packed."""
+        return tokens_of_a_bin(self.config) if is_unpacked(self.config.train) else None
 
 
 def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:

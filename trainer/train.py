@@ -20,7 +20,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint, judging
-from trainer.attention import unwrapped, use_packed_attention
+from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.compiling import compile_layers
@@ -91,7 +91,7 @@ def train_job(job: Job) -> TrainingResult:
             use_bin_dropout(model)
             speed_up(job, model)
             model = fill(job, place(job, model))
-            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            check_layout(job, model)
             if job.config.train.compile:
                 tell(job, compile_layers(model))
             optimizer = build_optimizer(job, model)
@@ -154,6 +154,8 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     else:
         trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
+    if job.padded_tokens_per_bin is not None:
+        use_plain_attention(trained)
     return trained
 
 
@@ -175,6 +177,11 @@ def weight_source(model: ModelConfig) -> WeightFiles | RandomWeights:
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
     tell(job, f"computing with {use_fast_kernels(model, job.config.train, device=job.device)}")
+
+
+def check_layout(job: Job, model: torch.nn.Module) -> None:
+    is_padded = job.padded_tokens_per_bin is not None
+    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks, is_padded=is_padded)
 
 
 def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
@@ -307,7 +314,9 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
         return progress
     reader, plan = job.validation
     job.ranks.pulse.mark(f"validating after step {progress.num_steps}")
-    found = split_loss(model, reader, plan, device=job.device, ranks=job.ranks)
+    found = split_loss(
+        model, reader, plan, device=job.device, tokens_per_bin=job.padded_tokens_per_bin, ranks=job.ranks
+    )
     loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
     metrics.log_validation(
         {

@@ -24,6 +24,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 UNTIED = tuple(family for family in FAMILIES if family != "gemma3_text")
 
+LITTLE = 0.02
+"""The head of the tiny gemma3_text says next to nothing, and what only shifts attention can't change that."""
+
 NEW_TOKENS = {"new_tokens": ["<|tool|>", "zebra", "C"]}
 """The last one is in the tokenizer and in the documents; the others get rows behind all."""
 EVERY_ROW_IS_TAKEN = {"vocab_size": 295}
@@ -99,6 +102,36 @@ CASES: dict[str, Case] = {
         {"method": "expand", "expand": {"new_layers": 2}, "learning_rate": 2e-2},
         r"model\.layers\.[13]\..*",
         plain_model,
+    ),
+    "prefix": Case(
+        {"method": "prefix", "virtual_tokens": {"count": 8}, "learning_rate": 0.3},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "prefix network": Case(
+        {"method": "prefix", "virtual_tokens": {"count": 8, "inner_size": 16}, "learning_rate": 3e-2},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "prompt": Case(
+        {"method": "prompt", "virtual_tokens": {"count": 8}, "learning_rate": 3e-2},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "p_tuning": Case(
+        {"method": "p_tuning", "virtual_tokens": {"count": 8}, "learning_rate": 1e-2},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "llama_adapter": Case(
+        {"method": "llama_adapter", "virtual_tokens": {"count": 8}, "learning_rate": 0.3},
+        r".*\.adaption_(prompt|gate)",
+        with_peft,
+        families=("llama", "mistral"),
     ),
     "lora new tokens": Case(
         {"method": "lora", "lora": {"rank": 4}},

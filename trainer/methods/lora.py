@@ -121,14 +121,14 @@ def save(
         ).items()
     }
     check_weights(tensors, _expected_shapes(model))
-    settings = _adapter_config(model, model_config)
+    settings = adapter_config(model, model_config)
     if model_config.adapter is not None and model_config.adapter_use == "merge":
         tensors, settings = combined(tensors, settings, adapter_folder(model_config))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     storage.write_json(folder / "adapter_config.json", settings)
 
 
-def _adapter_config(model: PeftModel, model_config: ModelConfig) -> dict[str, Any]:
+def adapter_config(model: PeftModel, model_config: ModelConfig) -> dict[str, Any]:
     # PEFT writes its sets in the order of the process's hash seed: equal work would give unequal bytes.
     settings = {
         name: sorted(value) if isinstance(value, set) else value
