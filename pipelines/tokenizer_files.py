@@ -5,6 +5,7 @@ Nothing is downloaded, no code from the folder is run, and torch is not needed.
 
 import hashlib
 import json
+import re
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
