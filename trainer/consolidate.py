@@ -102,6 +102,8 @@ def _weights(
         if name not in found.shapes:
             yield name, model.get_parameter(name).detach()
             continue
-        weight = read_whole(found.read, "weight", name, found.shapes[name])
+        weight = read_whole(found.read, "average", name, found.shapes[name])
+        if weight is None:
+            weight = read_whole(found.read, "weight", name, found.shapes[name])
         assert weight is not None, "a checkpoint holds all weights"
         yield name, weight.to(dtype)

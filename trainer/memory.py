@@ -176,6 +176,11 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(".weight") and _NOT_LINEAR.search(name) is None
 
 
+def is_projected(name: str, shape: tuple[int, ...], train: TrainConfig) -> bool:
+    """Whether galore and apollo keep moments of a projection of it."""
+    return is_linear(name, shape) and min(shape) > train.low_rank.rank
+
+
 def free_machine_bytes() -> int:
     """Memory that a new process can have on this machine without moving others out."""
     numbers = Path("/proc/meminfo")

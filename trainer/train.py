@@ -99,7 +99,8 @@ def train_job(job: Job) -> TrainingResult:
         announce(job, model, progress)
         progress = run_steps(job, model, optimizer, progress, signals)
         output_step = take_best(job, optimizer, progress)
-        return finish(job, model, tokenizer, progress, output_step)
+        with optimizer.averaged():
+            return finish(job, model, tokenizer, progress, output_step)
 
 
 def tell(job: Job, message: str) -> None:
@@ -261,7 +262,8 @@ def run_steps(
             judging.check_progress(progress, train)
             writer.check()
             if is_due(job, step, train.evaluate_every_steps):
-                progress = validate(job, model, metrics, progress)
+                with optimizer.averaged():
+                    progress = validate(job, model, metrics, progress)
             job.ranks.pulse.mark(f"at the end of step {step.number + 1}")
             received = job.ranks.largest(signals.received or 0)
             if received or is_checkpoint_due(job, step, progress):
