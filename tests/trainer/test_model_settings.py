@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
+from tests.trainer.matrix_rows import read_losses
+from tests.trainer.rank_groups import train_with_two_processes
 from tests.trainer.tiny_models import tiny_run, tiny_tokenizer, write_model
 from trainer.evaluation import evaluate
 from trainer.job import plan_job
@@ -20,6 +22,9 @@ from trainer.train import train
 from trainer.weights import model_without_weights
 
 POSITIONS = 256
+LINEAR = {"type": "linear", "factor": 2.0}
+TOKENS = {"new_tokens": ["<|tool|>", "zebra", "C"]}
+FULL = {"method": "full", "learning_rate": 1e-3}
 IDS = (torch.arange(3 * POSITIONS) * 7 % 57 + 3)[None]
 BY_HAND: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -77,9 +82,6 @@ def test_the_key_and_the_record_of_a_training_name_what_was_changed(tmp_path: Pa
     assert set(plan_job(config).inputs) == {"06_shards", "07_plan", "model"}
 
 
-LINEAR = {"type": "linear", "factor": 2.0}
-
-
 def model_of(config: PipelineConfig) -> dict[str, Any]:
     assert config.model is not None
     return config.model.model_dump()
@@ -130,3 +132,47 @@ def test_all_strategies_draw_the_same_weights(tmp_path: Path) -> None:
     )
     assert float(norm.min()) == float(norm.max()) == 1
     assert 0.015 < float(matrix.std()) < 0.025
+
+
+# Over several processes -------------------------------------------------------------------------------------
+
+OVER_PROCESSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "drawn fsdp2": ({"init": "random"}, {"strategy": "fsdp2", "shard_base": "always"}),
+    "drawn zero3": ({"init": "random"}, {"strategy": "zero3"}),
+    "drawn nf4 fsdp2": (
+        {"init": "random"},
+        {"strategy": "fsdp2", "shard_base": "always", "base": "nf4"},
+    ),
+    "tokens ddp": (TOKENS, {"strategy": "ddp"}),
+    "tokens zero2": (TOKENS, {"strategy": "zero2"}),
+    "tokens full fsdp2": (TOKENS, {"strategy": "fsdp2", **FULL}),
+    "tokens full zero3": (TOKENS, {"strategy": "zero3", **FULL}),
+    "stretched fsdp2": ({"rope_scaling": LINEAR}, {"strategy": "fsdp2", "shard_base": "always"}),
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("drawn zero3", "tokens ddp", "tokens full fsdp2"), marks=pytest.mark.stress, id="some"),
+        pytest.param(tuple(OVER_PROCESSES), marks=pytest.mark.hard, id="all"),
+    ],
+)
+def test_two_processes_train_what_one_does(tmp_path: Path, names: tuple[str, ...]) -> None:
+    write_model(tmp_path / "model", vocab_size=295)
+    single: dict[str, PipelineConfig] = {}
+    double: dict[str, PipelineConfig] = {}
+    for name in names:
+        model, settings = OVER_PROCESSES[name]
+        common = {"max_steps": 3, "bins_per_step": 3, "lora": {"rank": 4}}
+        alone = {key: settings[key] for key in ("method", "base", "learning_rate") if key in settings}
+        for configs, changes in ((single, alone), (double, settings | {"num_processes": 2})):
+            place = tmp_path / f"{name} {len(changes)}"
+            path = {"path": str(tmp_path / "model")}
+            configs[name] = tiny_run(place, model=path | model, train=common | changes)
+    for config in single.values():
+        train(config)
+    train_with_two_processes(double, tmp_path / "extensions")
+    for name, config in double.items():
+        found, expected = read_losses(config), read_losses(single[name])
+        assert found == pytest.approx(expected, abs=1e-5), name
