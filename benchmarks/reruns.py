@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # also as a script, the p
 from benchmarks.enlarge import MEGABYTE, as_json, copies, read_records
 from pipelines.parts import StageResult
 from pipelines.stage import run_stage
-from schemas.pipeline_config import EngineConfig, MergeConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import EngineConfig, MergeConfig, PipelineConfig
 from schemas.run import STAGES
+from schemas.source_config import SourceConfig
 
 INSERTED_SHARE = 0.01
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import InputError
-from schemas.pipeline_config import PipelineConfig, SourceConfig
+from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS
+from schemas.source_config import SourceConfig
 from trainer.memory import (
     CHECKPOINT_BYTES_PER_WEIGHT,
     WHOLE_MODEL_METHODS,

@@ -17,7 +17,8 @@ from typing import BinaryIO
 
 from schemas.conversation import Conversation, Drop
 from schemas.errors import InputError
-from schemas.pipeline_config import PipelineConfig, SourceConfig
+from schemas.pipeline_config import PipelineConfig
+from schemas.source_config import SourceConfig
 
 HEAD_BYTES = 4 << 20
 MAX_RECORDS = 500

@@ -13,7 +13,8 @@ from pipelines.merge import plan_parts
 from pipelines.parse import parse_record
 from schemas.conversation import Drop
 from schemas.errors import InputError
-from schemas.pipeline_config import BenchmarkConfig, PipelineConfig
+from schemas.pipeline_config import PipelineConfig
+from schemas.source_config import BenchmarkConfig
 
 ITEMS = pa.schema(
     [

@@ -21,7 +21,8 @@ from pipelines.sources import has_known_suffix
 from pipelines.unpack import MIN_BUDGET_BYTES, Plain, Spool, unpack
 from schemas.conversation import blake2b_128
 from schemas.errors import InputError
-from schemas.pipeline_config import MergeConfig, SourceConfig
+from schemas.pipeline_config import MergeConfig
+from schemas.source_config import SourceConfig
 
 _UNLIMITED = 1 << 62
 

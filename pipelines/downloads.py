@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pipelines.sources import has_known_suffix, ignored_note, nothing_found
 from schemas.errors import InputError
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 _CHUNK_BYTES = 4 << 20
 # What `datasets` and the hub put beside their data.

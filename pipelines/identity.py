@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from pipelines.identity_texts import IDENTITY_TEXTS, OTHERS
-from schemas.pipeline_config import IdentityConfig
+from schemas.source_config import IdentityConfig
 
 FILE_NAME = "identity.jsonl"
 """The file that the rows say they come from."""

@@ -17,7 +17,7 @@ from pipelines.keyed import is_keyed, keyed_lines
 from pipelines.sources import TEXT_SUFFIXES, unpacked_name
 from pipelines.tables import BrokenRow, Line, arrow_lines, csv_lines
 from pipelines.unpack import Spool
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 Layout: TypeAlias = Literal["parquet", "values", "lines", "arrow", "csv", "keyed", "text", "text_lines"]
 

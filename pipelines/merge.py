@@ -20,7 +20,8 @@ from pipelines.records import read_rows
 from pipelines.sources import find_files
 from schemas.conversation import Conversation, Drop, blake2b_128, row_id
 from schemas.errors import InputError
-from schemas.pipeline_config import MergeConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import MergeConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 STAGE_VERSION = 3
 

@@ -9,7 +9,7 @@ from pipelines.formats.families import CHOSEN, FORMATS, Format
 from pipelines.formats.turns import Chats, Reading
 from pipelines.parse import parse_record, record_meta
 from schemas.conversation import Conversation, Drop, Message, content_id, holdout_key
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 Row = tuple[Conversation, Drop | None]
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from schemas.errors import InputError
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".zip")
 """What a folder or glob is searched for, also with the suffix of a compression behind it."""

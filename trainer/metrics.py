@@ -72,6 +72,7 @@ class Metrics:
             self._file.flush()
         numbers = dict(flat_numbers(record))
         step = int(numbers.pop("step"))
+        numbers.pop("unix_time", None)  # trackers have clocks of their own
         for tracker in self._trackers:
             tracker.add(numbers, step)
 

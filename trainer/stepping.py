@@ -12,8 +12,9 @@ from trainer.draws import Row, draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
-from trainer.optimizers import NO_LIMITS, Limits, Optimizer, learning_rate
+from trainer.optimizers import NO_LIMITS, Limits, Optimizer
 from trainer.padding import computed_batches
+from trainer.schedules import learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
 from trainer.virtual_tokens import num_prepended_tokens
 

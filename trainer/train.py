@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.pipeline_config import PipelineConfig
+from schemas.training_config import ModelConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint, judging
 from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
@@ -47,6 +48,7 @@ from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.preflight import check_ranks
 from trainer.probe import check_packing
+from trainer.random_weights import RandomWeights
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
 from trainer.start_adapter import adapter_folder, merge_into
@@ -97,7 +99,8 @@ def train_job(job: Job) -> TrainingResult:
         announce(job, model, progress)
         progress = run_steps(job, model, optimizer, progress, signals)
         output_step = take_best(job, optimizer, progress)
-        return finish(job, model, tokenizer, progress, output_step)
+        with optimizer.averaged():
+            return finish(job, model, tokenizer, progress, output_step)
 
 
 def tell(job: Job, message: str) -> None:
@@ -142,7 +145,7 @@ def load_model(job: Job) -> torch.nn.Module:
 
 def needs_weights(job: Job) -> bool:
     """Whether something reads the model's weights before they are laid over the processes."""
-    return getattr(METHODS[job.config.train.method], "NEEDS_WEIGHTS", False)
+    return getattr(METHODS[job.config.train.method], "NEEDS_WEIGHTS", False) or bool(job.model.new_tokens)
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
@@ -164,9 +167,13 @@ def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 def fill(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     fill_in = STRATEGIES[job.config.train.strategy].fill
     if fill_in is not None:
-        with WeightFiles(check_model_folder(job.model)) as files:
+        with weight_source(job.model) as files:
             fill_in(model, files, job.ranks)
     return model
+
+
+def weight_source(model: ModelConfig) -> WeightFiles | RandomWeights:
+    return RandomWeights() if model.init == "random" else WeightFiles(check_model_folder(model))
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
@@ -247,6 +254,7 @@ def run_steps(
             progress = judging.advance(progress, step, outcome)
             seconds = time.monotonic() - started_at
             record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            record |= {"unix_time": time.time(), "bins_at_once": stepper.bins_at_once}
             if job.dtype == torch.float16:
                 progress = after_step(progress, scale, overflowed=outcome.is_overflow)
                 record["loss_scale"] = scale
@@ -254,7 +262,8 @@ def run_steps(
             judging.check_progress(progress, train)
             writer.check()
             if is_due(job, step, train.evaluate_every_steps):
-                progress = validate(job, model, metrics, progress)
+                with optimizer.averaged():
+                    progress = validate(job, model, metrics, progress)
             job.ranks.pulse.mark(f"at the end of step {step.number + 1}")
             received = job.ranks.largest(signals.received or 0)
             if received or is_checkpoint_due(job, step, progress):

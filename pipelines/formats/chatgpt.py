@@ -10,7 +10,7 @@ from pipelines.formats.tree import Node, all_paths, count_leaves, one_path
 from pipelines.formats.turns import ROLE_NAMES, Chats, Reading
 from pipelines.parse import iso_date
 from schemas.conversation import Drop, Message
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 _NO_TURNS = (
     "user_editable_context",

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.formats.turns import ROLE_NAMES, listed, read_text, with_system
 from schemas.conversation import ROLES, Drop, Message
-from schemas.pipeline_config import FieldPaths, SourceConfig
+from schemas.source_config import FieldPaths, SourceConfig
 
 _ABSENT = object()
 

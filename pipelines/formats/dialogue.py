@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.formats.turns import listed, read_text
 from schemas.conversation import Drop, Message
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 _LIST_KEYS = ("messages", "dialogue", "dialog", "turns", "utterances", "conversation", "conversations", "log")
 _SPEAKER_KEYS = ("sender", "speaker", "author", "name", "user", "user_id", "from")

@@ -8,7 +8,8 @@ from typing import Any
 
 from pipelines.formats.text import title_and_text
 from schemas.conversation import Conversation, Drop, Message
-from schemas.pipeline_config import PipelineConfig, SourceConfig
+from schemas.pipeline_config import PipelineConfig
+from schemas.source_config import SourceConfig
 
 NAME = "document"
 

@@ -18,7 +18,7 @@ from pipelines.formats import (
     text,
 )
 from pipelines.formats.turns import Reading
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 
 class Format(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.formats.tree import Node, all_paths, count_leaves, one_path
 from pipelines.formats.turns import Reading, read_text
 from schemas.conversation import Drop, Message, Role
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 _ROLES: dict[str, Role] = {"prompter": "user", "assistant": "assistant"}
 _NO_RANK = 1 << 30

@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.formats.transcript import read_transcript
 from pipelines.formats.turns import read_text
 from schemas.conversation import Drop, Message
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 _TEXT_KEYS = ("text", "content", "article", "document", "body", "markdown")
 _TITLE_KEYS = ("title", "heading")

@@ -3,7 +3,7 @@
 After each: what is published is whole, old or new; an error names the file, the trouble and what to do on one line;
 and the same command, run again, ends with the same bytes as if nothing had happened.
 
-FAULTS_EVERY=1 takes every call and every fault (hours of a core; `make hard`); else some of each kind, by FAULTS_SEED.
+`make hard` takes every call and every fault (hours of a core); `make stress` some of each kind, by FAULTS_SEED.
 """
 
 import errno
@@ -11,6 +11,7 @@ import os
 import random
 import re
 import tempfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +32,6 @@ ERRORS = {
     "unlink": (errno.EIO, errno.EACCES, errno.ENOENT),
     "rmdir": (errno.EIO, errno.EPERM, errno.ENOENT),
 }
-SAMPLED_FAULTS_A_KIND = 1
-"""Of the faults that a kind of call on a kind of file can have; a kill is one more."""
-
 NOT_TWICE = ("rollback-2",)
 """Done, though a fault was met: once more would go back one model further."""
 
@@ -81,17 +79,19 @@ def every(phase: Phase) -> list[tuple[Call, Fault]]:
 
 
 def sampled(phase: Phase) -> list[tuple[Call, Fault]]:
-    """For each kind of call on each kind of file a kill and some other faults, each at a call drawn anew."""
+    """For each kind of call on each kind of file a kill in one week, another fault in the other, at a call drawn."""
     draw = random.Random(f"{os.environ.get('FAULTS_SEED', '0')} {phase.name}")
     kinds: dict[tuple[str, str], list[Call]] = defaultdict(list)
     for call in phase.calls:
         kinds[call.name, kind_of_file(call.path)].append(call)
+    is_week_of_kills = phase.name.endswith("-1")
     chosen = []
-    for calls in kinds.values():
+    for (name, path), calls in kinds.items():
         kill, *others = possible(calls[0])
-        for fault in (kill, *draw.sample(others, min(SAMPLED_FAULTS_A_KIND, len(others)))):
-            call = draw.choice(calls)
-            chosen.append((call, Fault(call.number, fault.action, fault.error, fault.for_ever)))
+        is_killed = is_week_of_kills ^ (zlib.crc32(f"{name} {Path(path).name}".encode()) % 2 == 0)
+        fault = kill if is_killed else draw.choice(others)
+        call = draw.choice(calls)
+        chosen.append((call, Fault(call.number, fault.action, fault.error, fault.for_ever)))
     return chosen
 
 

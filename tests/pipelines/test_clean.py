@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pipelines import clean
 from pipelines.text_repair import clean_unicode
 from schemas.conversation import Conversation, Drop, Message
-from schemas.pipeline_config import CleanConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import CleanConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 
 def chat(*turns: tuple[str, str], **meta: Any) -> Conversation:
@@ -224,6 +225,37 @@ def test_opted_repairs_are_made_in_all_roles_and_counted() -> None:
         "redacted_key": 1,
     }
     assert cleaned(conversation).meta["repairs"] == {"api_keys_kept": 1, "html": 1}
+
+
+def test_reasoning_is_repaired_like_text_and_calls_are_redacted_with_the_placeholders_of_the_chat() -> None:
+    call = {"function": {"name": "mail", "arguments": {"to": ["a@b.org", "e@f.org"], "text": "e\u0301"}}}
+    extras = {"reasoning": "e\u0301 to a@b.org", "tool_calls": [call], "name": "a@b.org"}
+    conversation = chat(("user", "write to a@b.org"), ("assistant", ""))
+    conversation.messages[1].extras = extras
+    outcome = cleaned(conversation, redact=["email"])
+    assert texts(outcome) == ["write to [EMAIL_1]", ""]
+    arguments = {"to": ["[EMAIL_1]", "[EMAIL_2]"], "text": "e\u0301"}
+    assert outcome.messages[1].extras == {
+        "reasoning": "\u00e9 to [EMAIL_1]",
+        "tool_calls": [{"function": {"name": "mail", "arguments": arguments}}],
+        "name": "a@b.org",
+    }
+    assert extras["tool_calls"] == [call], "the record is not changed"
+    assert call["function"]["arguments"]["to"] == ["a@b.org", "e@f.org"]  # type: ignore[index]
+    assert cleaned(outcome, redact=["email"]) == outcome
+    assert outcome.meta["repairs"]["redacted_email"] == 4
+
+
+def test_calls_nested_as_deep_as_can_be_read_are_redacted() -> None:
+    nested: Any = "a@b.org"
+    for _ in range(5000):
+        nested = [nested]
+    conversation = chat(("user", "hi"), ("assistant", "hello"))
+    conversation.messages[1].extras = {"tool_calls": nested}
+    found: Any = cleaned(conversation, redact=["email"]).messages[1].extras["tool_calls"]
+    while isinstance(found, list):
+        (found,) = found
+    assert found == "[EMAIL_1]"
 
 
 _pieces = st.sampled_from(

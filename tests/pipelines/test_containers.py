@@ -24,7 +24,8 @@ from pipelines.containers import RawRecord, plan_file, read_range
 from pipelines.part_ranges import PartRange
 from pipelines.unpack import unpack
 from schemas.errors import InputError
-from schemas.pipeline_config import MergeConfig, SourceConfig
+from schemas.pipeline_config import MergeConfig
+from schemas.source_config import SourceConfig
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -379,7 +380,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from pipelines.containers import plan_file, read_range
-from schemas.pipeline_config import MergeConfig, SourceConfig
+from schemas.pipeline_config import MergeConfig
+from schemas.source_config import SourceConfig
 path = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source = SourceConfig(name="s", path="x")

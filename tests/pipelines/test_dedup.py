@@ -16,7 +16,8 @@ from selectolax.lexbor import LexborHTMLParser
 from pipelines import dedup
 from pipelines.cluster_report import largest_clusters
 from schemas.conversation import Conversation, Message
-from schemas.pipeline_config import DedupConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import DedupConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 Verdicts = dict[str, tuple[str, str]]
 

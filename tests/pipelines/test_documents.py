@@ -17,8 +17,9 @@ from pipelines.storage import read_arrow
 from schemas.config_file import load_config
 from schemas.conversation import Conversation, Drop, Message
 from schemas.errors import RefusedError
-from schemas.pipeline_config import PipelineConfig, SourceConfig
+from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGES
+from schemas.source_config import SourceConfig
 from tests.integration import toy
 from trainer.train import train
 

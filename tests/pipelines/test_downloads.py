@@ -21,7 +21,8 @@ from pipelines.downloads import RemoteFile, download
 from pipelines.merge import plan_source, read_part
 from schemas.conversation import Conversation
 from schemas.errors import InputError
-from schemas.pipeline_config import PipelineConfig, SourceConfig
+from schemas.pipeline_config import PipelineConfig
+from schemas.source_config import SourceConfig
 
 
 def rows(path: str, spool: Path) -> tuple[list[Conversation], list[str]]:

@@ -18,7 +18,8 @@ from pipelines.feature_files import FeatureFiles
 from pipelines.grams import GRAMS_TYPE, GramSets
 from schemas.conversation import Conversation, Message
 from schemas.errors import IntegrityError
-from schemas.pipeline_config import DedupConfig, EngineConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import DedupConfig, EngineConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 CODE = "```python\n{}\n```"
 words = st.lists(st.sampled_from("abcdefg"), max_size=12).map(" ".join)

@@ -17,7 +17,8 @@ from pipelines.rules.languages import load_detector
 from pipelines.rules.repetition import has_broken_numbering
 from pipelines.rules.turns import in_order
 from schemas.conversation import Conversation, Drop, Message
-from schemas.pipeline_config import FilterConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import FilterConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 ENGLISH = "The quick brown fox jumps over the lazy dog while everybody watches from afar."
 GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund, während alle aus der Ferne zusehen."

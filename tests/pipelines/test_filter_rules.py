@@ -16,7 +16,8 @@ from pipelines.rules.languages import load_detector, model_path
 from pipelines.rules.repetition import _repeated, may_have_run, repeated_ngram_share
 from schemas.conversation import Conversation, Drop, Message
 from schemas.errors import ConfigError, InputError
-from schemas.pipeline_config import FilterConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import FilterConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 from schemas.training_config import ModelConfig
 from tests.pipelines.tiny_tokenizers import tiny_tokenizer
 

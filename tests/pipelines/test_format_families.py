@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pipelines.formats.families import FORMATS
 from pipelines.formats.turns import Chats, Reading
 from schemas.conversation import Drop, Message
-from schemas.pipeline_config import FieldPaths, SourceConfig
+from schemas.source_config import FieldPaths, SourceConfig
 
 
 def read(record: dict[str, Any], **source: Any) -> Reading:

@@ -14,7 +14,8 @@ from pipelines.formats.families import FORMATS
 from pipelines.formats.turns import Chats, Reading
 from pipelines.merge import read_part
 from schemas.conversation import Drop, Message
-from schemas.pipeline_config import PipelineConfig, SourceConfig
+from schemas.pipeline_config import PipelineConfig
+from schemas.source_config import SourceConfig
 from tests.pipelines.test_merge import plan
 
 Chat = tuple[list[Message], Drop | None]

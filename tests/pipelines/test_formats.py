@@ -13,7 +13,7 @@ from pipelines.formats import alpaca, messages, sharegpt
 from pipelines.formats.families import FORMATS
 from pipelines.formats.turns import ROLE_NAMES, Chats, Reading
 from schemas.conversation import ROLES, Drop, Message
-from schemas.pipeline_config import SourceConfig
+from schemas.source_config import SourceConfig
 
 SOURCE = SourceConfig(name="s", path="x")
 

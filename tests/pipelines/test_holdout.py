@@ -18,7 +18,8 @@ from pipelines.holdout import LEDGER, HoldoutDecision
 from pipelines.holdout_sides import draw_side
 from schemas.conversation import Conversation, Message, holdout_key
 from schemas.errors import InputError, IntegrityError
-from schemas.pipeline_config import DedupConfig, HoldoutConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import DedupConfig, HoldoutConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 Sides: TypeAlias = dict[str, str]
 EMPTY = LEDGER.empty_table()

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from pipelines.identity import identity_rounds
 from pipelines.identity_texts import IDENTITY_TEXTS, OTHERS
 from pipelines.merge import plan_source, read_part
-from schemas.pipeline_config import IdentityConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import PipelineConfig
+from schemas.source_config import IdentityConfig, SourceConfig
 
 LANGUAGES = sorted(IDENTITY_TEXTS)
 

@@ -25,7 +25,8 @@ from pipelines.merge import plan_source, read_part
 from pipelines.part_ranges import PartRange
 from schemas.conversation import Conversation, Drop
 from schemas.errors import InputError
-from schemas.pipeline_config import MergeConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import MergeConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 from tests.pipelines.test_containers import drops, plan, read, values
 
 RECORDS = [
@@ -327,7 +328,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from pipelines.containers import plan_file, read_range
-from schemas.pipeline_config import MergeConfig, SourceConfig
+from schemas.pipeline_config import MergeConfig
+from schemas.source_config import SourceConfig
 path = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 parts = plan_file(

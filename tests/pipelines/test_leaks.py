@@ -29,7 +29,8 @@ from pipelines.storage import read_manifest
 from schemas.config_file import load_config
 from schemas.conversation import Conversation, Message
 from schemas.errors import InputError
-from schemas.pipeline_config import BenchmarkConfig, DedupConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import DedupConfig, PipelineConfig
+from schemas.source_config import BenchmarkConfig, SourceConfig
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "

@@ -23,7 +23,8 @@ from pipelines.part_ranges import PartRange
 from pipelines.storage import read_rows, write_drops, write_rows
 from schemas.conversation import Conversation, Drop, Message, blake2b_128, content_id, holdout_key, row_id
 from schemas.errors import InputError
-from schemas.pipeline_config import EngineConfig, MergeConfig, PipelineConfig, SourceConfig
+from schemas.pipeline_config import EngineConfig, MergeConfig, PipelineConfig
+from schemas.source_config import SourceConfig
 
 Row = tuple[Conversation, Drop | None]
 

@@ -155,6 +155,7 @@ def main(paths: list[str]) -> None:
         compiling.BACKEND = backend
     configs = [read_config(Path(path)) for path in paths]
     original, originals = stepping.summed_loss, (out_of_memory.run_step, training.WeightFiles)
+    gc.freeze()  # alive_tensors() asks the collector: without the libraries' own million objects
     with joined_ranks(configs[0]) as ranks:
         for config in configs:
             if config.train.seed == POISONED_SEED:
