@@ -34,6 +34,8 @@ COMMANDS = {
         commands_model.consolidate,
         commands_answers.generate,
         commands_answers.chat,
+        commands_answers.export,
+        commands_answers.harness,
     ),
     "Machine": (
         commands_machine.doctor,

@@ -82,7 +82,7 @@ def _model(config: PipelineConfig, dtype: torch.dtype) -> Any:
     Its other weights come along where the method saves them too.
     """
     settings, method = needed_model(config), METHODS[config.train.method]
-    if not getattr(method, "NEEDS_WEIGHTS", False):
+    if not getattr(method, "NEEDS_WEIGHTS", False) and not settings.new_tokens:
         base = model_without_weights(settings, dtype=dtype)
         model = method.apply(base, config.train) if base is not None else None
         if model is not None and set(method.saved_names(model)) <= _trained_shapes(model).keys():
@@ -102,6 +102,8 @@ def _weights(
         if name not in found.shapes:
             yield name, model.get_parameter(name).detach()
             continue
-        weight = read_whole(found.read, "weight", name, found.shapes[name])
+        weight = read_whole(found.read, "average", name, found.shapes[name])
+        if weight is None:
+            weight = read_whole(found.read, "weight", name, found.shapes[name])
         assert weight is not None, "a checkpoint holds all weights"
         yield name, weight.to(dtype)

@@ -18,6 +18,8 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import FreezeConfig, TrainConfig
 from trainer.layer_names import copied_layers, is_in_last, layer_number, matches, num_layers
 from trainer.tensor_headers import UNREADABLE, read_header, unreadable, weight_paths
+from trainer.virtual_rules import VIRTUAL_TOKEN_METHODS
+from trainer.virtual_sizes import num_virtual_weights
 
 QUANTISED_BYTES = {"int8": 1, "nf4": 1 / 2 + 4 / 64}
 """A weight of a linear layer; nf4 has a float32 scale for each 64."""
@@ -125,6 +127,8 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
         return _num_weights(shapes, _chosen(shapes, train.freeze))
     if train.method == "expand":
         return _num_in_new_layers(shapes, train.expand.new_layers)
+    if train.method in VIRTUAL_TOKEN_METHODS:
+        return num_virtual_weights(shapes, train)
     whole = _in_whole_modules(shapes, train.lora.modules_to_save)
     return _num_weights(shapes, whole) + sum(
         train.lora.rank * sum(shape)
@@ -170,6 +174,11 @@ def _num_weights(shapes: Shapes, names: Collection[str]) -> int:
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer; embeddings and the head are none here."""
     return len(shape) == 2 and name.endswith(".weight") and _NOT_LINEAR.search(name) is None
+
+
+def is_projected(name: str, shape: tuple[int, ...], train: TrainConfig) -> bool:
+    """Whether galore and apollo keep moments of a projection of it."""
+    return is_linear(name, shape) and min(shape) > train.low_rank.rank
 
 
 def free_machine_bytes() -> int:

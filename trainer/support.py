@@ -12,8 +12,11 @@ from typing import Any
 from pipelines.hub_cache import model_folder
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.model_rules import SECTION_MODEL_RULES
+from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
+from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES
 from trainer.weight_rules import WEIGHT_RULES
 from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
@@ -142,9 +145,11 @@ def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str |
 
 
 def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.base == "plain" or importlib.util.find_spec("bitsandbytes") is not None:
+    train = config.train
+    is_needed = train.base != "plain" or train.optimizer in BITSANDBYTES_OPTIMIZERS
+    if not is_needed or importlib.util.find_spec("bitsandbytes") is not None:
         return None
-    return f"train.base is {config.train.base}"
+    return f"train.base is {train.base}, train.optimizer {train.optimizer}"
 
 
 def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -185,7 +190,11 @@ RULES = (
         "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
+    *SECTION_MODEL_RULES,
     *SETTING_RULES,
+    *UNPACKED_RULES,
+    *VIRTUAL_TOKEN_RULES,
+    *OPTIMIZER_RULES,
     *WHOLE_WEIGHT_RULES,
     Rule(
         "int8-sharded",
@@ -246,7 +255,8 @@ RULES = (
         "bitsandbytes",
         _no_bitsandbytes,
         "bitsandbytes is not installed",
-        "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain",
+        "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain and "
+        "train.optimizer to adamw",
         of_machine=True,
     ),
     Rule(

@@ -74,6 +74,9 @@ def test_defaults_are_supported(tmp_path: Path) -> None:
 
 
 MERGE = {"adapter_use": "merge"}
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4}}
+TOKENS = {"new_tokens": ["<|tool|>"]}
+DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 4}}
 EMBEDDING = {"model.embed_tokens.weight": [320, 32]}
 QUERIES = {"model.layers.0.self_attn.q_proj.weight": [32, 32]}
 THEIR_QUERIES = {
@@ -86,6 +89,16 @@ BROKEN: dict[str, dict[str, Any]] = {
     "positions": {"split": {"max_tokens": 8192}},
     "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "gptq"}}},
     "quantised-form": {"architecture": {**LLAMA, "quantization_config": NF4}, "train": {"base": "int8"}},
+    "rope-twice": {
+        "architecture": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2}},
+        "model_settings": YARN,
+    },
+    "rope-phi3": {"architecture": {**LLAMA, "model_type": "phi3"}, "model_settings": YARN},
+    "rope-row": {"model_settings": DYNAMIC, "split": {"max_tokens": 8192}},
+    "random": {"model_settings": {"init": "random"}, "train": {"strategy": "pipeline"}},
+    "new-tokens-method": {"model_settings": TOKENS, "train": {"method": "expand"}},
+    "new-tokens-sharded": {"model_settings": TOKENS, "train": {"strategy": "fsdp2"}},
+    "new-tokens-beside": {"model_settings": TOKENS, "train": {"lora": {"targets": ["lm_head"]}}},
     "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
     "recurrent-layers": {"architecture": {"model_type": "jamba"}},
     "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
@@ -105,11 +118,40 @@ BROKEN: dict[str, dict[str, Any]] = {
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
     "early-stopping": {"train": {"early_stopping_evaluations": 2}},
     "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},
+    "unpacked-strategy": {"train": {"batches": "unpacked", "strategy": "zero2"}},
+    "unpacked-compile": {"train": {"method": "prompt", "compile": True}},
+    "virtual-tokens-packed": {"train": {"method": "p_tuning", "batches": "packed"}},
+    "virtual-tokens-merge": {"adapter": {}, "model_settings": MERGE, "train": {"method": "prompt"}},
+    "virtual-positions": {"split": {"max_tokens": 4090}, "train": {"method": "prompt"}},
+    "virtual-tokens-layer-inputs": {
+        "architecture": {**LLAMA, "hidden_size_per_layer_input": 16},
+        "train": {"method": "p_tuning"},
+    },
+    "prefix-checkpointing": {"train": {"method": "prefix", "gradient_checkpointing": True}},
+    "prefix-latent": {"architecture": {**LLAMA, "kv_lora_rank": 8}, "train": {"method": "prefix"}},
+    "llama-adapter-family": {"architecture": {"model_type": "qwen3"}, "train": {"method": "llama_adapter"}},
+    "llama-adapter-heads": {
+        "architecture": {**LLAMA, "num_attention_heads": 4, "head_dim": 16, "hidden_size": 32},
+        "train": {"method": "llama_adapter"},
+    },
+    "llama-adapter-layers": {
+        "architecture": {**LLAMA, "num_hidden_layers": 2},
+        "train": {"method": "llama_adapter", "virtual_tokens": {"layers": 3}},
+    },
     "compile-bits": {"train": {"compile": True, "base": "nf4"}},
     "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
     "compile-checkpointing": {"train": {"compile": True, "gradient_checkpointing": True}},
     "compile-dropout": {"train": {"compile": True, "lora": {"dropout": 0.1}}},
     "compiler": {"train": {"compile": True}},
+    "optimizer-strategy": {"train": {"optimizer": "lion", "strategy": "fsdp2"}},
+    "ema-strategy": {"train": {"ema_decay": 0.99, "strategy": "fsdp2"}},
+    "optimizer-method": {"train": {"optimizer": "muon"}},
+    "schedule-free-schedule": {"train": {"optimizer": "schedule_free"}},
+    "schedule-free-ema": {"train": {"optimizer": "schedule_free", "schedule": "constant", "ema_decay": 0.99}},
+    "adamw-bf16-dtype": {
+        "model_settings": {"dtype": "float32"},
+        "train": {"optimizer": "adamw_bf16"},
+    },
     "int8-full": {"train": {"base": "int8", "method": "full"}},
     "nf4-full": {"train": {"base": "nf4", "method": "full"}},
     "freeze-nothing": {"train": {"method": "freeze"}},
