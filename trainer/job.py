@@ -44,6 +44,8 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "bins_per_micro_step",
         "attention",
         "compile",
+        "mlp_tokens_at_once",
+        "offload_checkpoints",
         "rank_timeout_seconds",
         "trackers",
         "shard_base",

@@ -19,7 +19,7 @@ from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import TrainConfig
 
-QUANTISED_BYTES = {"int8": 1, "nf4": 1 / 2 + 4 / 64}
+QUANTISED_BYTES = {"int8": 1, "int8_rows": 1, "nf4": 1 / 2 + 4 / 64}
 """A weight of a linear layer; nf4 has a float32 scale for each 64."""
 MASTER_BYTES, MOMENTS_BYTES, GRADIENT_BYTES = 4, 8, 4
 CHECKPOINT_BYTES_PER_WEIGHT = MASTER_BYTES + MOMENTS_BYTES
@@ -206,7 +206,7 @@ def _activation_bytes(config: PipelineConfig, architecture: Mapping[str, Any], b
     # and four tensors of the MLP.
     kept = 4 * hidden + 2 * hidden * key_heads // heads + 4 * inner
     per_layer = 16 * hidden + bytes_per_weight * kept
-    if config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing == "full":
         per_token = layers * bytes_per_weight * hidden + per_layer
     else:
         per_token = layers * per_layer

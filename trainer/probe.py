@@ -57,7 +57,7 @@ def check_packing(
 
 @torch.no_grad()
 def _check_losses(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    first, second, other = _documents(model)
+    first, second, other = probe_documents(model)
     packed = token_losses(model, collate([first, second]).to(device))
     packed_after_other = token_losses(model, collate([other, second]).to(device))
     use_plain_attention(model)
@@ -84,7 +84,7 @@ def _check_limit(model: torch.nn.Module, what: str, difference: float, limit: fl
 
 def _check_gradient(model: torch.nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
     parameters = _probed_parameters(model)
-    first, second, _ = _documents(model)
+    first, second, _ = probe_documents(model)
     packed = _gradient(token_losses(model, collate([first, second]).to(device)).sum(), parameters)
     model.zero_grad(set_to_none=True)
     use_plain_attention(model)
@@ -128,7 +128,7 @@ def _losses_alone(model: torch.nn.Module, example: Example, device: torch.device
     return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
 
 
-def _documents(model: torch.nn.Module) -> tuple[Example, Example, Example]:
+def probe_documents(model: torch.nn.Module) -> tuple[Example, Example, Example]:
     """Two documents, and another of the first one's length; ids spread over the vocabulary, all trained."""
     vocabulary = unwrapped(model).config.get_text_config().vocab_size
     draws = np.random.default_rng(0)

@@ -76,9 +76,13 @@ BROKEN: dict[str, dict[str, Any]] = {
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
     "early-stopping": {"train": {"early_stopping_evaluations": 2}},
     "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},
-    "compile-bits": {"train": {"compile": True, "base": "nf4"}},
+    "layers": {"train": {"kernels": "layers", "strategy": "zero2"}},
+    "offload-checkpoints": {"train": {"offload_checkpoints": True}},
+    "compile-bits": {"train": {"compile": True, "base": "int8"}},
     "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
-    "compile-checkpointing": {"train": {"compile": True, "gradient_checkpointing": True}},
+    "compile-checkpointing": {
+        "train": {"compile": True, "gradient_checkpointing": True, "strategy": "zero2"}
+    },
     "compile-dropout": {"train": {"compile": True, "lora": {"dropout": 0.1}}},
     "compiler": {"train": {"compile": True}},
     "int8-full": {"train": {"base": "int8", "method": "full"}},
