@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from pipelines.templates import ChatTemplate
-from schemas.conversation import Drop, Message
+from schemas.conversation import REASONING_EXTRAS, Drop, Message
 
 Kind: TypeAlias = Literal["content", "reasoning", "input", "call"]
 """What a part of a turn is: its text, the reasoning before it, an Alpaca input, a tool call."""
 
-REASONING_EXTRAS = ("reasoning_content", "reasoning", "thinking")
 INPUT_EXTRA = "alpaca_input"
 """The end of a user's text that is the input of an instruction: set by pipelines.policy where a template reads it."""
 

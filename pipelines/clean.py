@@ -1,7 +1,8 @@
 """Stage 2, clean: HTML answers become Markdown, all text becomes clean Unicode.
 
 Plain-text turns change in nothing but Unicode, unless the settings ask for repairs: no HTML parser ever sees them, and
-code stays as it is. Order and number of messages stay, but for answers that their page says were never finished
+code stays as it is. Reasoning beside an answer is repaired like text; of tool calls only what redaction finds changes.
+Order and number of messages stay, but for answers that their page says were never finished
 (`clean.unfinished`). Cleaning twice equals cleaning once.
 """
 
@@ -17,10 +18,10 @@ from pipelines.chinese import simplifier
 from pipelines.html import convert_answer, looks_like_page
 from pipelines.redact import num_keys_in_code, redact
 from pipelines.text_repair import MAX_PASSES, clean_unicode, mojibake_fixer, without_artefacts
-from schemas.conversation import Conversation, Drop, Message
+from schemas.conversation import CONTENT_EXTRAS, REASONING_EXTRAS, Conversation, Drop, Message
 from schemas.pipeline_config import CleanConfig, PipelineConfig
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 _TAG_OR_REFERENCE = re.compile(r"<[a-zA-Z/!]|&(?:#\w{1,8}|[a-zA-Z]\w{1,31});")
 _INVISIBLE_START = "\ufeff\u200b\u2060\x00"
@@ -81,7 +82,8 @@ def clean(
             text, is_unfinished = converted
         else:
             text = _repaired(message.content, settings, repairers, repairs)
-        messages.append(replace(message, content=text))
+        extras = _repaired_reasoning(message.extras, settings, repairers, repairs)
+        messages.append(replace(message, content=text, extras=extras))
         unfinished.append(is_unfinished)
     if any(unfinished) and settings.unfinished == "drop":
         end = _finished_end(messages, unfinished)
@@ -124,25 +126,78 @@ def _repaired(text: str, settings: CleanConfig, repairers: Repairers, repairs: C
     return text
 
 
+def _repaired_reasoning(
+    extras: dict[str, Any], settings: CleanConfig, repairers: Repairers, repairs: Counter[str]
+) -> dict[str, Any]:
+    given = {key: extras[key] for key in REASONING_EXTRAS if isinstance(extras.get(key), str)}
+    if not given:
+        return extras
+    return extras | {key: _repaired(text, settings, repairers, repairs) for key, text in given.items()}
+
+
 def _chat_repaired(
     messages: list[Message], settings: CleanConfig, repairers: Repairers, repairs: Counter[str]
 ) -> list[Message]:
     """Repairs that look at all messages of a chat."""
-    if repairers.simplify is None and not settings.redact:
-        return messages
-    texts = [message.content for message in messages]
     if repairers.simplify is not None:
-        texts = repairers.simplify(texts, repairs)
+        texts = repairers.simplify(_texts(messages, REASONING_EXTRAS), repairs)
+        messages = _with_texts(messages, REASONING_EXTRAS, texts)
     if settings.redact:
+        texts = _texts(messages, CONTENT_EXTRAS)
         texts = redact(texts, settings.redact, in_code=settings.redact_code, repairs=repairs)
-    return [replace(message, content=text) for message, text in zip(messages, texts, strict=True)]
+        messages = _with_texts(messages, CONTENT_EXTRAS, texts)
+    return messages
 
 
 def _with_kept_keys(meta: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
     """Keys in code are told of whatever the settings are: not added up, they are there after a second cleaning too."""
-    if not (num_keys := num_keys_in_code([message.content for message in messages])):
+    if not (num_keys := num_keys_in_code(_texts(messages, CONTENT_EXTRAS))):
         return meta
     return {**meta, "repairs": dict(sorted({**meta.get("repairs", {}), "api_keys_kept": num_keys}.items()))}
+
+
+def _texts(messages: list[Message], extras: Sequence[str]) -> list[str]:
+    """What is said in a chat: of each message its text, then all texts in these extras."""
+    found: list[str] = []
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    for message in messages:
+        _changed_message(message, extras, keep)
+    return found
+
+
+def _with_texts(messages: list[Message], extras: Sequence[str], texts: Sequence[str]) -> list[Message]:
+    left = iter(texts)
+    return [_changed_message(message, extras, lambda _: next(left)) for message in messages]
+
+
+def _changed_message(message: Message, extras: Sequence[str], change: Callable[[str], str]) -> Message:
+    content = change(message.content)
+    inside = {key: message.extras[key] for key in extras if key in message.extras}
+    if not inside:
+        return replace(message, content=content)
+    return replace(message, content=content, extras=message.extras | _changed_values(inside, change))
+
+
+def _changed_values(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A copy with its texts changed, keys left alone. By a stack: records may nest as deep as Python can recurse."""
+    copied: dict[str, Any] = dict(values)
+    stack: list[tuple[Any, Any]] = [(copied, key) for key in reversed(copied)]
+    while stack:
+        holder, key = stack.pop()
+        value = holder[key]
+        if isinstance(value, str):
+            holder[key] = change(value)
+        elif isinstance(value, dict):
+            holder[key] = dict(value)
+            stack += [(holder[key], inner) for inner in reversed(value)]
+        elif isinstance(value, list):
+            holder[key] = list(value)
+            stack += [(holder[key], place) for place in reversed(range(len(value)))]
+    return copied
 
 
 def _is_html(text: str, answers: str) -> bool:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.conversation import Message, utf8
+from schemas.conversation import CONTENT_EXTRAS, Message, utf8
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Hashes: TypeAlias = npt.NDArray[np.uint64]
@@ -113,9 +113,6 @@ _UNSPACED = (
 )
 HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
-
-CONTENT_EXTRAS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_calls")
-"""Extras that are part of what was said: two calls with empty text and different arguments differ."""
 
 
 def spoken(message: Message) -> str:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from pipelines.chat_fields import REASONING_EXTRAS, GivenChat, GivenTurn, Kind
+from pipelines.chat_fields import GivenChat, GivenTurn, Kind
 from pipelines.render import render
 from pipelines.skeleton import MARKER, Skeleton, marked_text, skeleton_of
 from pipelines.templates import TEMPLATE_ERRORS, CallForm, ChatTemplate, compile_bare, render_text
-from schemas.conversation import Drop, Message
+from schemas.conversation import REASONING_EXTRAS, Drop, Message
 
 PLAIN_CHAT = (
     Message("user", "What is the capital?"),

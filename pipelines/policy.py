@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.chat_fields import INPUT_EXTRA, REASONING_EXTRAS, reasoning_of
+from pipelines.chat_fields import INPUT_EXTRA, reasoning_of
 from pipelines.render import INLINE_REASONING, Part, Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
-from schemas.conversation import Conversation, Drop, Message
+from schemas.conversation import REASONING_EXTRAS, Conversation, Drop, Message
 from schemas.pipeline_config import SplitConfig
 
 

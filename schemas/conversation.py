@@ -13,6 +13,12 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 
+REASONING_EXTRAS = ("reasoning_content", "reasoning", "thinking")
+"""Extras that hold what an assistant thought before it answered."""
+CONTENT_EXTRAS = ("function_call", "reasoning", "reasoning_content", "thinking", "tool_calls")
+"""Extras that are part of what was said: two calls with empty text and different arguments differ."""
+
+
 @dataclass(slots=True)
 class Message:
     """One turn. `extras` holds what a format knows beyond role and text (model, name, tool calls, ...)."""

@@ -227,6 +227,37 @@ def test_opted_repairs_are_made_in_all_roles_and_counted() -> None:
     assert cleaned(conversation).meta["repairs"] == {"api_keys_kept": 1, "html": 1}
 
 
+def test_reasoning_is_repaired_like_text_and_calls_are_redacted_with_the_placeholders_of_the_chat() -> None:
+    call = {"function": {"name": "mail", "arguments": {"to": ["a@b.org", "e@f.org"], "text": "e\u0301"}}}
+    extras = {"reasoning": "e\u0301 to a@b.org", "tool_calls": [call], "name": "a@b.org"}
+    conversation = chat(("user", "write to a@b.org"), ("assistant", ""))
+    conversation.messages[1].extras = extras
+    outcome = cleaned(conversation, redact=["email"])
+    assert texts(outcome) == ["write to [EMAIL_1]", ""]
+    arguments = {"to": ["[EMAIL_1]", "[EMAIL_2]"], "text": "e\u0301"}
+    assert outcome.messages[1].extras == {
+        "reasoning": "\u00e9 to [EMAIL_1]",
+        "tool_calls": [{"function": {"name": "mail", "arguments": arguments}}],
+        "name": "a@b.org",
+    }
+    assert extras["tool_calls"] == [call], "the record is not changed"
+    assert call["function"]["arguments"]["to"] == ["a@b.org", "e@f.org"]  # type: ignore[index]
+    assert cleaned(outcome, redact=["email"]) == outcome
+    assert outcome.meta["repairs"]["redacted_email"] == 4
+
+
+def test_calls_nested_as_deep_as_can_be_read_are_redacted() -> None:
+    nested: Any = "a@b.org"
+    for _ in range(5000):
+        nested = [nested]
+    conversation = chat(("user", "hi"), ("assistant", "hello"))
+    conversation.messages[1].extras = {"tool_calls": nested}
+    found: Any = cleaned(conversation, redact=["email"]).messages[1].extras["tool_calls"]
+    while isinstance(found, list):
+        (found,) = found
+    assert found == "[EMAIL_1]"
+
+
 _pieces = st.sampled_from(
     ["e\u0301", "\u1fef", "`", "```\n", "~~~", "\n", "\r\n", "\r", "\x00", "\x85", "\ufeff", "> ", "- ", "<p>", "</p>", "&lt;",
      "<pre>", "</pre>", "<code>", "</code>", "a@b.org", "說", "這", "a\\_b", "Ã©", "8.8.8.8 ", "[EMAIL_1]", "<div class='markdown'>", "</div>", "\u212b", "=\u0338", "word", "\u200b", "\ud7a3\u11a8"]
