@@ -50,7 +50,9 @@ def _selective_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -
     train = config.train
     if train.gradient_checkpointing != "selective" or takes_layers(train):
         return None
-    return f"train.gradient_checkpointing is selective, train.method {train.method}, strategy {train.strategy}"
+    return (
+        f"train.gradient_checkpointing is selective, train.method {train.method}, strategy {train.strategy}"
+    )
 
 
 ADAPTATIONS = (

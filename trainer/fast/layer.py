@@ -401,7 +401,7 @@ def _dropping(heads: tuple[torch.Tensor, ...], inlet: Inlet) -> AbstractContextM
         number = numbers.get(tensor.untyped_storage().data_ptr())
         if number is None:
             return tensor
-        return _Dropped(number, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Dropped(number, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(packed: torch.Tensor | _Dropped) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):

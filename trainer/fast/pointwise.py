@@ -111,4 +111,8 @@ PLAIN = Pointwise(norm_into, norm_backward, rotate, unrotate, gate_into, gate_ba
 
 def compiled(backend: Any) -> Pointwise:
     """Each as one program, made at first use. A new row length makes one more, which then serves all lengths."""
-    return Pointwise(*(torch.compile(function, fullgraph=True, backend=backend) for function in PLAIN))
+    programs = {
+        name: torch.compile(function, fullgraph=True, backend=backend)
+        for name, function in PLAIN._asdict().items()
+    }
+    return Pointwise(**programs)

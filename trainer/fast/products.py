@@ -14,7 +14,7 @@ Quantised weights are unpacked for each product and never kept; A and B then lie
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -183,8 +183,10 @@ def member_of(layer: torch.nn.Module) -> Member | None:
     dtype than the base, and other kinds of linear layers.
     """
     if not isinstance(layer, LoraLayer):
-        return Member(layer, None) if _is_frozen_linear(layer) else None
-    base = layer.base_layer
+        return (
+            Member(layer, None) if isinstance(layer, torch.nn.Linear) and _is_frozen_linear(layer) else None
+        )
+    base: Any = layer.base_layer
     if len(layer.active_adapters) != 1 or layer.lora_variant or layer.merged or not _is_frozen_linear(base):
         return None
     name = layer.active_adapters[0]

@@ -16,9 +16,11 @@ from tests.trainer.fast.families import (
     fast,
     loss_and_gradients,
 )
+from tests.trainer.matrix_rows import QUICK_BACKEND
 from tests.trainer.tiny_models import example_of, random_documents
+from trainer import compiling
 from trainer.data import collate
-from trainer.fast import taking
+from trainer.fast import pointwise, taking
 from trainer.fast.offload import CheckpointOffload
 from trainer.fast.taking import give_back
 from trainer.loss import summed_loss, token_losses
@@ -164,3 +166,22 @@ def held_bytes(keep: Any) -> int:
 def test_the_more_is_recomputed_the_less_is_kept() -> None:
     none, selective, full = (held_bytes(keep) for keep in ("none", "selective", "full"))
     assert full < 0.6 * selective < 0.6 * 0.7 * none
+
+
+@pytest.mark.slow
+def test_compiled_pieces_give_the_same_and_are_whole_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each function is one program without a break; a fourth row length needs no new ones."""
+    monkeypatch.setattr(compiling, "BACKEND", QUICK_BACKEND)
+    counters = torch._dynamo.utils.counters
+    model = adapted("llama")
+    ours, _ = fast(model, pointwise=pointwise.compiled(compiling.compiler_backend()))
+    counters.clear()
+    numbers = []
+    for lengths in ((37, 5), (30,), (11, 9), (26,)):
+        _, expected = loss_and_gradients(model, batch(lengths))
+        _, gradients = loss_and_gradients(ours, batch(lengths))
+        assert distance(gradients, expected) < MAX_DIFFERENCE[torch.float32]
+        numbers.append(counters["stats"]["unique_graphs"])
+    assert numbers[0] >= len(pointwise.PLAIN)
+    assert numbers[3] == numbers[2] <= 3 * numbers[0]
+    assert not counters["graph_break"]
