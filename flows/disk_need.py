@@ -16,7 +16,13 @@ from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS
 from schemas.source_config import SourceConfig
-from trainer.memory import CHECKPOINT_BYTES_PER_WEIGHT, num_trained_weights, read_shapes
+from trainer.memory import (
+    CHECKPOINT_BYTES_PER_WEIGHT,
+    WHOLE_MODEL_METHODS,
+    num_saved_weights,
+    num_trained_weights,
+    read_shapes,
+)
 
 STAGE_FACTORS: dict[str, tuple[float, float]] = {
     "merge": (0.11, 0.70),
@@ -112,8 +118,9 @@ def _training_needs(config: PipelineConfig, model: Path) -> Iterator[Need]:
     # One more than are kept lies there while it is written.
     most = config.train.keep_checkpoints + config.train.keep_best + 1
     yield Need("checkpoints", checkpoint, most * checkpoint)
-    name = "model" if config.train.method == "full" else "adapter"
-    yield Need(name, 2 * num_trained, 4 * num_trained + TOKENIZER_BYTES)
+    num_saved = num_saved_weights(shapes, config.train)
+    name = "model" if config.train.method in WHOLE_MODEL_METHODS else "adapter"
+    yield Need(name, 2 * num_saved, 4 * num_saved + TOKENIZER_BYTES)
 
 
 def folder_bytes(folder: Path) -> int:

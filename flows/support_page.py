@@ -5,12 +5,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flows.methods_table import Cells, cell_text, methods_table
 from trainer.adaptations import ADAPTATIONS
 from trainer.rules import Adaptation, Rule
 from trainer.support import RULES
 from trainer.support_matrix import AXES, Answer, answers, axes_that_matter
 
 ROW_AXES = ("strategy", "offload", "method", "base")
+GRID_METHODS = ("lora", "full")
+"""Those that a grid of all settings is drawn of; of the others there is a table."""
 HEAD = """\
 # What works together
 
@@ -21,7 +24,7 @@ The same table refuses a config before the first stage. `sft-pipeline support` p
 - **adapted a**: it trains, and what note a says is done otherwise than asked for. The losses are the same.
 - **refused 1**: for the reason of note 1, which names the nearest settings that work.
 
-What an answer does not hang on is left out: {left_out}.
+What an answer does not hang on is left out: {left_out}. Methods beside lora and full stand in [a table of their own](#the-other-methods); `sft-pipeline support --method freeze` prints the grid of one.
 
 This page is written by `sft-pipeline support --markdown`.
 """
@@ -32,20 +35,23 @@ def support_text(chosen: Mapping[str, Sequence[Any]], *, as_json: bool, as_markd
     found = list(answers(**chosen))
     if as_json:
         return json.dumps([_record(one) for one in found], indent=1) + "\n"
-    return support_page() if as_markdown else "\n".join(_grid_lines(found, _aligned)) + "\n"
+    if as_markdown:
+        return support_page()
+    return "\n".join(_lines(found, _aligned, is_split="method" not in chosen)) + "\n"
 
 
 def support_page() -> str:
     """docs/support-matrix.md."""
     found = list(answers())
-    kept = _row_axes(found) + _column_axes(found)
+    in_grid = [one for one in found if one.settings["method"] in GRID_METHODS]
+    kept = _row_axes(in_grid) + _column_axes(in_grid)
     left_out = ", ".join(name for name in AXES if name not in kept) or "nothing"
     counts = ", ".join(
         f"{sum(one.verdict == verdict for one in found)} {text}"
         for verdict, text in (("works", "work"), ("adapted", "work adapted"), ("refused", "are refused"))
     )
     head = HEAD.format(axes=", ".join(AXES), counts=counts, left_out=left_out)
-    lines = [head, "## The grid", "", *_grid_lines(found, _piped), "", *_other_rules()]
+    lines = [head, *_lines(found, _piped, is_split=True), "", *_other_rules()]
     return "\n".join(lines) + "\n"
 
 
@@ -55,18 +61,30 @@ def _record(one: Answer) -> dict[str, Any]:
 
 # The grid ---------------------------------------------------------------------------------------------------
 
-Cells = list[list[str]]
 
-
-def _grid_lines(found: Sequence[Answer], drawn: Any) -> Iterator[str]:
+def _lines(found: Sequence[Answer], drawn: Any, *, is_split: bool) -> Iterator[str]:
+    """The grid, the table of the methods that are not in it, and what the marks in both of them say."""
+    is_page = drawn is _piped
     notes = {name: chr(ord("a") + number) for number, name in enumerate(_said(found, "adapted"))}
     notes |= {name: str(number) for number, name in enumerate(_said(found, "refused"), start=1)}
-    yield from drawn(_grid(found, notes))
-    yield ""
+    in_grid = [one for one in found if not is_split or one.settings["method"] in GRID_METHODS]
+    others = [one for one in found if is_split and one.settings["method"] not in GRID_METHODS]
+    if in_grid:
+        yield from _titled("The grid", drawn(_grid(in_grid, notes)), is_page=is_page)
+    if others:
+        yield from _titled("The other methods", drawn(methods_table(others, notes)), is_page=is_page)
+    if is_page:
+        yield from ("## Notes", "")
     for entry in (*ADAPTATIONS, *RULES):
         if entry.id in notes:
-            is_page = drawn is _piped
             yield f"{'- ' if is_page else ''}{notes[entry.id]}: {_about(entry, with_links=is_page)}"
+
+
+def _titled(title: str, lines: Iterator[str], *, is_page: bool) -> Iterator[str]:
+    if is_page:
+        yield from (f"## {title}", "")
+    yield from lines
+    yield ""
 
 
 def _said(found: Sequence[Answer], verdict: str) -> list[str]:
@@ -82,8 +100,7 @@ def _grid(found: Sequence[Answer], notes: Mapping[str, str]) -> Cells:
     for one in found:
         row = tuple(one.settings[axis] for axis in rows)
         column = tuple(one.settings[axis] for axis in columns)
-        marks = ", ".join(notes[reason] for reason in one.reasons)
-        cells.setdefault(row, {})[column] = f"{one.verdict} {marks}".strip()
+        cells.setdefault(row, {})[column] = cell_text(one, notes)
     titles = list(next(iter(cells.values()), {}))
     head = [
         *rows,

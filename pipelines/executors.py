@@ -194,6 +194,11 @@ def _start_worker(inherited: _Inherited) -> None:
     prepare_data_alone()
     # Ctrl-C reaches the whole group: the parent tells of it, a worker ends without a traceback of its own.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    exit_with_starter()
+
+
+def exit_with_starter() -> None:
+    """In a process that multiprocessing started: end at once when the one that started it is gone."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

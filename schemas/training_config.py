@@ -6,8 +6,29 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from schemas.local_path import LocalPath
 
+Method = Literal[
+    "lora",
+    "full",
+    "freeze",
+    "expand",
+    "prefix",
+    "prompt",
+    "p_tuning",
+    "llama_adapter",
+]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8", "int8_rows", "nf4"]
+OptimizerName = Literal[
+    "adamw",
+    "adamw_bf16",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "lion",
+    "schedule_free",
+    "muon",
+    "galore",
+    "apollo",
+]
 Tracker = Literal["tensorboard", "wandb"]
 
 _BOOLS_OF_CHECKPOINTING = {"none": False, "full": True}
@@ -35,6 +56,13 @@ class _Section(BaseModel):
     )
 
 
+class RopeScalingConfig(_Section):
+    type: Literal["linear", "dynamic", "yarn", "llama3"]
+    """How positions beyond those that the model knows are brought into its range, by the names of transformers."""
+    factor: float = Field(gt=1)
+    """How many times as many positions."""
+
+
 class ModelConfig(_Section):
     path: LocalPath
     """Folder with a Hugging Face model and tokenizer, or a hub name that is in the local cache."""
@@ -42,6 +70,10 @@ class ModelConfig(_Section):
     """Commit or tag of a hub name."""
     tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer and the embedding get. Each begins as the mean of all others and is trained, in the
+    embedding and in the head. Words of letters and digits are found in all texts; others, such as <|tool|>, stand
+    only where the chat template writes them. One that is there already keeps its numbers, and is trained too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What weights and activations compute in; what is trained adds up in float32 all the same. auto: bfloat16 from
     compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
@@ -52,6 +84,13 @@ class ModelConfig(_Section):
     adapter_use: Literal["continue", "merge"] = "continue"
     """continue: its weights are trained on, with its rank and targets; merge: it is added into the base and a fresh
     adapter is trained over that, and both are saved as one."""
+
+    init: Literal["files", "random"] = "files"
+    """random: no weight is read, they are drawn. To see whether a training fits before its model is downloaded: the
+    folder needs nothing but config.json and the tokenizer. Such a model is never promoted."""
+    rope_scaling: RopeScalingConfig | None = None
+    """For examples longer than the model's positions. A model that is saved carries it in its config; whoever loads an
+    adapter elsewhere gives the same to the base."""
 
 
 class LoraConfig(_Section):
@@ -68,10 +107,76 @@ class LoraConfig(_Section):
     embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
+class LionConfig(_Section):
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the mean of earlier gradients in the sign that a step follows."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of that mean."""
+
+
+class MuonConfig(_Section):
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the mean of gradients."""
+    newton_schulz_steps: int = Field(default=5, gt=0, lt=100)
+    """Products that bring its singular values near 1."""
+
+
+class LowRankConfig(_Section):
+    rank: int = Field(default=128, gt=0)
+    """Inner size of the projection; matrices whose shorter side is no longer are left to AdamW."""
+    every_updates: int = Field(default=200, gt=0)
+    """A new projection each so many updates."""
+    scale: float | None = Field(default=None, gt=0)
+    """The projected update is multiplied by it. Default: 0.25 for galore, 1 for apollo."""
+
+
+class FreezeConfig(_Section):
+    last_layers: int = Field(default=0, ge=0)
+    """Train so many decoder layers, counted from the end."""
+    parameters: list[str] = Field(default_factory=list)
+    """Train the parameters whose whole names match one of these regular expressions, such as '.*norm.*'."""
+    head: bool = False
+    """Train the LM head. Where it is one matrix with the embedding, this and `embeddings` name the same."""
+    embeddings: bool = False
+    """Train the token embedding."""
+
+
+class ExpandConfig(_Section):
+    new_layers: int = Field(default=4, gt=0)
+    """Layers that are added, evenly among those that are there: no more than these."""
+
+
+class VirtualTokensConfig(_Section):
+    """Of the methods prefix, prompt, p_tuning and llama_adapter."""
+
+    count: int = Field(default=32, gt=0)
+    """How many stand before each document; of llama_adapter, in each of its layers."""
+    inner_size: int | None = Field(default=None, gt=0)
+    """Of the small network that they come out of while they are trained: prefix has one where this is set, p_tuning
+    always; its default is the model's hidden size."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """How method prompt begins: with embeddings of tokens drawn from the vocabulary, or with normal noise."""
+    layers: int | None = Field(default=None, gt=0)
+    """llama_adapter: in how many layers, counted from the head; default: in all."""
+
+
 class TrainConfig(_Section):
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: small matrices beside the frozen weights, or all weights."""
+    method: Method = "lora"
+    """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
+    expand: layers that are added, and change nothing at first; and virtual tokens before each document, prefix: as keys
+    and values of each layer, prompt: as embeddings, p_tuning: as embeddings out of a small network, llama_adapter:
+    beside the attention of each layer, behind a gate."""
     lora: LoraConfig = LoraConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    """method freeze: what is trained, all of these together."""
+    expand: ExpandConfig = ExpandConfig()
+    """method expand."""
+    virtual_tokens: VirtualTokensConfig = VirtualTokensConfig()
+    """methods prefix, prompt, p_tuning and llama_adapter."""
+    batches: Literal["auto", "packed", "unpacked"] = "auto"
+    """How the documents of a bin are laid out. packed: one after the other in one row; unpacked: each in a row of its
+    own, padded to the longest of a batch of at most as many tokens as a bin has; auto: unpacked for virtual tokens,
+    else packed. The loss is the same."""
     base: BaseForm = "plain"
     """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; int8_rows:
     the same weights, multiplied in 16 bits: faster and closer to the unquantised model; nf4: its 4-bit floats, as in
@@ -100,20 +205,38 @@ class TrainConfig(_Section):
     """Bins of the packing plan in one optimiser step, over all micro-steps."""
     bins_per_micro_step: int = Field(default=1, gt=0)
     """Bins in memory at once; changes speed and memory, never the result."""
+    optimizer: OptimizerName = "adamw"
+    """How weights change by their gradients. adamw: torch's, fused on GPUs; adamw_bf16: bfloat16 weights and moments,
+    and what rounding leaves over; adamw_8bit, paged_adamw_8bit: bitsandbytes'; lion; schedule_free: AdamW whose average
+    is the model; muon, galore, apollo: for whole matrices (docs/optimizers.md)."""
+    lion: LionConfig = LionConfig()
+    muon: MuonConfig = MuonConfig()
+    low_rank: LowRankConfig = LowRankConfig()
+    """Of galore and apollo."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Keep an average of the trained weights, which is validated and saved in their place: each update leaves so much
+    of it, fewer of the first ones. 0 is off; 0.999 is usual."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """The highest, after the warm-up. For method full a tenth of the default is usual."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls from the end of the warm-up to the last step."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "step"] = "cosine"
+    """How the learning rate falls from the end of the warm-up to the last step. wsd: it stays, and falls at the end;
+    step: it is multiplied by a factor now and then."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of the steps after the warm-up in which it falls, first fast, by 1 - the root of what is done."""
+    step_decay_steps: int | None = Field(default=None, gt=0)
+    """step: steps between two falls; default: those of an epoch."""
+    step_decay_factor: float = Field(default=0.85, gt=0, le=1)
+    """step: what it is multiplied by."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Default: warmup_share of all steps."""
     warmup_share: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     min_learning_rate_share: float = Field(default=0.0, ge=0, le=1)
-    """Where linear and cosine end, as a share of learning_rate."""
+    """Where all but constant end, as a share of learning_rate."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Each step shrinks the trained weights by learning rate x this."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
+    """Decay of AdamW's mean of gradients; for schedule_free, the share of the average in the weights that compute."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)

@@ -15,6 +15,8 @@ FORBIDDEN = {
     "trainer": {"prefect", "polars", "datasets", "fasttext"},
     "flows": {"torch", "peft", "polars", "datasets"},
 }
+PROGRAMS_OF_OTHERS = ROOT / "trainer" / "bench" / "peers"
+"""They run by their path in interpreters that may have none of ours: they import what the peer needs."""
 BANNED_FILES = {"utils", "core", "common", "base", "registry", "callbacks"}
 
 
@@ -44,6 +46,8 @@ def test_a_room_imports_only_from_rooms_to_its_left(room: str) -> None:
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_keeps_out_what_it_must_run_without(room: str) -> None:
     for path in python_files(room):
+        if path.parent == PROGRAMS_OF_OTHERS:
+            continue
         wrong = {
             module
             for module in imported_modules(path)
@@ -51,6 +55,17 @@ def test_a_room_keeps_out_what_it_must_run_without(room: str) -> None:
             if module == package or module.startswith(package + ".")
         }
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_programs_of_other_trainers_import_nothing_of_ours_and_are_not_imported() -> None:
+    programs = {path.stem for path in PROGRAMS_OF_OTHERS.glob("run_*.py")}
+    assert len(programs) >= 3
+    for path in PROGRAMS_OF_OTHERS.glob("*.py"):
+        assert {module.split(".")[0] for module in imported_modules(path)}.isdisjoint(ROOMS), path
+    for room in ROOMS:
+        for path in python_files(room):
+            if path.parent != PROGRAMS_OF_OTHERS:
+                assert {module.split(".")[-1] for module in imported_modules(path)}.isdisjoint(programs), path
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -1,196 +1,192 @@
-"""A trained model's answer to a chat: loaded for generation, prompted by training's template, decoded to text.
+"""Answers of a loaded model: prompts of token ids in, texts out; one at a time or side by side, with a KV cache.
 
-    load_for_generation(config, "promoted")    the model in service; also "current", "none", or a folder
-    answer(model, tokenizer, messages, ...)    one assistant turn, greedy unless a temperature is given
+    answer(model, tokenizer, messages, sampling)         one assistant turn, streamed where asked
+    answer_prompts(model, tokenizer, prompts, ...)       several, padded on the left: each as if it were alone
 
 A model's own generation_config.json does not steer here (it may ask for sampling or repetition penalties): greedy
-is greedy; only its end tokens count. What a user typed is text, as in training: `<|im_end|>` in a question is not
-the end of the turn.
+is greedy; only its end tokens count. Draws hang on a prompt's own seed, never on what stands beside it.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
-
-from pipelines.encode import ChatEncoder, build_encoder, encode
-from pipelines.render import Rendered, render
-from pipelines.templates import TEMPLATE_ERRORS, render_text
-from schemas.conversation import Drop, Message
-from schemas.errors import InputError
-from schemas.evaluation import TrainedModel
-from schemas.pipeline_config import PipelineConfig
-from trainer.attention import unwrapped, use_plain_attention
-from trainer.model import (
-    check_model_folder,
-    load_adapter,
-    load_base_model,
-    load_tokenizer,
-    model_digest,
-    needed_model,
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
-from trainer.service import check_trained_model, find_candidate, find_promoted
 
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
+from schemas.conversation import blake2b_128
+from schemas.errors import ConfigError, InputError
+from trainer.attention import unwrapped
+from trainer.prompts import Messages, chat_encoder, encode_prompt
+from trainer.virtual_tokens import generated_positions, num_virtual_positions
+
 Write: TypeAlias = Callable[[str], object]
-
-# Models -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model ready to answer. `description` names it for people."""
+class Sampling:
+    """How tokens are chosen. Temperature 0 takes the likeliest each time, and `seed` has no part."""
 
-    model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    description: str
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    """Draw from the likeliest so many; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest that have this share of the probability together."""
+    seed: int = 0
+    num_beams: int = 1
+    """Beam search over so many; 1: none."""
 
-    @property
-    def has_adapter(self) -> bool:
-        return hasattr(self.model, "disable_adapter")
-
-
-def load_for_generation(config: PipelineConfig, adapter: str | Path = "promoted") -> LoadedModel:
-    """The model in service ("promoted"), the newest training ("current"), the base ("none"), or a folder.
-
-    A folder holds an adapter, a whole model, or a training with one of them. Raises InputError when there is
-    nothing of that name or it belongs to another base model, IntegrityError when its files were changed.
-    """
-    folder, description = _chosen_folder(config, adapter)
-    model = load_with_adapter(config, folder)
-    use_plain_attention(model)
-    return LoadedModel(model.eval(), load_tokenizer(config), description)
-
-
-def load_with_adapter(config: PipelineConfig, folder: Path | None) -> torch.nn.Module:
-    """The base model, the base with the adapter in `folder`, or the whole model in `folder`; packed attention.
-
-    All in the form of train.base: a card that trains an 8-bit base may not hold more.
-    """
-    settings, base = needed_model(config), config.train.base
-    if folder is None:
-        return load_base_model(settings, base=base)
-    if (folder / "adapter_config.json").is_file():
-        return load_adapter(load_base_model(settings, base=base), folder)
-    whole = settings.model_copy(update={"path": str(folder), "revision": None})
-    return load_base_model(whole, base=base)
+    def __post_init__(self) -> None:
+        if not (self.max_new_tokens > 0 and self.temperature >= 0 and self.top_k >= 0 and self.num_beams > 0):
+            raise ConfigError(f"{self}: expected numbers above 0, of temperature and top_k from 0 on")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}, expected above 0 and up to 1")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ConfigError(
+                "beams are for temperature 0: they look for the likeliest answer, and draw nothing"
+            )
 
 
-def check_base(config: PipelineConfig, trained: TrainedModel) -> None:
-    """Raises InputError when an adapter was trained on another base model than the config names."""
-    settings = needed_model(config)
-    found = model_digest(check_model_folder(settings))
-    if trained.kind == "adapter" and found != trained.base_digest:
-        raise InputError(
-            f"{trained.path} was trained on another base model (digest {trained.base_digest[:12]}) than "
-            f"{settings.path} ({found[:12]}): set model.path to that one, or use a new run_root"
-        )
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answer; `is_finished` once the model itself ended it, false where it was cut off."""
 
-
-def _chosen_folder(config: PipelineConfig, adapter: str | Path) -> tuple[Path | None, str]:
-    if adapter == "none":
-        return None, f"base model {needed_model(config).path}"
-    if adapter not in ("promoted", "current"):
-        return _named_folder(Path(adapter)), str(adapter)
-    trained = find_promoted(config.run_root) if adapter == "promoted" else find_candidate(config.run_root)
-    if trained is None:
-        raise InputError(
-            f"no model is in service in {config.run_root}: run `sft-pipeline promote`, or take the newest "
-            "training with --adapter current, or the base model with --adapter none"
-        )
-    check_base(config, trained)
-    return check_trained_model(config.run_root, trained), f"{adapter} {trained.kind} {trained.path}"
-
-
-def _named_folder(folder: Path) -> Path:
-    for place in (folder, folder / "adapter", folder / "model"):
-        if (place / "adapter_config.json").is_file() or (place / "config.json").is_file():
-            return place
-    raise InputError(
-        f"{folder} holds neither an adapter (adapter_config.json) nor a model (config.json); "
-        "give such a folder, or promoted, current or none"
-    )
-
-
-# One answer -------------------------------------------------------------------------------------------------
+    text: str
+    num_tokens: int
+    is_finished: bool
 
 
 def answer(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
     on_text: Write | None = None,
 ) -> str:
-    """The assistant's next turn. Temperature 0 takes the likeliest token each time, and `seed` has no part.
+    """The assistant's next turn. `model` uses plain attention; `on_text` gets the text while it is made.
 
-    `model` uses plain attention. `on_text` gets the text piece by piece while it is made. Raises InputError
-    when the template refuses the messages or the prompt fills the model's context.
+    Raises InputError when the template refuses the messages or the prompt fills the model's context.
     """
-    prompt_ids = encode_prompt(tokenizer, messages)
-    settings = _generation_settings(model, tokenizer, max_new_tokens, temperature, num_prompt=len(prompt_ids))
-    device = unwrapped(model).device
-    inputs = torch.tensor([prompt_ids], device=device)
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.inference_mode(),
-        _own_settings_aside(model),
-    ):
-        torch.manual_seed(seed)
-        generated: Any = model.generate(  # type: ignore[operator]
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=settings,
-            streamer=_Streamer(tokenizer, on_text) if on_text is not None else None,
-        )
-    text = _decoded(tokenizer, generated[0, len(prompt_ids) :].tolist())
-    # Templates like "ASSISTANT: answer" train the blank with the answer; it is no part of what was said.
-    return text.removeprefix(_encoder(tokenizer, tokenizer.get_chat_template()).template.lead)
+    prompts = [encode_prompt(tokenizer, messages)]
+    answered = answer_prompts(model, tokenizer, prompts, sampling, seeds=[sampling.seed], on_text=on_text)
+    return answered[0].text
 
 
-def _generation_settings(
+def answer_prompts(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    temperature: float,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    num_prompt: int,
-) -> GenerationConfig:
+    seeds: Sequence[int],
+    on_text: Write | None = None,
+) -> list[Answered]:
+    """Answers to prompts of token ids, in their order, all with the room that the longest leaves.
+
+    Raises InputError when that one fills the model's context.
+    """
+    num_prompt = max(map(len, prompts))
+    num_new = room(model, sampling, num_prompt)
+    stops = stop_token_ids(model, tokenizer)
+    inputs, mask = _padded_left(prompts, _pad_id(tokenizer, stops), unwrapped(model).device)
+    with torch.inference_mode(), _own_settings_aside(model), generated_positions():
+        generated: Any = model.generate(  # type: ignore[operator]
+            input_ids=inputs,
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=num_new,
+                eos_token_id=stops or None,
+                pad_token_id=_pad_id(tokenizer, stops),
+                num_beams=sampling.num_beams,
+                do_sample=False,
+                use_cache=True,
+            ),
+            logits_processor=_draws(sampling, seeds, num_prompt, num_new, inputs.device),
+            streamer=PieceStreamer(tokenizer, on_text) if on_text is not None else None,
+        )
+    return [_answered(tokenizer, ids, stops) for ids in generated[:, num_prompt:].tolist()]
+
+
+def room(model: torch.nn.Module, sampling: Sampling, num_prompt: int) -> int:
+    """How long an answer to so many tokens may become. Raises InputError when there is no room for one."""
     limit = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_prompt)
-    if room < 1:
+    num_prompt += num_virtual_positions(model)
+    left = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - num_prompt)
+    if left < 1:
         raise InputError(f"the prompt has {num_prompt} tokens and the model reads {limit}: shorten it")
-    stop_ids = stop_token_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=room,
-        eos_token_id=stop_ids or None,
-        pad_token_id=pad_id if pad_id is not None else next(iter(stop_ids), 0),
-        use_cache=True,
-        **sampling,
-    )
+    return left
+
+
+def can_be_padded(model: torch.nn.Module) -> bool:
+    """Whether padding on the left leaves an answer what it is alone.
+
+    Virtual tokens stand before the padding, so that the distance between them and the prompt would grow with it.
+    """
+    settings: Any = getattr(model, "active_peft_config", None)
+    return settings is None or not (settings.is_prompt_learning or settings.is_adaption_prompt)
 
 
 def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End tokens: the tokenizer's, generation_config.json's, and those the template writes after an answer."""
-    encoder = _encoder(tokenizer, tokenizer.get_chat_template())
+    """End tokens of a loaded model."""
+    return end_token_ids(tokenizer, getattr(unwrapped(model).generation_config, "eos_token_id", None))
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | None) -> list[int]:
+    """The tokenizer's, those of a generation_config.json, and those the template writes after an answer."""
+    encoder = chat_encoder(tokenizer)
     written = [encoder.control_ids.get(token) for token in encoder.template.end_tokens]
-    configured = getattr(unwrapped(model).generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in (tokenizer.eos_token_id, *several, *written) if token is not None})
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of one prompt of many."""
+    return int(blake2b_128(f"{seed}:{number}".encode())[:15], 16)
+
+
+# Inputs and outputs -----------------------------------------------------------------------------------------
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
+    pad_id = tokenizer.pad_token_id
+    return int(pad_id) if pad_id is not None else next(iter(stops), 0)
+
+
+def _padded_left(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [prompts, longest]: ids, and 1 where there are any. Answers begin in the same column."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _answered(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[int]) -> Answered:
+    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    said = ids if end is None else ids[: end + 1]
+    text = str(tokenizer.decode(said, **_DECODING))
+    # Templates like "ASSISTANT: answer" train the blank with the answer; it is no part of what was said.
+    return Answered(
+        text.removeprefix(chat_encoder(tokenizer).template.lead), len(said), is_finished=end is not None
+    )
+
+
+_DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 @contextmanager
@@ -205,82 +201,59 @@ def _own_settings_aside(model: torch.nn.Module) -> Iterator[None]:
         causal_lm.generation_config = own
 
 
-# Text and tokens --------------------------------------------------------------------------------------------
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Token ids of a chat up to where the assistant begins to speak.
-
-    Equal to the tokenizer's own apply_chat_template, unless a message holds a control string: that stays text.
-    """
-    try:
-        encoder = _encoder(tokenizer, tokenizer.get_chat_template())
-        chat = [Message(message["role"], message["content"]) for message in messages]
-        text = render_text(encoder.template, chat, add_generation_prompt=True)
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"character {error.start} of the prompt is no Unicode: {error.reason}") from None
-    except TEMPLATE_ERRORS as error:
-        raise InputError(f"the chat template refuses these messages: {_one_line(error)}") from error
-    if not any(encoder.template.control_pattern.search(message.content) for message in chat):
-        return list(encoder.backend.encode(text, add_special_tokens=False).ids)
-    rendered = _with_generation_prompt(encoder, render(encoder.template, chat), text)
-    encoded = encode(encoder, rendered) if isinstance(rendered, Rendered) else rendered
-    if isinstance(encoded, Drop):
-        raise InputError(f"these messages hold control strings: {encoded.reason}: {encoded.detail}")
-    return [int(token) for token in encoded.ids]
-
-
-def _with_generation_prompt(encoder: ChatEncoder, chat: Rendered | Drop, text: str) -> Rendered | Drop:
-    """The proved rendering of the chat, and behind it what the template wrote for the answer to come."""
-    if isinstance(chat, Drop):
-        return chat
-    if not text.startswith(chat.text):
-        return Drop(
-            "template_changes_text", "with the generation prompt the chat itself is written otherwise"
-        )
-    found = list(encoder.template.control_pattern.finditer(text, len(chat.text)))
-    places = np.array([match.span() for match in found], np.int64).reshape(-1, 2)
-    return Rendered(
-        text=text,
-        spans=chat.spans,
-        control_spans=np.concatenate([chat.control_spans, places]),
-        control_tokens=(*chat.control_tokens, *(match.group() for match in found)),
-        message_spans=chat.message_spans,
-    )
-
-
-@lru_cache(maxsize=4)
-def _encoder(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> ChatEncoder:
-    """Built once per tokenizer and template: it compiles the template and learns how its answers end."""
-    return build_encoder(tokenizer)
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, **_DECODING))
-
-
-_DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-
-
-class _Streamer(TextStreamer):
-    """Hands each finished piece of text to a function in place of stdout."""
+class PieceStreamer(TextStreamer):
+    """Hands each finished piece of text to a function in place of stdout, without the template's lead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
         super().__init__(tokenizer, skip_prompt=True, **_DECODING)
         self._write = write
+        self._lead = chat_encoder(tokenizer).template.lead
+        self._held = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._write(text)
+        self._held += text
+        if len(self._held) >= len(self._lead) or stream_end:
+            self._write(self._held.removeprefix(self._lead))
+            self._held, self._lead = "", ""
 
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Draws ------------------------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """Text that is safe on a terminal: escape sequences and direction marks could hide or rewrite lines."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+def _draws(
+    sampling: Sampling, seeds: Sequence[int], num_prompt: int, num_new: int, device: torch.device
+) -> LogitsProcessorList:
+    """Nothing for temperature 0. Else the library's own warpers, and a draw in place of its likeliest token."""
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    steps: list[LogitsProcessor] = [_Draw(sampling, seeds, num_prompt, num_new, device)]
+    return LogitsProcessorList(steps)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+class _Draw(LogitsProcessor):
+    """Leaves one token a row: the one that the row's own number falls on, by its probability."""
+
+    def __init__(
+        self, sampling: Sampling, seeds: Sequence[int], num_prompt: int, num_new: int, device: torch.device
+    ) -> None:
+        self._temperature = sampling.temperature
+        self._warpers: list[Any] = []
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        draws = [torch.rand(num_new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self._numbers = torch.stack(draws).to(device)
+        self._num_prompt = num_prompt
+        # Sums over a large vocabulary; Apple's GPUs have no float64.
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        warped = scores.float() / self._temperature
+        for warp in self._warpers:
+            warped = warp(input_ids, warped)
+        sums = warped.softmax(dim=-1, dtype=self._dtype).cumsum(dim=-1)
+        numbers = self._numbers[:, input_ids.shape[1] - self._num_prompt, None].to(self._dtype)
+        chosen = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)
+        chosen = chosen.clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)

@@ -19,7 +19,7 @@ from trainer import checkpoint, folders
 from trainer.checkpoint import Progress
 from trainer.memory import free_machine_bytes
 from trainer.optimizers import Optimizer
-from trainer.pieces import KINDS, Piece
+from trainer.pieces import Piece, stored_bytes
 from trainer.ranks import Ranks
 
 MAX_MEMORY_SHARE = 0.5
@@ -59,11 +59,11 @@ class CheckpointWriter:
 
     def reserve(self, optimizer: Optimizer) -> None:
         """Take the memory for copies now, so that the first checkpoint does not wait for it."""
-        weights = [piece.values for piece in optimizer.pieces() if piece.kind == "weight"]
-        num_numbers = len(KINDS) * sum(weight.numel() for weight in weights)
+        num_bytes = optimizer.num_bytes()
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks.count))
-        if 4 * num_numbers * num_local <= MAX_MEMORY_SHARE * free_machine_bytes():
-            self._buffer = HostBuffer(num_numbers, is_pinned=any(w.is_cuda for w in weights))
+        if num_bytes * num_local <= MAX_MEMORY_SHARE * free_machine_bytes():
+            is_pinned = any(piece.values.is_cuda for piece in optimizer.pieces())
+            self._buffer = HostBuffer(num_bytes, is_pinned=is_pinned)
 
     def save(
         self,
@@ -139,23 +139,23 @@ class CheckpointWriter:
 
 
 class HostBuffer:
-    """Memory of the host for so many fp32 numbers, page-locked where a GPU copies into it; used again and again."""
+    """So much memory of the host, page-locked where a GPU copies into it; used again and again."""
 
-    def __init__(self, num_numbers: int, *, is_pinned: bool) -> None:
+    def __init__(self, num_bytes: int, *, is_pinned: bool) -> None:
         # Filled, since an untouched page is made at the first write: that would be the first checkpoint.
-        self._numbers = torch.empty(num_numbers, dtype=torch.float32).fill_(0.0)
+        self._bytes = torch.empty(num_bytes, dtype=torch.uint8).fill_(0)
         # Locked where it lies: torch's own page-locked memory comes in powers of two, up to twice as much.
-        self._is_pinned = is_pinned and num_numbers > 0
+        self._is_pinned = is_pinned and num_bytes > 0
         if self._is_pinned:
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(self._numbers.data_ptr(), 4 * num_numbers, 0))
+            _check_cuda(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0))
 
     def copy(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The same pieces, their numbers in this buffer."""
         copies: list[Piece] = []
         end = 0
         for piece in pieces:
-            start, end = end, end + piece.values.numel()
-            values = self._numbers[start:end]
+            start, end = end, end + stored_bytes([piece.values])
+            values = self._bytes[start : start + piece.values.nbytes].view(piece.values.dtype)
             values.copy_(piece.values.detach(), non_blocking=True)
             copies.append(piece._replace(values=values))
         if self._is_pinned:
@@ -165,7 +165,7 @@ class HostBuffer:
     def free(self) -> None:
         """Nobody may use the copies any more."""
         if self._is_pinned:
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._numbers.data_ptr()))
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr()))
             self._is_pinned = False
 
 

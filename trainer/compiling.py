@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface
 
 from trainer.attention import PACKED_ATTENTION, PACKED_BY_DOCUMENT
-from trainer.strategies.pipeline import decoder_layers
+from trainer.decoder_layers import decoder_layers
 
 BACKEND = "inductor"
 MAX_PROGRAMS = 32

@@ -34,12 +34,12 @@ def consolidate(config: PipelineConfig, *, checkpoint: str = LATEST_NAME, out: P
     folder = find_checkpoint(config, checkpoint)
     found = _read(folder)
     dtype: torch.dtype = getattr(torch, str(found.facts["dtype"]))
-    model = _model(config, dtype)
     method = METHODS[config.train.method]
+    model = _model(config, dtype)
     names = method.saved_names(model)
-    check_shapes(found.shapes, _shapes(model, names))
+    check_shapes(found.shapes, _trained_shapes(model))
     with built_aside(out) as temporary:
-        method.save(model, temporary, needed_model(config), _weights(found, names, dtype))
+        method.save(model, temporary, needed_model(config), _weights(found, model, names, dtype))
         load_tokenizer(config).save_pretrained(temporary)
     return out
 
@@ -77,23 +77,33 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _model(config: PipelineConfig, dtype: torch.dtype) -> Any:
-    """Names and shapes of what is trained; in what form the frozen weights were held plays no part."""
-    settings = needed_model(config)
-    base = model_without_weights(settings, dtype=dtype)
-    if base is None:
-        base = load_base_model(settings, device=torch.device("cpu"), dtype=dtype)
-    return METHODS[config.train.method].apply(base, config.train)
+    """Names and shapes of what is trained; in what form the frozen weights were held plays no part.
+
+    Its other weights come along where the method saves them too.
+    """
+    settings, method = needed_model(config), METHODS[config.train.method]
+    if not getattr(method, "NEEDS_WEIGHTS", False) and not settings.new_tokens:
+        base = model_without_weights(settings, dtype=dtype)
+        model = method.apply(base, config.train) if base is not None else None
+        if model is not None and set(method.saved_names(model)) <= _trained_shapes(model).keys():
+            return model
+    base = load_base_model(settings, device=torch.device("cpu"), dtype=dtype)
+    return method.apply(base, config.train)
 
 
-def _shapes(model: torch.nn.Module, names: Iterable[str]) -> Shapes:
-    parameters = dict(model.named_parameters())
-    return {name: torch.Size(whole_shape(parameters[name])) for name in names}
+def _trained_shapes(model: torch.nn.Module) -> Shapes:
+    return {name: torch.Size(whole_shape(p)) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _weights(
-    found: Checkpoint, names: Iterable[str], dtype: torch.dtype
+    found: Checkpoint, model: torch.nn.Module, names: Iterable[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
-        weight = read_whole(found.read, "weight", name, found.shapes[name])
+        if name not in found.shapes:
+            yield name, model.get_parameter(name).detach()
+            continue
+        weight = read_whole(found.read, "average", name, found.shapes[name])
+        if weight is None:
+            weight = read_whole(found.read, "weight", name, found.shapes[name])
         assert weight is not None, "a checkpoint holds all weights"
         yield name, weight.to(dtype)

@@ -42,7 +42,7 @@ from schemas.evaluation import (
 )
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER, EVALUATION_NAME, MANIFEST_NAME, STAGE_FOLDERS
-from trainer.answer import answer, check_base, load_with_adapter, printable
+from trainer.answer import Sampling, answer
 from trainer.attention import unwrapped, use_plain_attention
 from trainer.held_out import (
     HeldOut,
@@ -52,8 +52,10 @@ from trainer.held_out import (
     progress,
     read_held_out,
 )
+from trainer.load_trained import check_base, load_with_adapter
 from trainer.metrics import report
 from trainer.model import load_adapter, load_tokenizer, needed_model
+from trainer.prompts import printable
 from trainer.service import check_trained_model, find_candidate, find_incumbent, read_evaluation
 from trainer.start_adapter import take_off_adapter
 
@@ -104,7 +106,11 @@ def plan_evaluation(config: PipelineConfig) -> Work:
     shards, plan = (_manifest_digest(config, stage) for stage in ("split", "pack"))
     settings = config.evaluate.model_dump(mode="json")
     compared = [model.model_dump(mode="json") if model else None for model in (candidate, incumbent)]
-    form = [needed_model(config).dtype, config.train.base]
+    model = needed_model(config)
+    changed = model.model_dump(
+        mode="json", include={"init", "rope_scaling", "new_tokens"}, exclude_defaults=True
+    )
+    form = [model.dtype, config.train.base, *([changed] if changed else [])]
     key = json_digest([EVALUATION_VERSION, compared, shards, plan, settings, *form])
     return Work(candidate, incumbent, shards, plan, settings, key)
 
@@ -178,11 +184,12 @@ def _answers(config: PipelineConfig, model: torch.nn.Module, *, label: str) -> l
         return []
     use_plain_attention(model)
     tokenizer = load_tokenizer(config)
+    sampling = Sampling(config.evaluate.max_new_tokens)
     show = progress(f"{label}: answers", len(config.evaluate.questions))
     texts = []
     for question in config.evaluate.questions:
         messages = [{"role": "user", "content": question}]
-        texts.append(answer(model, tokenizer, messages, max_new_tokens=config.evaluate.max_new_tokens))
+        texts.append(answer(model, tokenizer, messages, sampling))
         show(1)
     return texts
 

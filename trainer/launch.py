@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command under the lock of its run root. Raises errors of schemas.errors."""
     check_packages()
     options = _parser().parse_args(arguments)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     from pipelines.run_lock import exit_with_parent, hold_run_root
     from trainer.launchers import is_first, take_place
     from trainer.signals import leave_signals_to_starter
@@ -136,16 +135,16 @@ def _promote(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock"
 
 def _generate(config: "PipelineConfig", options: argparse.Namespace, lock: "Lock") -> None:
     _silence_libraries()
+    from trainer.answer import Sampling
     from trainer.generate import run_generate
 
     run_generate(
         config,
+        Sampling(options.max_new_tokens or config.evaluate.max_new_tokens, options.temperature),
         prompts=options.prompt,
         input_path=options.input,
         output_path=options.output,
         adapter=options.adapter,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
     )
 
 
@@ -155,6 +154,17 @@ COMMANDS: dict[str, Callable[["PipelineConfig", argparse.Namespace, "Lock"], Non
     "promote": _promote,
     "generate": _generate,
 }
+
+
+def prepare_libraries() -> None:
+    """For commands that need no run root of their own: no network, no chatter. Before the libraries are imported."""
+    _set_environment()
+    _silence_libraries()
+
+
+def _set_environment() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _silence_libraries() -> None:

@@ -9,18 +9,24 @@ import json
 import math
 import os
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
-from schemas.training_config import TrainConfig
+from schemas.training_config import FreezeConfig, TrainConfig
+from trainer.layer_names import copied_layers, is_in_last, layer_number, matches, num_layers
+from trainer.tensor_headers import UNREADABLE, read_header, unreadable, weight_paths
+from trainer.virtual_rules import VIRTUAL_TOKEN_METHODS
+from trainer.virtual_sizes import num_virtual_weights
 
 QUANTISED_BYTES = {"int8": 1, "int8_rows": 1, "nf4": 1 / 2 + 4 / 64}
 """A weight of a linear layer; nf4 has a float32 scale for each 64."""
+METHODS_IN_PLACE = ("full", "freeze")
+"""They train weights of the model itself; others add some."""
+WHOLE_MODEL_METHODS = (*METHODS_IN_PLACE, "expand")
+"""What they leave is a model, not an adapter."""
 MASTER_BYTES, MOMENTS_BYTES, GRADIENT_BYTES = 4, 8, 4
 CHECKPOINT_BYTES_PER_WEIGHT = MASTER_BYTES + MOMENTS_BYTES
 LOGITS_BYTES = 512 * 2**20
@@ -31,7 +37,6 @@ _QUANTISATION = re.compile(r"\.weight\.(absmax|quant_map|nested_\w+|quant_state\
 """What bitsandbytes writes beside a weight that it has quantised; the state holds the weight's own shape."""
 _STATE = ".quant_state.bitsandbytes__"
 _NOT_LINEAR = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|norm|rotary")
-MAX_HEADER_BYTES = 100 * 2**20
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -72,10 +77,11 @@ def memory_need(
         math.ceil(math.prod(shape) * (linear_bytes if is_linear(name, shape) else bytes_per_weight))
         for name, shape in shapes.items()
     )
+    in_place = num_trained * bytes_per_weight if train.method in METHODS_IN_PLACE else 0
     if train.strategy == "fsdp2":
-        weights = _weights_under_fsdp2(train, weights, num_processes)
-    elif train.method != "full":
-        weights += num_trained * bytes_per_weight
+        weights = _weights_under_fsdp2(train, weights - in_place, num_processes)
+    else:
+        weights += num_trained * bytes_per_weight - in_place
     if train.strategy == "zero3":
         weights = math.ceil(weights / num_processes)
     states = num_trained * _state_bytes(train, bytes_per_weight, num_processes)
@@ -84,7 +90,7 @@ def memory_need(
 
 def _weights_under_fsdp2(train: TrainConfig, weights: int, num_processes: int) -> int:
     """Of frozen ones; trained ones are their masters. By default the frozen ones are cut where they would not fit."""
-    if train.method == "full" or train.offload == "all":
+    if train.offload == "all":
         return 0
     return weights if train.shard_base == "never" else math.ceil(weights / num_processes)
 
@@ -114,28 +120,65 @@ def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) 
 
 
 def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
-    """Of LoRA: rank x (in + out) of each linear layer that it wraps; else all weights."""
+    """Of LoRA: rank x (in + out) of each linear layer that it wraps."""
     if train.method == "full":
-        return sum(math.prod(shape) for shape in shapes.values())
-    return _num_in_whole_modules(shapes, train.lora.modules_to_save) + sum(
+        return _num_weights(shapes, shapes)
+    if train.method == "freeze":
+        return _num_weights(shapes, _chosen(shapes, train.freeze))
+    if train.method == "expand":
+        return _num_in_new_layers(shapes, train.expand.new_layers)
+    if train.method in VIRTUAL_TOKEN_METHODS:
+        return num_virtual_weights(shapes, train)
+    whole = _in_whole_modules(shapes, train.lora.modules_to_save)
+    return _num_weights(shapes, whole) + sum(
         train.lora.rank * sum(shape)
         for name, shape in shapes.items()
         if is_linear(name, shape) and _is_target(name.removesuffix(".weight"), train.lora.targets)
     )
 
 
-def _num_in_whole_modules(shapes: Shapes, names: Sequence[str]) -> int:
+def num_saved_weights(shapes: Shapes, train: TrainConfig) -> int:
+    """Of the adapter, or of the whole model."""
+    num_trained = num_trained_weights(shapes, train)
+    if train.method not in WHOLE_MODEL_METHODS:
+        return num_trained
+    return _num_weights(shapes, shapes) + (num_trained if train.method == "expand" else 0)
+
+
+def _chosen(shapes: Shapes, freeze: FreezeConfig) -> set[str]:
+    count = num_layers(shapes)
+    modules = ["lm_head"] * freeze.head + ["embed_tokens"] * freeze.embeddings
+    return _in_whole_modules(shapes, modules) | {
+        name
+        for name in shapes
+        if is_in_last(name, freeze.last_layers, num_layers=count) or matches(name, freeze.parameters)
+    }
+
+
+def _num_in_new_layers(shapes: Shapes, new_layers: int) -> int:
+    copied = copied_layers(num_layers(shapes), new_layers)
+    return _num_weights(shapes, [name for name in shapes if layer_number(name) in copied])
+
+
+def _in_whole_modules(shapes: Shapes, names: Sequence[str]) -> set[str]:
     """A head that is in no file is the embedding itself."""
     has_head = any(name.removesuffix(".weight").endswith("lm_head") for name in shapes)
     ends = tuple("embed_tokens" if name == "lm_head" and not has_head else name for name in names)
-    return sum(
-        math.prod(shape) for name, shape in shapes.items() if ends and name.rpartition(".")[0].endswith(ends)
-    )
+    return {name for name in shapes if ends and name.rpartition(".")[0].endswith(ends)}
+
+
+def _num_weights(shapes: Shapes, names: Collection[str]) -> int:
+    return sum(math.prod(shapes[name]) for name in names)
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer; embeddings and the head are none here."""
     return len(shape) == 2 and name.endswith(".weight") and _NOT_LINEAR.search(name) is None
+
+
+def is_projected(name: str, shape: tuple[int, ...], train: TrainConfig) -> bool:
+    """Whether galore and apollo keep moments of a projection of it."""
+    return is_linear(name, shape) and min(shape) > train.low_rank.rank
 
 
 def free_machine_bytes() -> int:
@@ -149,29 +192,22 @@ def free_machine_bytes() -> int:
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors in a model folder. Raises InputError where there are no safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    else:
-        files = ["model.safetensors"]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in files:
-        shapes |= _shapes_in(folder / name)
+    for path in weight_paths(folder):
+        shapes |= shapes_in(path)
     return shapes
 
 
-def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """The same of one file."""
     try:
         with path.open("rb") as file:
-            (num_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(num_bytes, MAX_HEADER_BYTES)))
-            packed = dict(_packed_shapes(file, header, 8 + num_bytes))
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+            header, data_start = read_header(file)
+            packed = dict(_packed_shapes(file, header, data_start))
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         return {name: packed.get(name, shapes[name]) for name in shapes if not _QUANTISATION.search(name)}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is no readable safetensors file ({error}); download the model again"
-        ) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
 
 
 def _packed_shapes(

@@ -1,20 +1,24 @@
-"""What a strategy's optimiser does, AdamW over fp32 masters of the trained weights, and learning rates.
+"""What a strategy's optimiser does, and the one of strategies whose ranks hold everything: any update over masters.
 
 Parameters compute in the model's dtype; what the optimiser adds up is fp32. In bf16 alone, 8 bits of mantissa
 lose every update below 1/256 of a weight.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 
 from schemas.errors import TrainingError
 from schemas.training_config import TrainConfig
-from trainer.pieces import MOMENTS, Piece, ReadPiece, Shapes, own_names, read_whole
+from trainer.averaging import MovingAverage
+from trainer.pieces import Piece, ReadPiece, Shapes, own_names, stored_bytes
 from trainer.ranks import ALONE, Ranks
-from trainer.weights import whole_shape
+from trainer.updates import UPDATES, Kind
+from trainer.updates.parts import State, Weight
+from trainer.updates.schedule_free import computing_weight
 
 ComputeLoss = Callable[[], torch.Tensor]
 
@@ -75,16 +79,24 @@ class Optimizer(Protocol):
         A weight that was never updated may have no moments. No rank waits for another in here.
         """
 
+    def num_bytes(self) -> int:
+        """Room for all pieces of this rank, once every weight was updated."""
+
     def restore(self, read: ReadPiece, *, num_updates: int) -> None:
         """Take over what was saved, of weights of these shapes: masters, moments, counts, and what computes."""
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """In here the model computes with the averages of its trained weights, where there are any: they are what is
+        validated and published. The training's own weights come back after it, bit for bit.
+        """
 
-class MasterAdamW:
-    """torch's AdamW, stepping fp32 masters and writing them back into the parameters. Each rank holds all.
 
-    The master of an fp32 parameter is the parameter itself. Other gradients are added up in fp32 by
-    `collect_gradients`, one micro-step after the other. Source: Loshchilov and Hutter, Decoupled Weight
-    Decay Regularization (2019).
+class MasterOptimizer:
+    """Any update of trainer/updates, stepping masters and writing them back into the parameters. Each rank holds all.
+
+    The master of an fp32 parameter is the parameter itself, unless the model computes with another weight than the one
+    that steps; an update without masters steps the parameters themselves. Gradients are added up in fp32, one
+    micro-step after the other.
     """
 
     def __init__(
@@ -94,9 +106,16 @@ class MasterAdamW:
         ranks: Ranks = ALONE,
     ) -> None:
         self.parameters = trainable(parameters)
+        self._train = train
         self._ranks = ranks
-        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
-        self._adamw = torch_adamw(self.masters.values(), train)
+        self._kind = UPDATES[train.optimizer]
+        self.masters = {name: _master(parameter, self._kind) for name, parameter in self.parameters.items()}
+        self._weights = {
+            name: _weight(name, number, master, train)
+            for number, (name, master) in enumerate(self.masters.items())
+        }
+        self._update = self._kind.build(list(self._weights.values()), train, ranks)
+        self._average = MovingAverage(self.masters, train.ema_decay) if train.ema_decay else None
         self._max_grad_norm = train.max_grad_norm or math.inf
         self.num_updates = 0
 
@@ -161,48 +180,94 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """One update of masters and parameters; drops the gradients."""
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
+        self._update.step(learning_rate)
         self.num_updates += 1
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        if self._average is not None:
+            self._average.add(self.masters, self.num_updates)
+        self._write_back()
         self.drop_gradients()
+
+    def _write_back(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self._kind.moves_apart:
+                weight = self._weights[name]
+                parameter.copy_(computing_weight(self._train, weight.parameter, self._update.state(weight)))
+            elif self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
 
     def drop_gradients(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        averages = {name: state["average"] for name, state in self._states() if "average" in state}
+        kept = {name: self.parameters[name].detach().clone() for name in averages}
+        self._compute_with(averages)
+        try:
+            yield
+        finally:
+            self._compute_with(kept)
+
+    @torch.no_grad()
+    def _compute_with(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.parameters[name].copy_(tensor)
+
     # State, by parameter name --------------------------------------------------------------------------------
+
+    def _states(self) -> Iterator[tuple[str, State]]:
+        """Of each weight, all that is kept beside it."""
+        for name, weight in self._weights.items():
+            average = {} if self._average is None else {"average": self._average.of[name]}
+            yield name, self._update.state(weight) | average
 
     def shapes(self) -> Shapes:
         return {name: master.shape for name, master in self.masters.items()}
 
     def pieces(self) -> Iterator[Piece]:
+        own = set(own_names(list(self.masters), self._ranks))
+        for name, state in self._states():
+            if name in own:
+                yield Piece("weight", name, 0, self.masters[name].detach().view(-1))
+                yield from (Piece(kind, name, 0, tensor.view(-1)) for kind, tensor in state.items())
+
+    def num_bytes(self) -> int:
+        total = 0
         for name in own_names(list(self.masters), self._ranks):
-            master = self.masters[name]
-            state = self._adamw.state.get(master, {})
-            yield Piece("weight", name, 0, master.detach().view(-1))
-            for kind in MOMENTS:
-                if kind in state:
-                    yield Piece(kind, name, 0, state[kind].view(-1))
+            weight = self._weights[name]
+            total += stored_bytes([weight.parameter, *self._empty_state(weight).values()])
+            total += stored_bytes([self._average.of[name]]) if self._average is not None else 0
+        return total
+
+    def _empty_state(self, weight: Weight) -> State:
+        """Kinds and shapes alone: nothing is allocated."""
+        on_meta = torch.nn.Parameter(weight.parameter.detach().to("meta"))
+        return self._update.empty(weight._replace(parameter=on_meta))
 
     @torch.no_grad()
     def restore(self, read: ReadPiece, *, num_updates: int) -> None:
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            weight = read_whole(read, "weight", name, master.shape)
-            assert weight is not None, "a checkpoint holds all weights"
-            master.copy_(weight)
-            if master is not parameter:
-                parameter.copy_(master)
-            moments = {kind: read_whole(read, kind, name, master.shape) for kind in MOMENTS}
-            if found := {kind: moment for kind, moment in moments.items() if moment is not None}:
-                on_device = {kind: moment.to(master.device) for kind, moment in found.items()}
-                self._adamw.state[master] = {"step": step_count(num_updates, master), **on_device}
+        for name, weight in self._weights.items():
+            weight.parameter.copy_(_saved(read, "weight", name, weight.parameter))
+            if self._average is not None:
+                self._average.of[name].copy_(_saved(read, "average", name, weight.parameter))
+            if any(read(kind, name, 0, 0) is not None for kind in self._empty_state(weight)):
+                for kind, tensor in self._update.begin(weight, num_updates).items():
+                    tensor.copy_(_saved(read, kind, name, tensor))
         self.num_updates = num_updates
+        self._write_back()
+
+
+def _saved(read: ReadPiece, kind: str, name: str, like: torch.Tensor) -> torch.Tensor:
+    """Raises TrainingError where a checkpoint lacks it, or has another number of numbers of it."""
+    found = read(kind, name, 0, like.numel())
+    if found is None or found.numel() != like.numel():
+        raise TrainingError(
+            f"the checkpoint holds {0 if found is None else found.numel()} numbers of {kind} of {name}, expected "
+            f"{like.numel()}; it belongs to other settings, use a new run_root"
+        )
+    return found.view(like.shape)
 
 
 def trainable(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
@@ -217,77 +282,15 @@ def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Param
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def torch_adamw(weights: Iterable[torch.Tensor], train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW as the config asks for it; its rate is set anew in each step."""
-    everything = list(weights)
-    return torch.optim.AdamW(
-        _groups(everything, train.weight_decay),
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        fused=all(weight.is_cuda for weight in everything),
-        foreach=False,
-    )
-
-
-def _groups(weights: Iterable[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
+def _weight(name: str, number: int, master: torch.nn.Parameter, train: TrainConfig) -> Weight:
     """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation."""
-    everything = list(weights)
-    matrices = [weight for weight in everything if len(whole_shape(weight)) >= 2]
-    vectors = [weight for weight in everything if len(whole_shape(weight)) < 2]
-    groups = ((matrices, weight_decay), (vectors, 0.0))
-    return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+    return Weight(name, number, master, decay=train.weight_decay if master.dim() >= 2 else 0.0)
 
 
-def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    if parameter.dtype == torch.float32:
+def _master(parameter: torch.nn.Parameter, kind: Kind) -> torch.nn.Parameter:
+    if kind.is_masterless:
+        parameter.grad_dtype = torch.float32  # autograd adds micro-steps up in it
         return parameter
-    return torch.nn.Parameter(parameter.detach().float())
-
-
-def step_count(num_updates: int, weight: torch.Tensor) -> torch.Tensor:
-    """AdamW's own count of its updates of a weight."""
-    # The fused kernel counts on the GPU, the plain one on the CPU.
-    return torch.tensor(float(num_updates), device=weight.device if weight.is_cuda else "cpu")
-
-
-# Learning rates ---------------------------------------------------------------------------------------------
-
-
-def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
-    """Rate of step `step` (from 0) of `num_steps`.
-
-    Warm-up rises in equal parts and never starts at 0; the decay starts at the full rate and would reach its
-    end at step `num_steps`. With w warm-up steps this is transformers' schedule of w + 1 warm-up and
-    `num_steps` + 1 steps, one step later: no step is spent at rate 0.
-    """
-    warmup_steps = num_warmup_steps(train, num_steps)
-    if step < warmup_steps:
-        return train.learning_rate * (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
-    floor = train.min_learning_rate_share
-    share = SCHEDULES[train.schedule](min(progress, 1.0))
-    if train.schedule != "constant":
-        share = floor + (1.0 - floor) * share
-    return train.learning_rate * share
-
-
-def num_warmup_steps(train: TrainConfig, num_steps: int) -> int:
-    if train.warmup_steps is not None:
-        return min(train.warmup_steps, num_steps)
-    return math.ceil(train.warmup_share * num_steps)
-
-
-def _constant(progress: float) -> float:
-    return 1.0
-
-
-def _linear(progress: float) -> float:
-    return 1.0 - progress
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
+    if parameter.dtype == torch.float32 and not kind.moves_apart:
+        return parameter
+    return torch.nn.Parameter(parameter.detach().float().clone())

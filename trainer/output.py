@@ -18,6 +18,7 @@ from trainer.checkpoint import Progress
 from trainer.folders import built_aside
 from trainer.job import Job
 from trainer.methods import METHODS
+from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS
 from trainer.strategies import STRATEGIES
 from trainer.weights import whole_shape
 
@@ -80,9 +81,10 @@ def num_trainable_weights(model: torch.nn.Module) -> int:
 
 def _libraries(job: Job) -> Iterator[str]:
     yield from LIBRARIES
-    if job.config.train.base != "plain":
+    train = job.config.train
+    if train.base != "plain" or train.optimizer in BITSANDBYTES_OPTIMIZERS:
         yield "bitsandbytes"
-    if job.config.train.strategy.startswith("zero"):
+    if train.strategy.startswith("zero"):
         yield "deepspeed"
 
 

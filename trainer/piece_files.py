@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
 from schemas.run import FileEntry
-from trainer.pieces import KINDS, MOMENTS, Piece, Shapes
+from trainer.pieces import FURTHER_KINDS, KINDS, MOMENTS, SMALL_KINDS, Piece, Shapes
 
-NUMBER_BYTES = 4
 HEADER_ALIGNMENT = 8
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+"""As safetensors names them."""
 MakePieces: TypeAlias = Callable[[], Iterable[Piece]]
 
 
@@ -70,14 +71,26 @@ class Index(_Record):
 
 
 def write_pieces(path: Path, make_pieces: MakePieces) -> tuple[FileEntry, tuple[Run, ...]]:
-    """Write and fsync one file; `make_pieces` is called twice, for the header and for the numbers."""
-    runs = tuple(
-        Run(kind, name, start, start + values.numel())
-        for kind, name, start, values in _not_empty(make_pieces())
+    """Write and fsync one file; `make_pieces` is called for the header, and for the numbers of each dtype.
+
+    The widest come first, so that each number lies on a multiple of its size: readers can't take it elsewhere.
+    """
+    dtypes: dict[Run, torch.dtype] = {}
+    for kind, name, start, values in _not_empty(make_pieces()):
+        run = Run(kind, name, start, start + values.numel())
+        assert run not in dtypes, "a rank hands over each run once"
+        dtypes[run] = values.dtype
+    order = sorted(set(dtypes.values()), key=lambda dtype: (-dtype.itemsize, str(dtype)))
+    runs = tuple(run for dtype in order for run in dtypes if dtypes[run] == dtype)
+    numbers = (
+        _bytes_of(piece)
+        for dtype in order
+        for piece in _not_empty(make_pieces())
+        if piece.values.dtype == dtype
     )
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for data in itertools.chain([memoryview(_header(runs))], map(_bytes_of, _not_empty(make_pieces()))):
+        for data in itertools.chain([memoryview(_header(runs, dtypes))], numbers):
             file.write(data)
             digest.update(data)
             num_bytes += len(data)
@@ -91,14 +104,19 @@ def _not_empty(pieces: Iterable[Piece]) -> Iterator[Piece]:
     return (piece for piece in pieces if piece.values.numel())
 
 
-def _header(runs: Sequence[Run]) -> bytes:
+def _header(runs: Sequence[Run], dtypes: Mapping[Run, torch.dtype]) -> bytes:
     """Length of the JSON, the JSON, spaces up to the next multiple of 8."""
     entries: dict[str, Any] = {}
     first_byte = 0
     for run in runs:
-        end_byte = first_byte + NUMBER_BYTES * (run.end - run.start)
+        dtype = dtypes[run]
+        end_byte = first_byte + dtype.itemsize * (run.end - run.start)
         shape = [run.end - run.start]
-        entries[run.key] = {"dtype": "F32", "shape": shape, "data_offsets": [first_byte, end_byte]}
+        entries[run.key] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": shape,
+            "data_offsets": [first_byte, end_byte],
+        }
         first_byte = end_byte
     assert len(entries) == len(runs), "a rank hands over each run once"
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -107,9 +125,8 @@ def _header(runs: Sequence[Run]) -> bytes:
 
 
 def _bytes_of(piece: Piece) -> memoryview:
-    values = piece.values.detach()
-    assert values.dtype == torch.float32, f"{piece.kind} of {piece.name} is {values.dtype}"
-    numbers: Any = values.cpu().contiguous().view(-1).numpy()
+    values = piece.values.detach().cpu().contiguous().view(-1)
+    numbers: Any = values.view(torch.uint8).numpy()  # numpy knows no bfloat16
     return memoryview(numbers).cast("B")
 
 
@@ -121,7 +138,7 @@ def index_of(parts: Iterable[Part]) -> Index:
         shapes |= part.shapes
         for run in part.runs:
             stored = StoredRun(part.file.path, run.start, run.end)
-            runs[run.kind].setdefault(run.name, []).append(stored)
+            runs.setdefault(run.kind, {}).setdefault(run.name, []).append(stored)
     ordered = {
         kind: {name: tuple(sorted(found, key=lambda run: run.start)) for name, found in tensors.items()}
         for kind, tensors in runs.items()
@@ -133,7 +150,7 @@ def index_of(parts: Iterable[Part]) -> Index:
 
 def check_covered(index: Index) -> None:
     """Raises ValueError unless the runs of each tensor follow on each other from its first number to its last."""
-    if set(index.runs) != set(KINDS):
+    if not set(KINDS) <= set(index.runs) <= {*KINDS, *FURTHER_KINDS, *SMALL_KINDS}:
         raise ValueError(f"it holds {sorted(index.runs)}, expected {sorted(KINDS)}")
     moments = [set(index.runs[kind]) for kind in MOMENTS]
     if any(names != moments[0] for names in moments):
@@ -143,7 +160,8 @@ def check_covered(index: Index) -> None:
         if odd := sorted(set(tensors) ^ expected):
             raise ValueError(f"{kind} of {odd[0]} is missing, or not one of the trained weights")
         for name, runs in tensors.items():
-            _check_runs(kind, name, runs, math.prod(index.shapes[name]))
+            whole = runs[-1].end if kind in SMALL_KINDS else math.prod(index.shapes[name])
+            _check_runs(kind, name, runs, whole)
 
 
 def _check_runs(kind: str, name: str, runs: Sequence[StoredRun], num_numbers: int) -> None:
@@ -169,7 +187,7 @@ class PieceFiles:
         self.shapes: Shapes = {name: torch.Size(shape) for name, shape in index.shapes.items()}
 
     def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor | None:
-        runs = self._runs[kind].get(name)
+        runs = self._runs.get(kind, {}).get(name)
         if runs is None:
             return None
         parts = [

@@ -34,6 +34,7 @@ def takes_layers(train: TrainConfig) -> bool:
 def _can_take_layers(train: TrainConfig) -> bool:
     return (
         train.method == "lora"
+        and train.batches != "unpacked"
         and train.strategy in LAYER_STRATEGIES
         and train.base != "int8"
         and train.lora.dropout == 0
@@ -133,8 +134,8 @@ def _no_layers(config: PipelineConfig, architecture: dict[str, Any]) -> str | No
     if not asked or _can_take_layers(train):
         return None
     return (
-        f"{', '.join(asked)}, train.method {train.method}, strategy {train.strategy}, base {train.base}, kernels "
-        f"{train.kernels}, lora.dropout {train.lora.dropout}"
+        f"{', '.join(asked)}, train.method {train.method}, strategy {train.strategy}, base {train.base}, batches "
+        f"{train.batches}, kernels {train.kernels}, lora.dropout {train.lora.dropout}"
     )
 
 
@@ -247,7 +248,7 @@ SETTING_RULES = (
     Rule(
         "adapter-full",
         _continued_under_full,
-        "full tuning trains no adapter",
+        "this method trains no such adapter",
         "set model.adapter_use to merge, or train.method to lora",
     ),
     Rule(

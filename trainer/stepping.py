@@ -1,18 +1,22 @@
 """One optimiser step on this rank: its share of the micro-steps, then one update with all ranks."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from trainer.data import micro_batch
-from trainer.draws import draw_seed, drawing_for
+from trainer.data import MicroBatch
+from trainer.draws import Row, draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
-from trainer.optimizers import NO_LIMITS, Limits, Optimizer, learning_rate
+from trainer.optimizers import NO_LIMITS, Limits, Optimizer
+from trainer.padding import computed_batches
+from trainer.schedules import learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
+from trainer.virtual_tokens import num_prepended_tokens
 
 OUT_OF_MEMORY_SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -128,17 +132,38 @@ def _run_micro_step(
     factor: float,
     is_last: bool,
 ) -> torch.Tensor:
-    batch = micro_batch(
-        job.plans[step.epoch],
-        job.reader,
-        micro_step.first_bin,
-        micro_step.end_bin,
-        pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
-    ).to(job.device)
-    bins = _bins(job, step, micro_step)
-    torch.manual_seed(bins[0][0])  # for draws that trainer/draws.py does not reach
-    with drawing_for(bins):
-        return optimizer.backward(lambda: summed_loss(model, batch) * factor, is_last=is_last)
+    """The sum of its losses; padded, it may be several batches, one backward pass after the other."""
+    total = torch.zeros((), device=job.device)
+    batches = list(
+        computed_batches(
+            job.plans[step.epoch],
+            job.reader,
+            micro_step.first_bin,
+            micro_step.end_bin,
+            tokens_per_bin=job.padded_tokens_per_bin,
+            pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
+        )
+    )
+    for number, batch in enumerate(batches, 1):
+        rows = _padded_rows(job, model, step, batch) if batch.padded_rows else [_bins(job, step, micro_step)]
+        torch.manual_seed(rows[0][0][0])  # for draws that trainer/draws.py does not reach
+        with drawing_for(*rows):
+            total += optimizer.backward(
+                functools.partial(_scaled_loss, model, batch.to(job.device), factor),
+                is_last=is_last and number == len(batches),
+            )
+    return total
+
+
+def _scaled_loss(model: torch.nn.Module, batch: MicroBatch, factor: float) -> torch.Tensor:
+    return summed_loss(model, batch) * factor
+
+
+def _padded_rows(job: Job, model: torch.nn.Module, step: Step, batch: MicroBatch) -> list[Row]:
+    """Seed and number of tokens of each document, those that a method puts before it counted."""
+    before = num_prepended_tokens(model)
+    seed = job.config.train.seed
+    return [[(draw_seed(seed, step.number, row.place), before + row.length)] for row in batch.padded_rows]
 
 
 def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[tuple[int, int]]:

@@ -7,13 +7,18 @@ matrix that the docs print (support_matrix.py).
 import importlib.util
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from pipelines.hub_cache import model_folder
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.model_rules import SECTION_MODEL_RULES
+from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
+from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES
+from trainer.weight_rules import WEIGHT_RULES
+from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
 
 def check_supported(config: PipelineConfig) -> None:
@@ -34,26 +39,6 @@ def _broken_rules(config: PipelineConfig) -> Iterator[tuple[Rule, str]]:
         found = rule.find(config, architecture)
         if found is not None:
             yield rule, found
-
-
-def model_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model or tokenizer: itself, or its snapshot in the local hub cache. No network.
-
-    Raises InputError when it is neither.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    # Imported late: the hub client costs more than all of this module.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise InputError(
-            f"model {name!r} is neither a folder nor in the local hub cache; download it once "
-            f"with `hf download {name}` or give a folder"
-        ) from None
 
 
 def model_architecture(config: PipelineConfig) -> dict[str, Any]:
@@ -160,9 +145,11 @@ def _no_deepspeed(config: PipelineConfig, architecture: dict[str, Any]) -> str |
 
 
 def _no_bitsandbytes(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.base == "plain" or importlib.util.find_spec("bitsandbytes") is not None:
+    train = config.train
+    is_needed = train.base != "plain" or train.optimizer in BITSANDBYTES_OPTIMIZERS
+    if not is_needed or importlib.util.find_spec("bitsandbytes") is not None:
         return None
-    return f"train.base is {config.train.base}"
+    return f"train.base is {train.base}, train.optimizer {train.optimizer}"
 
 
 def _no_wandb(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -203,7 +190,12 @@ RULES = (
         "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
+    *SECTION_MODEL_RULES,
     *SETTING_RULES,
+    *UNPACKED_RULES,
+    *VIRTUAL_TOKEN_RULES,
+    *OPTIMIZER_RULES,
+    *WHOLE_WEIGHT_RULES,
     Rule(
         "int8-sharded",
         _int8_in_shards,
@@ -263,7 +255,8 @@ RULES = (
         "bitsandbytes",
         _no_bitsandbytes,
         "bitsandbytes is not installed",
-        "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain",
+        "pip install 'sft-pipeline[deepspeed]' or 'sft-pipeline[gpu]', or set train.base to plain and "
+        "train.optimizer to adamw",
         of_machine=True,
     ),
     Rule(
@@ -273,4 +266,5 @@ RULES = (
         "pip install 'sft-pipeline[wandb]', or take it out of train.trackers",
         of_machine=True,
     ),
+    *WEIGHT_RULES,
 )

@@ -25,9 +25,16 @@ def _choices(section: Any, field: str) -> tuple[Any, ...]:
     return get_args(section.model_fields[field].annotation)
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in _choices(TrainConfig, "method")},
+    "freeze": {"method": "freeze", "freeze": {"last_layers": 1}},
+    "expand": {"method": "expand", "expand": {"new_layers": 1}},
+}
+"""A name for each method, and its settings in the section train."""
+
 AXES: dict[str, tuple[Any, ...]] = {
     "strategy": _choices(TrainConfig, "strategy"),
-    "method": _choices(TrainConfig, "method"),
+    "method": tuple(METHODS),
     "base": _choices(TrainConfig, "base"),
     "dtype": tuple(name for name in _choices(ModelConfig, "dtype") if name != "auto"),
     "packing": _choices(PackConfig, "mode"),
@@ -89,8 +96,8 @@ def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def train_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of them that stands in the section train."""
     return {
+        **METHODS[settings["method"]],
         "strategy": settings["strategy"],
-        "method": settings["method"],
         "base": settings["base"],
         "gradient_checkpointing": settings["checkpointing"],
         "compile": settings["compile"],

@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.pipeline_config import PipelineConfig
+from schemas.training_config import ModelConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint, judging
-from trainer.attention import unwrapped, use_packed_attention
+from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.compiling import compile_layers
@@ -48,6 +49,7 @@ from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.preflight import check_ranks
 from trainer.probe import check_packing
+from trainer.random_weights import RandomWeights
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
 from trainer.start_adapter import adapter_folder, merge_into
@@ -90,14 +92,15 @@ def train_job(job: Job) -> TrainingResult:
             use_bin_dropout(model)
             speed_up(job, model)
             model = fill(job, place(job, model))
-            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            check_layout(job, model)
             compile_rest(job, model, speed_up_layers(job, model))
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
         progress = run_steps(job, model, optimizer, progress, signals)
         output_step = take_best(job, optimizer, progress)
-        return finish(job, model, tokenizer, progress, output_step)
+        with optimizer.averaged():
+            return finish(job, model, tokenizer, progress, output_step)
 
 
 def tell(job: Job, message: str) -> None:
@@ -118,9 +121,10 @@ def load_model(job: Job) -> torch.nn.Module:
     model: PreTrainedModel | None = None
     device = job.device
     if STRATEGIES[job.config.train.strategy].fill is not None:
-        model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
+        if not needs_weights(job):
+            model = model_without_weights(job.model, base=job.config.train.base, dtype=job.dtype)
         if model is None:
-            tell(job, "each process loads the whole model first: its files can't be read in parts")
+            tell(job, "each process loads the whole model first: it can't be read in parts")
             device = CPU  # where there is more room; place() takes from it what this rank keeps
     if model is None:
         model = load_base_model(
@@ -139,6 +143,11 @@ def load_model(job: Job) -> torch.nn.Module:
     return model
 
 
+def needs_weights(job: Job) -> bool:
+    """Whether something reads the model's weights before they are laid over the processes."""
+    return getattr(METHODS[job.config.train.method], "NEEDS_WEIGHTS", False) or bool(job.model.new_tokens)
+
+
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     trained: torch.nn.Module
     if job.model.adapter is not None and job.model.adapter_use == "continue":
@@ -146,6 +155,8 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     else:
         trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
+    if job.padded_tokens_per_bin is not None:
+        use_plain_attention(trained)
     return trained
 
 
@@ -156,9 +167,13 @@ def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 def fill(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     fill_in = STRATEGIES[job.config.train.strategy].fill
     if fill_in is not None:
-        with WeightFiles(check_model_folder(job.model)) as files:
+        with weight_source(job.model) as files:
             fill_in(model, files, job.ranks)
     return model
+
+
+def weight_source(model: ModelConfig) -> WeightFiles | RandomWeights:
+    return RandomWeights() if model.init == "random" else WeightFiles(check_model_folder(model))
 
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
@@ -186,6 +201,11 @@ def compile_rest(job: Job, model: torch.nn.Module, are_all_taken: bool) -> None:
         tell(job, "nothing is compiled: over bits, or recomputed, layers can't be but as one")
         return
     tell(job, compile_layers(model))
+
+
+def check_layout(job: Job, model: torch.nn.Module) -> None:
+    is_padded = job.padded_tokens_per_bin is not None
+    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks, is_padded=is_padded)
 
 
 def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
@@ -257,6 +277,7 @@ def run_steps(
             progress = judging.advance(progress, step, outcome)
             seconds = time.monotonic() - started_at
             record = step_record(step, outcome, seconds) | meter.read(step, seconds)
+            record |= {"unix_time": time.time(), "bins_at_once": stepper.bins_at_once}
             if job.dtype == torch.float16:
                 progress = after_step(progress, scale, overflowed=outcome.is_overflow)
                 record["loss_scale"] = scale
@@ -264,7 +285,8 @@ def run_steps(
             judging.check_progress(progress, train)
             writer.check()
             if is_due(job, step, train.evaluate_every_steps):
-                progress = validate(job, model, metrics, progress)
+                with optimizer.averaged():
+                    progress = validate(job, model, metrics, progress)
             job.ranks.pulse.mark(f"at the end of step {step.number + 1}")
             received = job.ranks.largest(signals.received or 0)
             if received or is_checkpoint_due(job, step, progress):
@@ -317,7 +339,9 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
         return progress
     reader, plan = job.validation
     job.ranks.pulse.mark(f"validating after step {progress.num_steps}")
-    found = split_loss(model, reader, plan, device=job.device, ranks=job.ranks)
+    found = split_loss(
+        model, reader, plan, device=job.device, tokens_per_bin=job.padded_tokens_per_bin, ranks=job.ranks
+    )
     loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
     metrics.log_validation(
         {

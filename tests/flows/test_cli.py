@@ -15,7 +15,7 @@ from schemas.run import STAGE_FOLDERS, STAGES
 from tests.integration import toy
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = "init run step train evaluate promote rollback consolidate generate chat show doctor schema deploy".split()
+COMMANDS = "init run step train evaluate promote rollback consolidate generate chat show doctor schema deploy bench".split()
 CONFIG = """\
 run_root: run
 sources:

@@ -48,11 +48,11 @@ def config_of_row(folder: Path, settings: Settings) -> PipelineConfig:
     train = {
         "max_steps": NUM_STEPS,
         "bins_per_step": 3,  # over two processes: one of them computes a filler
-        "learning_rate": 1e-2 if settings["method"] == "lora" else 1e-3,
-        "lora": {"rank": 4, "alpha": 8},
+        "learning_rate": 1e-3 if settings["method"] == "full" else 1e-2,
         "num_processes": 1 if settings["strategy"] in ONE_PROCESS else 2,
         **train_settings(settings),
     }
+    train["lora"] = {"rank": 4, "alpha": 8, **train.get("lora", {})}
     config = tiny_run(
         place,
         train=train,

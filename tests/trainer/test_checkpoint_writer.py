@@ -14,7 +14,7 @@ from schemas.training_config import TrainConfig
 from trainer import checkpoint, checkpoint_writer
 from trainer.checkpoint import Progress, read_newest, step_name
 from trainer.checkpoint_writer import CheckpointWriter
-from trainer.optimizers import MasterAdamW
+from trainer.optimizers import MasterOptimizer
 from trainer.ranks import ALONE, Ranks
 
 FACTS = {"key": "0123456789abcdef"}
@@ -43,30 +43,30 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 @pytest.fixture
-def optimizer() -> MasterAdamW:
+def optimizer() -> MasterOptimizer:
     torch.manual_seed(0)
-    found = MasterAdamW(torch.nn.Linear(40, 30).named_parameters(), TrainConfig())
+    found = MasterOptimizer(torch.nn.Linear(40, 30).named_parameters(), TrainConfig())
     update(found)
     return found
 
 
-def update(optimizer: MasterAdamW) -> None:
+def update(optimizer: MasterOptimizer) -> None:
     for parameter in optimizer.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(0.5)
 
 
-def state_of(optimizer: MasterAdamW) -> dict[tuple[str, str], torch.Tensor]:
+def state_of(optimizer: MasterOptimizer) -> dict[tuple[str, str], torch.Tensor]:
     return {(piece.kind, piece.name): piece.values.clone() for piece in optimizer.pieces()}
 
 
-def open_writer(folder: Path, optimizer: MasterAdamW, ranks: Ranks = ALONE) -> CheckpointWriter:
+def open_writer(folder: Path, optimizer: MasterOptimizer, ranks: Ranks = ALONE) -> CheckpointWriter:
     writer = CheckpointWriter(folder, ranks, facts=FACTS, keep=2)
     writer.reserve(optimizer)
     return writer
 
 
-def save(writer: CheckpointWriter, optimizer: MasterAdamW, step: int) -> float:
+def save(writer: CheckpointWriter, optimizer: MasterOptimizer, step: int) -> float:
     """The seconds that training has waited."""
     told: list[float] = []
     progress = Progress(num_steps=step, num_updates=step)
@@ -86,7 +86,7 @@ def assert_holds(folder: Path, step: int, expected: dict[tuple[str, str], torch.
 
 
 def test_training_goes_on_and_the_checkpoint_is_of_its_step(
-    tmp_path: Path, optimizer: MasterAdamW, slow_disk: Gate
+    tmp_path: Path, optimizer: MasterOptimizer, slow_disk: Gate
 ) -> None:
     expected = state_of(optimizer)
     with open_writer(tmp_path, optimizer) as writer:
@@ -103,7 +103,7 @@ def test_training_goes_on_and_the_checkpoint_is_of_its_step(
 
 
 def test_the_next_checkpoint_waits_for_the_one_before_and_tells_so(
-    tmp_path: Path, optimizer: MasterAdamW, slow_disk: Gate
+    tmp_path: Path, optimizer: MasterOptimizer, slow_disk: Gate
 ) -> None:
     with open_writer(tmp_path, optimizer) as writer:
         save(writer, optimizer, 5)
@@ -116,7 +116,7 @@ def test_the_next_checkpoint_waits_for_the_one_before_and_tells_so(
 
 
 def test_what_goes_wrong_beside_the_training_ends_it_at_its_next_step(
-    tmp_path: Path, optimizer: MasterAdamW, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, optimizer: MasterOptimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise StorageError("the disk is full")
@@ -141,7 +141,7 @@ def test_what_goes_wrong_beside_the_training_ends_it_at_its_next_step(
 
 
 def test_after_an_error_of_the_training_a_begun_checkpoint_is_still_written(
-    tmp_path: Path, optimizer: MasterAdamW, slow_disk: Gate
+    tmp_path: Path, optimizer: MasterOptimizer, slow_disk: Gate
 ) -> None:
     expected = state_of(optimizer)
     threading.Timer(0.2, slow_disk.is_open.set).start()
@@ -157,7 +157,7 @@ def test_after_an_error_of_the_training_a_begun_checkpoint_is_still_written(
 
 
 def test_a_state_too_large_to_be_copied_is_written_while_training_waits(
-    tmp_path: Path, optimizer: MasterAdamW, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, optimizer: MasterOptimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[threading.Thread] = []
     original = checkpoint.write_part
@@ -177,7 +177,7 @@ def test_a_state_too_large_to_be_copied_is_written_while_training_waits(
 
 
 @pytest.fixture
-def two_ranks(tmp_path: Path, optimizer: MasterAdamW, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def two_ranks(tmp_path: Path, optimizer: MasterOptimizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two writers that take turns in one process; they agree on the number of their hidden folder."""
     monkeypatch.setattr(Ranks, "largest", lambda self, value: value or 77)
     monkeypatch.setattr(checkpoint_writer.os, "getpid", lambda: 77)
@@ -188,14 +188,17 @@ def two_ranks(tmp_path: Path, optimizer: MasterAdamW, monkeypatch: pytest.Monkey
 
 
 def test_the_first_rank_publishes_once_all_have_written(
-    tmp_path: Path, optimizer: MasterAdamW, two_ranks: list[CheckpointWriter], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    optimizer: MasterOptimizer,
+    two_ranks: list[CheckpointWriter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = state_of(optimizer)
     shares = [
-        MasterAdamW(optimizer.parameters.items(), TrainConfig(), Ranks(number, 2)) for number in range(2)
+        MasterOptimizer(optimizer.parameters.items(), TrainConfig(), Ranks(number, 2)) for number in range(2)
     ]
     for share in shares:
-        share._adamw.state = optimizer._adamw.state
+        share._update = optimizer._update
         share.masters = optimizer.masters
     first, second = two_ranks
     save(first, shares[0], 5)

@@ -1,8 +1,6 @@
-"""Answers, the chat in the terminal, and files of prompts; with a tiny model and one trained adapter."""
+"""Prompts, single answers and the models that give them; with a tiny model and one trained adapter."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from pipelines import storage
-from schemas.errors import ConfigError, InputError, IntegrityError, LimitError
+from schemas.errors import InputError, IntegrityError
 from schemas.pipeline_config import PipelineConfig
 from tests.trainer.tiny_models import tiny_model, tiny_run, tiny_tokenizer, write_model
-from trainer.answer import (
-    LoadedModel,
-    answer,
-    encode_prompt,
-    load_for_generation,
-    printable,
-    stop_token_ids,
-)
+from trainer.answer import Sampling, answer, stop_token_ids
 from trainer.attention import use_packed_attention, use_plain_attention
 from trainer.evaluation import evaluate
-from trainer.generate import chat, generate_file, run_generate
+from trainer.load_trained import LoadedModel, load_for_generation
 from trainer.promotion import promote
+from trainer.prompts import encode_prompt, printable
 from trainer.service import find_candidate
 from trainer.train import train
 
@@ -128,19 +119,19 @@ def test_a_greedy_answer_is_the_argmax_of_each_step(model: torch.nn.Module, text
     tokenizer = tiny_tokenizer()
     expected = by_hand(model, tokenizer, question(text), num_tokens=12)
     assert len(expected) > 2
-    found = answer(model, tokenizer, question(text), max_new_tokens=12)
+    found = answer(model, tokenizer, question(text), Sampling(12))
     assert found == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_settings_that_a_model_brings_along_do_not_steer_the_answer(model: Any) -> None:
     tokenizer = tiny_tokenizer()
-    plain = answer(model, tokenizer, question("red"), max_new_tokens=12)
+    plain = answer(model, tokenizer, question("red"), Sampling(12))
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=5.0, repetition_penalty=9.0, no_repeat_ngram_size=1, eos_token_id=2
     )
     try:
-        assert answer(model, tokenizer, question("red"), max_new_tokens=12) == plain
+        assert answer(model, tokenizer, question("red"), Sampling(12)) == plain
         assert model.generation_config.repetition_penalty == 9.0
     finally:
         model.generation_config = own
@@ -157,7 +148,7 @@ def test_an_answer_ends_at_the_token_that_the_template_writes_after_answers(mode
     ending = tiny_model().eval()
     with torch.no_grad():
         ending.lm_head.weight[[free[place], end]] = ending.lm_head.weight[[end, free[place]]]
-    found = answer(ending, tokenizer, question("red"), max_new_tokens=12)
+    found = answer(ending, tokenizer, question("red"), Sampling(12))
     assert found == tokenizer.decode(free[:place], skip_special_tokens=True)
 
 
@@ -168,7 +159,7 @@ def test_end_tokens_of_the_generation_config_count_too(model: Any) -> None:
     model.generation_config = GenerationConfig(eos_token_id=[2, ids[3]])
     try:
         assert stop_token_ids(model, tokenizer) == sorted({2, ids[3]})
-        found = answer(model, tokenizer, question("red"), max_new_tokens=12)
+        found = answer(model, tokenizer, question("red"), Sampling(12))
         assert found == tokenizer.decode(ids[: ids.index(ids[3]) + 1], skip_special_tokens=True)
     finally:
         model.generation_config = own
@@ -178,7 +169,7 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_random_state_alone(model:
     tokenizer = tiny_tokenizer()
 
     def sample(seed: int) -> str:
-        return answer(model, tokenizer, question("red"), max_new_tokens=16, temperature=2.0, seed=seed)
+        return answer(model, tokenizer, question("red"), Sampling(16, temperature=2.0, seed=seed))
 
     state = torch.get_rng_state()
     assert sample(1) == sample(1)
@@ -188,7 +179,7 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_random_state_alone(model:
 
 def test_streamed_pieces_add_up_to_the_answer(model: torch.nn.Module) -> None:
     pieces: list[str] = []
-    found = answer(model, tiny_tokenizer(), question("the cat"), max_new_tokens=16, on_text=pieces.append)
+    found = answer(model, tiny_tokenizer(), question("the cat"), Sampling(16), on_text=pieces.append)
     assert "".join(pieces) == found
 
 
@@ -196,12 +187,12 @@ def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_shortens_the_
     limit = model.config.max_position_embeddings
     tokenizer = tiny_tokenizer()
     with pytest.raises(InputError, match=f"the model reads {limit}"):
-        answer(model, tokenizer, question("0" * limit), max_new_tokens=4)
+        answer(model, tokenizer, question("0" * limit), Sampling(4))
     overhead = len(encode_prompt(tokenizer, question("")))
     almost_full = question("0" * (limit - overhead - 2))
     assert len(encode_prompt(tokenizer, almost_full)) == limit - 2
     assert len(by_hand(model, tokenizer, almost_full, num_tokens=2)) <= 2
-    answer(model, tokenizer, almost_full, max_new_tokens=50)
+    answer(model, tokenizer, almost_full, Sampling(50))
 
 
 @given(st.text())
@@ -233,7 +224,7 @@ def promoted_run(trained_run: PipelineConfig, tmp_path: Path) -> PipelineConfig:
 
 
 def say(loaded: LoadedModel) -> str:
-    return answer(loaded.model, loaded.tokenizer, question("red blue"), max_new_tokens=10)
+    return answer(loaded.model, loaded.tokenizer, question("red blue"), Sampling(10))
 
 
 def test_promoted_current_and_the_folder_are_the_adapter_and_none_is_the_base(
@@ -272,165 +263,6 @@ def test_changed_adapter_files_and_other_bases_are_refused(
         load_for_generation(promoted_run)
 
 
-# Chat -------------------------------------------------------------------------------------------------------
-
-
-def scripted(lines: list[str]) -> Callable[[str], str]:
-    remaining = iter(lines)
-
-    def read(prompt: str) -> str:
-        line = next(remaining, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    return read
-
-
-def chat_output(config: PipelineConfig, lines: list[str], *, adapter: str = "current") -> list[str]:
-    written: list[str] = []
-    chat(config, adapter=adapter, max_new_tokens=6, read=scripted(lines), write=written.append)
-    return "".join(written).split("\n")[1:]
-
-
-def test_chat_remembers_what_was_said_until_it_is_told_to_forget(trained_run: PipelineConfig) -> None:
-    loaded = load_for_generation(trained_run, "current")
-    first = answer(loaded.model, loaded.tokenizer, question("red"), max_new_tokens=6)
-    remembered = [
-        *question("red"),
-        {"role": "assistant", "content": first},
-        {"role": "user", "content": "red"},
-    ]
-    second = answer(loaded.model, loaded.tokenizer, remembered, max_new_tokens=6)
-    assert first != second
-    found = "\n".join(chat_output(trained_run, ["red", "red", "/reset", "red", "/quit", "never read"]))
-    assert found == "\n".join(map(printable, [first, second, "forgotten", first, ""]))
-
-
-def test_chat_switches_the_adapter_off_and_on(trained_run: PipelineConfig) -> None:
-    with_adapter = say_in_chat(load_for_generation(trained_run, "current"))
-    without = say_in_chat(load_for_generation(trained_run, "none"))
-    lines = ["red", "/reset", "/adapter off", "red", "/reset", "/adapter on", "red"]
-    found = "\n".join(chat_output(trained_run, lines))
-    expected = [
-        with_adapter,
-        "forgotten",
-        "adapter off: the base model answers",
-        without,
-        "forgotten",
-        "adapter on",
-        with_adapter,
-        "",
-    ]
-    assert found == "\n".join(map(printable, expected))
-
-
-def say_in_chat(loaded: LoadedModel) -> str:
-    return answer(loaded.model, loaded.tokenizer, question("red"), max_new_tokens=6)
-
-
-def test_chat_goes_on_after_unknown_commands_and_prompts_that_are_too_long(
-    trained_run: PipelineConfig,
-) -> None:
-    lines = ["/what\x1b", "0" * 300, "/adapter off", ""]
-    found = chat_output(trained_run, lines, adapter="none")
-    assert found[0].startswith("unknown command /what\N{REPLACEMENT CHARACTER}: /reset")
-    assert "shorten it" in found[1]
-    assert found[2].endswith("has no adapter to switch")
-
-
-def test_an_interrupted_answer_ends_alone(trained_run: PipelineConfig) -> None:
-    written: list[str] = []
-
-    def write(text: str) -> None:
-        written.append(text)
-        if len(written) == 2:  # the first piece of the answer
-            raise KeyboardInterrupt
-
-    chat(trained_run, adapter="none", max_new_tokens=6, read=scripted(["red", "/reset"]), write=write)
-    assert " [stopped]" in written
-    assert "forgotten\n" in written
-
-
-# Files ------------------------------------------------------------------------------------------------------
-
-BAD_LINES = {
-    "{not json": "not JSON",
-    "[]": "expected",
-    "{}": "expected",
-    '{"prompt": 3}': "expected",
-    '{"messages": []}': "expected",
-    '{"messages": ["hi"]}': "not {",
-    '{"messages": [{"role": "robot", "content": "hi"}]}': "'robot'",
-    '{"messages": [{"role": "user", "content": [1]}]}': "not {",
-    '{"prompt": "' + "0" * 300 + '"}': "shorten it",
-    '{"prompt": "\\ud800"}': "not JSON",
-    "[" * 5000: "not JSON",
-    "\xff": "not JSON",
-}
-
-
-def test_a_file_of_prompts_is_answered_line_by_line_and_bad_lines_are_named(
-    trained_run: PipelineConfig, tmp_path: Path
-) -> None:
-    good = ['{"prompt": "red"}', json.dumps({"messages": question("blue")})]
-    lines = [good[0], "", *BAD_LINES, good[1]]
-    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    source.write_bytes("\n".join(lines).encode("latin-1"))
-    made = generate_file(trained_run, source, target, adapter="current")
-    loaded = load_for_generation(trained_run, "current")
-    records = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-    assert [record["line"] for record in records] == [1, len(lines)]
-    for record, text in zip(records, ["red", "blue"], strict=True):
-        said = answer(loaded.model, loaded.tokenizer, question(text), max_new_tokens=6)
-        assert record["messages"] == [*question(text), {"role": "assistant", "content": said}]
-    assert made.num_answers == 2
-    assert [number for number, _ in made.bad_lines] == list(range(3, 3 + len(BAD_LINES)))
-    for (_, problem), expected in zip(made.bad_lines, BAD_LINES.values(), strict=True):
-        assert expected in problem
-
-
-def test_a_file_without_a_good_line_leaves_no_answers(trained_run: PipelineConfig, tmp_path: Path) -> None:
-    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    source.write_text("nonsense\n")
-    with pytest.raises(LimitError, match="no line could be answered; line 1: not JSON"):
-        generate_file(trained_run, source, target, adapter="none")
-    source.write_text("\n")
-    with pytest.raises(LimitError, match="it is empty"):
-        generate_file(trained_run, source, target, adapter="none")
-    assert list(tmp_path.iterdir()) == [source]
-
-
-def test_answers_never_overwrite_their_prompts(trained_run: PipelineConfig, tmp_path: Path) -> None:
-    source = tmp_path / "prompts.jsonl"
-    source.write_text('{"prompt": "red"}\n')
-    with pytest.raises(ConfigError, match="is the input as well"):
-        generate_file(trained_run, source, tmp_path / "." / "prompts.jsonl")
-    with pytest.raises(InputError, match="no file of prompts"):
-        generate_file(trained_run, tmp_path / "absent.jsonl", source)
-    assert source.read_text() == '{"prompt": "red"}\n'
-
-
-def test_the_command_answers_prompts_and_files(
-    trained_run: PipelineConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_generate(trained_run, prompts=["red", "blue"], adapter="none", max_new_tokens=3)
-    loaded = load_for_generation(trained_run, "none")
-    said = [
-        answer(loaded.model, loaded.tokenizer, question(text), max_new_tokens=3) for text in ("red", "blue")
-    ]
-    assert capsys.readouterr().out == "".join(f"{printable(text)}\n" for text in said)
-    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    source.write_text('{"prompt": "red"}\nbad\n')
-    run_generate(trained_run, input_path=source, output_path=target, adapter="none")
-    shown = capsys.readouterr()
-    assert shown.out == f"1 answers in {target}, 1 bad lines left out\n"
-    assert f"{source}:2: not JSON" in shown.err
-    assert storage.file_entry(target, folder=tmp_path).num_bytes > 0
-    with pytest.raises(ConfigError, match="needs a prompt"):
-        run_generate(trained_run, prompts=["red"], input_path=source)
-
-
 def test_packed_attention_is_never_left_on_for_generation(trained_run: PipelineConfig) -> None:
     loaded = load_for_generation(trained_run, "none")
     before = say(loaded)
@@ -451,5 +283,5 @@ def test_the_demos_model_knows_the_capital_of_france(smollm: Path, tmp_path: Pat
     )
     loaded = load_for_generation(config, "none")
     messages = question("What is the capital of France?")
-    text = answer(loaded.model, loaded.tokenizer, messages, max_new_tokens=20)
+    text = answer(loaded.model, loaded.tokenizer, messages, Sampling(20))
     assert text == "The capital of France is Paris."

@@ -13,7 +13,7 @@ from schemas.pipeline_config import PipelineConfig
 from tests.integration import toy
 from trainer.memory import memory_need, num_trained_weights, on_gpu, read_shapes
 from trainer.methods import METHODS
-from trainer.optimizers import MasterAdamW
+from trainer.optimizers import MasterOptimizer
 from trainer.output import num_trainable_weights
 from trainer.support import model_architecture
 
@@ -45,6 +45,8 @@ METHODS_AND_TARGETS = [
     {"lora": {"rank": 4}},
     {"lora": {"rank": 16, "targets": ["q_proj", "v_proj"]}},
     {"lora": {"rank": 2, "targets": r".*layers\.1\..*down_proj"}},
+    {"method": "freeze", "freeze": {"last_layers": 1, "head": True, "parameters": [r".*norm\.weight"]}},
+    {"method": "expand", "expand": {"new_layers": 2}},
 ]
 
 
@@ -64,12 +66,14 @@ def test_the_floor_is_what_weights_and_optimiser_really_hold(
     model = METHODS[config.train.method].apply(
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), config.train
     )
-    optimizer = MasterAdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.train)
+    optimizer = MasterOptimizer(
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], config.train
+    )
     for parameter in optimizer.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.collect_gradients()
     gradients = [master.grad for master in optimizer.masters.values()]
-    optimizer._adamw.step()
+    optimizer._update.step(1e-3)
     moments = [piece.values for piece in optimizer.pieces() if piece.kind != "weight"]
     held = {*model.parameters(), *optimizer.masters.values(), *gradients, *moments}
     need = memory_need(

@@ -37,7 +37,7 @@ from trainer.memory import memory_need, num_trained_weights, read_shapes
 from trainer.methods import lora
 from trainer.model import check_dtypes, load_base_model
 from trainer.nf4 import NF4Linear
-from trainer.optimizers import MasterAdamW
+from trainer.optimizers import MasterOptimizer
 from trainer.output import num_trainable_weights
 from trainer.train import train
 
@@ -360,7 +360,9 @@ def test_the_memory_told_is_what_a_4_bit_model_and_its_optimiser_hold(tmp_path: 
     need = memory_need(config, read_shapes(folder), {}, bytes_per_weight=2)
     assert num_trained_weights(read_shapes(folder), config.train) == num_trainable_weights(model)
     assert need.weights == sum(p.nbytes for p in model.parameters())
-    optimizer = MasterAdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.train)
+    optimizer = MasterOptimizer(
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], config.train
+    )
     assert need.states == 4 * 4 * sum(master.numel() for master in optimizer.masters.values())
 
 

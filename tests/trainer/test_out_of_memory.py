@@ -16,7 +16,7 @@ from schemas.training_result import TrainingResult
 from tests.trainer.tiny_models import tiny_run, write_model
 from trainer import stepping
 from trainer.job import plan_job
-from trainer.optimizers import MasterAdamW
+from trainer.optimizers import MasterOptimizer
 from trainer.out_of_memory import OutOfMemoryError, _cure, lowered
 from trainer.rank_processes import MICRO_STEP_VARIABLE
 from trainer.stepping import is_out_of_memory
@@ -116,7 +116,7 @@ def test_an_update_that_does_not_fit_is_not_begun_again(
         calls.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(MasterAdamW, "step", fail)
+    monkeypatch.setattr(MasterOptimizer, "step", fail)
     with pytest.raises(OutOfMemoryError, match="out of memory with 4 bins"):
         train(run_of(tmp_path / "run", bins_per_micro_step=4))
     assert calls == [1]

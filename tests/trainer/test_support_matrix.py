@@ -15,10 +15,14 @@ from schemas.errors import ConfigError
 from tests.trainer.matrix_rows import covering, losses_of_rows, reference_of, row_name
 from trainer.adaptations import ADAPTATIONS
 from trainer.support import RULES, refusals
-from trainer.support_matrix import AXES, Answer, answer, answers, axes_that_matter, config_of
+from trainer.support_matrix import AXES, METHODS, Answer, answer, answers, axes_that_matter, config_of
 
 ALL = list(answers())
-TRAINED = [row for row in ALL if row.verdict != "refused"]
+BASIC_METHODS = ("lora", "full")
+GOING = [row for row in ALL if row.verdict != "refused"]
+TRAINED = [row for row in GOING if row.settings["method"] in BASIC_METHODS]
+"""Of these rows every two settings meet in some that are trained. The other methods meet all strategies and bases."""
+OTHER_METHODS = [name for name in METHODS if name not in BASIC_METHODS]
 MAX_LOSS_DIFFERENCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 3e-2}
 """From the reference, in nats, with a plain base. A gradient of another half of the data gives 0.05 at step 2."""
 MAX_LOSS_DIFFERENCE_OF_BITS = {"int8": 0.05, "int8_rows": 0.05, "nf4": 0.6}
@@ -106,6 +110,38 @@ def test_rows_that_work_train_as_strategy_single_does(tmp_path: Path) -> None:
 def test_rows_that_work_train_as_strategy_single_does_compiled_too(tmp_path: Path) -> None:
     compiled = [row for row in TRAINED if row.settings["compile"]]
     check_losses(tmp_path, covering(compiled, num_settings=1))
+
+
+def plain_rows(method: str) -> list[Answer]:
+    """One row for each strategy and base that the method goes with, all else as plain as it allows."""
+    found: dict[tuple[str, str], Answer] = {}
+    for row in GOING:
+        here = row.settings
+        is_plain = here["dtype"] == "float32" and not here["checkpointing"] and not here["compile"]
+        if here["method"] == method and is_plain:
+            found.setdefault((here["strategy"], here["base"]), row)
+    return list(found.values())
+
+
+@pytest.mark.stress
+def test_other_methods_train_over_several_processes_as_strategy_single_does(tmp_path: Path) -> None:
+    """Each under ddp and one more strategy, in turn; the long form has all strategies and bases."""
+    rows = []
+    for number, method in enumerate(OTHER_METHODS):
+        plain = [row for row in plain_rows(method) if row.settings["base"] == "plain"]
+        others = [row for row in plain if row.settings["strategy"] not in ("single", "ddp")]
+        rows += [row for row in plain if row.settings["strategy"] == "ddp"]
+        rows += others[number % len(others) :][:1] if others else []
+    check_losses(tmp_path, rows)
+
+
+@pytest.mark.hard
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_methods_train_with_every_strategy_and_base_that_is_allowed(
+    tmp_path: Path, method: str
+) -> None:
+    check_losses(tmp_path, plain_rows(method))
 
 
 @pytest.mark.hard

@@ -7,7 +7,7 @@ the model, and what one rank computes does not depend on when the others answer.
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import MasterAdamW, trained_parameters
+from trainer.optimizers import MasterOptimizer, trained_parameters
 from trainer.ranks import Ranks
 
 
@@ -17,5 +17,5 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     return placed
 
 
-def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> MasterAdamW:
-    return MasterAdamW(trained_parameters(model), train, ranks)
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> MasterOptimizer:
+    return MasterOptimizer(trained_parameters(model), train, ranks)

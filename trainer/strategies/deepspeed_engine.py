@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import torch_adamw
 from trainer.ranks import Ranks
+from trainer.updates.adamw import torch_adamw
 
 MAX_BUCKET_NUMBERS = 1 << 26
 """Gradients in one message. DeepSpeed allocates a buffer of this size, by default 500 million numbers."""

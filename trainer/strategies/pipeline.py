@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from schemas.training_config import BaseForm, TrainConfig
 from trainer.attention import unwrapped
+from trainer.decoder_layers import decoder_layers
 from trainer.memory import QUANTISED_BYTES, is_linear
 from trainer.ranks import Ranks
 
@@ -82,12 +83,6 @@ def _filled(sizes: Sequence[int], rest: int, limit: int) -> list[int]:
         held += size
         numbers.append(number)
     return numbers
-
-
-def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """The list of layers that holds the most weights, and its name in the model without a PEFT wrapper."""
-    lists = [(n, m) for n, m in unwrapped(model).named_modules() if isinstance(m, torch.nn.ModuleList)]
-    return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
 
 
 def _num_bytes(module: torch.nn.Module, base: BaseForm) -> int:

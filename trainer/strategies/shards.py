@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import NO_LIMITS, ComputeLoss, Limits, step_count, torch_adamw, trainable
-from trainer.pieces import MOMENTS, Piece, ReadPiece, Shapes
+from trainer.optimizers import NO_LIMITS, ComputeLoss, Limits, trainable
+from trainer.pieces import KINDS, MOMENTS, Piece, ReadPiece, Shapes, stored_bytes
 from trainer.ranks import Ranks
+from trainer.updates.adamw import step_count, torch_adamw
 
 MAX_KEPT_GRADIENT_NUMBERS = 1 << 28
 """Up to so many trained weights (1 GiB of fp32) the whole gradient is kept on each rank until the last micro-step,
@@ -128,6 +130,12 @@ class ShardedAdamW:
             for kind in MOMENTS:
                 if kind in state:
                     yield Piece(kind, name, start, state[kind].view(-1))
+
+    def num_bytes(self) -> int:
+        return len(KINDS) * stored_bytes(master for _, _, master in self._slices())
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @torch.no_grad()
     def restore(self, read: ReadPiece, *, num_updates: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from schemas.training_config import TrainConfig
-from trainer.optimizers import MasterAdamW, trained_parameters
+from trainer.optimizers import MasterOptimizer, trained_parameters
 from trainer.ranks import Ranks
 
 
@@ -13,8 +13,8 @@ def place(model: torch.nn.Module, device: torch.device, ranks: Ranks, train: Tra
     return model.to(device).train()
 
 
-def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> MasterAdamW:
-    return MasterAdamW(trained_parameters(model), train)
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> MasterOptimizer:
+    return MasterOptimizer(trained_parameters(model), train)
 
 
 def full_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ Parameter Models (2020).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,13 @@ from trainer.optimizers import (
     NO_LIMITS,
     ComputeLoss,
     Limits,
-    step_count,
     trainable,
     trained_parameters,
 )
-from trainer.pieces import KINDS, MOMENTS, Piece, ReadPiece, Shapes
+from trainer.pieces import KINDS, MOMENTS, Piece, ReadPiece, Shapes, stored_bytes
 from trainer.ranks import Ranks
 from trainer.strategies.deepspeed_engine import engine_settings, start_engine
+from trainer.updates.adamw import step_count
 from trainer.weights import whole_shape
 
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -110,6 +111,13 @@ class ZeroAdamW:
         for fragment in self._shards.fragments(self._engine, self.parameters):
             for kind in KINDS:
                 yield Piece(kind, fragment.name, fragment.start, fragment.numbers[kind])
+
+    def num_bytes(self) -> int:
+        fragments = self._shards.fragments(self._engine, self.parameters)
+        return sum(stored_bytes(fragment.numbers.values()) for fragment in fragments)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @torch.no_grad()
     def restore(self, read: ReadPiece, *, num_updates: int) -> None:

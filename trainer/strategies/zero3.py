@@ -13,13 +13,13 @@ import torch
 from schemas.training_config import TrainConfig
 from trainer import nf4
 from trainer.attention import unwrapped
+from trainer.decoder_layers import decoder_layers
 from trainer.nf4 import NF4Linear
 from trainer.optimizers import ComputeLoss, trainable, trained_parameters
 from trainer.pieces import MOMENTS
 from trainer.ranks import Ranks
 from trainer.stand_ins import is_stand_in
 from trainer.strategies.deepspeed_engine import engine_settings, import_deepspeed, start_engine
-from trainer.strategies.pipeline import decoder_layers
 from trainer.strategies.zero import Fragment, Parameters, Shards, ZeroAdamW
 from trainer.weights import WeightFiles, name_in_files
 

@@ -227,7 +227,14 @@ def bytes_of(run_root: Path) -> dict[str, str]:
 def steps_of(run_root: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without times."""
     (path,) = run_root.glob("checkpoints/*/metrics.jsonl")
-    measured = ("seconds", "seconds_left", "tokens_per_second", "teraflops_per_second", "memory_gib")
+    measured = (
+        "seconds",
+        "seconds_left",
+        "unix_time",
+        "tokens_per_second",
+        "teraflops_per_second",
+        "memory_gib",
+    )
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in measured} for line in lines]
 

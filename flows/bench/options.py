@@ -1,0 +1,134 @@
+"""What a benchmark is asked to do, and the config of ours that follows from it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from schemas.config_file import load_config
+from schemas.errors import ConfigError
+from schemas.pipeline_config import PipelineConfig
+from schemas.training_config import TrainConfig
+
+Data = Literal["alpaca", "long"]
+Checkpointing = Literal["none", "selective", "full", "auto"]
+CHECKPOINTING_FIELD = "gradient_checkpointing"
+SWEEP_STEPS, SWEEP_WARM_UP_STEPS = 8, 3
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """See the command's --help. `num_steps` are timed, behind `num_warm_up` others; 0 stands for an epoch."""
+
+    folder: Path
+    shape: str = "8b"
+    method: str = "lora"
+    base: str = "plain"
+    rank: int = 16
+    data: Data = "alpaca"
+    tokens_per_step: int = 8192
+    capacity: int = 8192
+    num_chats: int = 0
+    checkpointing: Checkpointing = "none"
+    compile: bool = False
+    peers: tuple[str, ...] = ()
+    peer_pythons: Mapping[str, str] | None = None
+    num_steps: int = 50
+    num_warm_up: int = 10
+    num_rounds: int = 3
+    memory_cap_gib: float | None = None
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    sweep: bool = True
+    variants_of: Path | None = None
+    resume: bool = False
+    timeout_seconds: float = 1800.0
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def bins_per_step(self) -> int:
+        return self.tokens_per_step // self.capacity
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.num_warm_up + self.num_steps if self.num_steps else None
+
+    def python_of(self, name: str) -> str | None:
+        return (self.peer_pythons or {}).get(name)
+
+
+def pythons_of(pairs: Sequence[str]) -> dict[str, str]:
+    """From NAME=PATH to a dict. Raises ConfigError."""
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, path in found.items():
+        if not name or not path:
+            raise ConfigError(f"--peer-python {name}: expected NAME=PATH, such as trl=/envs/trl/bin/python")
+    return found
+
+
+def check_options(options: BenchOptions) -> None:
+    """Raises ConfigError where numbers can't be meant."""
+    if options.tokens_per_step % options.capacity:
+        raise ConfigError(
+            f"--tokens-per-step is {options.tokens_per_step}, expected a multiple of --capacity {options.capacity}"
+        )
+    if options.num_warm_up < 1 or options.num_rounds < 1 or options.num_steps < 0:
+        raise ConfigError(
+            f"--warm-up is {options.num_warm_up}, --rounds {options.num_rounds}, --steps {options.num_steps}: "
+            "expected 1 or more, and for --steps 0 or more"
+        )
+    if options.num_steps == 0 and options.num_chats == 0:
+        raise ConfigError("--steps 0 trains all of an epoch: say with --chats how many chats it has")
+
+
+def config_of(options: BenchOptions, *, max_steps: int | None, checkpointing: str) -> PipelineConfig:
+    """The config of ours, read as a user's would be, from a file in the folder."""
+    path = options.folder / "bench.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_document(options, max_steps, checkpointing), indent=1))  # JSON is YAML, too
+    return load_config(path, options.overrides)
+
+
+def _document(options: BenchOptions, max_steps: int | None, checkpointing: str) -> dict[str, Any]:
+    return {
+        "run_root": "run",
+        "sources": [{"name": "made", "path": "made.jsonl", "format": "messages"}],
+        "holdout": {"validation": 0, "test": 0},
+        "split": {"max_tokens": options.capacity},
+        "model": {"path": f"model-{options.shape}", "dtype": options.dtype, "device": options.device},
+        "train": {
+            "method": options.method,
+            "base": options.base,
+            "lora": {"rank": options.rank, "alpha": 2 * options.rank, "targets": "all-linear"},
+            "bins_per_step": options.bins_per_step,
+            "bins_per_micro_step": options.bins_per_step,
+            "learning_rate": 2e-4 if options.method != "full" else 2e-5,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "max_steps": max_steps,
+            "compile": options.compile,
+            "checkpoint_every_steps": max(options.num_steps // 2, 1),
+            **checkpointing_setting(checkpointing),
+        },
+    }
+
+
+def checkpointing_setting(name: str) -> dict[str, Any]:
+    """As this version's config writes it. Raises ConfigError where it has no such kind."""
+    for value in (name, {"none": False, "full": True}.get(name)):
+        if value is not None and _is_taken(value):
+            return {CHECKPOINTING_FIELD: value}
+    raise ConfigError(
+        f"--checkpointing {name}: train.{CHECKPOINTING_FIELD} of this version does not know it; none and full do"
+    )
+
+
+def _is_taken(value: str | bool) -> bool:
+    from pydantic import ValidationError
+
+    try:
+        found = getattr(TrainConfig.model_validate({CHECKPOINTING_FIELD: value}), CHECKPOINTING_FIELD)
+    except ValidationError:
+        return False
+    return bool(found == value)

@@ -1,0 +1,16 @@
+"""Types of arguments that several commands share."""
+
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+DataStage = Literal["merge", "clean", "filter", "dedup", "holdout", "split", "pack"]
+Stage = Literal[DataStage, "train", "evaluate", "promote"]
+Overrides = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--set", negative="", help="Override a key of the config: --set train.max_steps=5; repeatable."
+    ),
+]
+Several = Annotated[tuple[str, ...], Parameter(negative="")]
+Flag = Annotated[bool, Parameter(negative="")]
