@@ -1,16 +1,18 @@
 """One optimiser step on this rank: its share of the micro-steps, then one update with all ranks."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from trainer.data import micro_batch
+from trainer.data import MicroBatch, micro_batch
 from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
+from trainer.noise import NoisyBin, noise_for
 from trainer.optimizers import NO_LIMITS, Limits, Optimizer
 from trainer.schedules import learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
@@ -29,6 +31,8 @@ class StepOutcome:
     loss: float
     grad_norm: float
     learning_rate: float
+    token_accuracy: float | None = None
+    """Share of the trained tokens that were the most likely ones; None in a step that trains nothing."""
     is_overflow: bool = False
     """The gradient was too large for fp16 under this step's loss scale."""
     is_spike: bool = False
@@ -62,16 +66,32 @@ def run_step(
     if step.weight_sum <= 0:
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
     try:
-        total = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale)
+        total, counts = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise MicroStepError from error
     job.ranks.pulse.mark(f"updating in step {step.number + 1}")
+    counts_on_host = _on_host(job.ranks.add_up(counts))
     loss, grad_norm = optimizer.update(total / loss_scale, rate, limits, loss_scale=loss_scale)
     is_spike = NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm)
     overflowed = is_overflow(loss, grad_norm, loss_scale)
-    return StepOutcome(loss, grad_norm, learning_rate=rate, is_overflow=overflowed, is_spike=is_spike)
+    num_right, num_trained = counts_on_host.tolist()  # there since the update, which waits for the device
+    return StepOutcome(
+        loss,
+        grad_norm,
+        learning_rate=rate,
+        token_accuracy=num_right / num_trained,
+        is_overflow=overflowed,
+        is_spike=is_spike,
+    )
+
+
+def _on_host(counts: torch.Tensor) -> torch.Tensor:
+    """A copy that is on its way."""
+    if not counts.is_cuda:
+        return counts
+    return torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -88,16 +108,18 @@ def _accumulate(
     step: Step,
     bins_at_once: int | None,
     loss_scale: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of the loss, and of the tokens that were predicted right and that were trained."""
     total = torch.zeros((), device=job.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=job.device)
     own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
     for number, micro_step in enumerate(own, 1):
         job.ranks.pulse.move()
         factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
         total += _run_micro_step(
-            job, model, optimizer, step, micro_step, factor=factor, is_last=number == len(own)
+            job, model, optimizer, step, micro_step, counts, factor=factor, is_last=number == len(own)
         )
-    return total
+    return total, counts
 
 
 def _cut(micro_step: MicroStep, bins_at_once: int | None) -> list[MicroStep]:
@@ -125,6 +147,7 @@ def _run_micro_step(
     optimizer: Optimizer,
     step: Step,
     micro_step: MicroStep,
+    counts: torch.Tensor,
     *,
     factor: float,
     is_last: bool,
@@ -138,17 +161,33 @@ def _run_micro_step(
     ).to(job.device)
     bins = _bins(job, step, micro_step)
     torch.manual_seed(bins[0][0])  # for draws that trainer/draws.py does not reach
-    with drawing_for(bins):
-        return optimizer.backward(lambda: summed_loss(model, batch) * factor, is_last=is_last)
+    compute_loss = functools.partial(
+        _scaled_loss, job, model, batch, factor, None if micro_step.is_filler else counts
+    )
+    with drawing_for([(seed, sum(lengths)) for seed, lengths in bins]), noise_for(bins):
+        return optimizer.backward(compute_loss, is_last=is_last)
 
 
-def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[tuple[int, int]]:
-    """Seed and number of tokens of each bin: the same whoever computes it, and after any resume."""
+def _scaled_loss(
+    job: Job, model: torch.nn.Module, batch: MicroBatch, factor: float, counts: torch.Tensor | None
+) -> torch.Tensor:
+    """Counts the tokens that it predicts and trains, but for a filler."""
+    num_right = torch.zeros((), device=job.device)
+    smoothing = job.config.train.label_smoothing
+    loss = summed_loss(model, batch, label_smoothing=smoothing, num_right=num_right)
+    if counts is not None:
+        counts[0] += num_right.long()
+        counts[1] += batch.num_trained_tokens
+    return loss * factor
+
+
+def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[NoisyBin]:
+    """Seed and lengths of the documents of each bin: the same whoever computes it, and after any resume."""
     plan = job.plans[step.epoch]
     return [
         (
             draw_seed(job.config.train.seed, step.number, number),
-            int(plan.num_tokens[plan.documents(number, number + 1)].sum()),
+            plan.num_tokens[plan.documents(number, number + 1)].tolist(),
         )
         for number in range(micro_step.first_bin, micro_step.end_bin)
     ]
