@@ -20,11 +20,13 @@ error comes from.
 COMMANDS = {
     "Data, and the whole way": (
         commands_data.init,
+        commands_data.recipes,
         commands_data.run,
         commands_data.step,
         commands_data.show,
     ),
     "Model": (
+        commands_model.download,
         commands_model.train,
         commands_model.evaluate,
         commands_model.promote,
@@ -32,6 +34,8 @@ COMMANDS = {
         commands_model.consolidate,
         commands_answers.generate,
         commands_answers.chat,
+        commands_answers.export,
+        commands_answers.harness,
     ),
     "Machine": (
         commands_machine.doctor,
@@ -77,7 +81,8 @@ def _app() -> App:
         for function in functions:
             built.command(function, group=group)
     # `bench` has commands of its own; their module is read when one of them is called.
-    built.command("flows.bench.command:bench", name="bench", group=group)
+    about = "Measure training on this machine, beside other trainers."
+    built.command("flows.bench.command:bench", name="bench", group=group, help=about)
     return built
 
 

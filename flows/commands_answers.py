@@ -138,6 +138,102 @@ def chat(
     talk(_settings(config, overrides, base), adapter=adapter, sampling=sampling, device=device)
 
 
+def export(
+    config: Path,
+    /,
+    *,
+    out: Path,
+    form: Literal["adapter", "merged", "model"] | None = None,
+    adapter: Adapter = "promoted",
+    checkpoint: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_gb: float = 5.0,
+    max_difference: float | None = None,
+    check: bool = True,
+    device: Device = "auto",
+    overrides: Overrides = (),
+) -> None:
+    """Write a folder to hand on: adapter, merged model or whole model, with tokenizer and model card.
+
+    Parameters
+    ----------
+    out
+        Folder to write.
+    form
+        adapter: beside its base; merged: base and adapter as one model, an adapter over 4 or 8 bits with the numbers
+        that these stand for; model: trained whole. Default: what training left.
+    checkpoint
+        In place of --adapter: latest, best or step-<n> of the newest training, or the folder of a checkpoint.
+    dtype
+        Of a merged model; default: what training computed in.
+    max_shard_gb
+        Largest file of a merged model.
+    max_difference
+        Refuse a merged model whose logits differ by a larger share of their spread; default 0.05, over int8 0.1.
+    check
+        Compare the merged model with base and adapter; it needs memory for one of them at a time.
+    device
+        Where they are compared.
+    """
+    from trainer.launch import prepare_libraries
+
+    prepare_libraries()
+    from trainer.export import MergeSettings, run_export
+
+    merge = MergeSettings(dtype, int(max_shard_gb * 10**9), max_difference, check, device)
+    settings = _settings(config, overrides, None)
+    run_export(settings, out, form=form, adapter=adapter, checkpoint=checkpoint, merge=merge)
+
+
+def harness(
+    config: Path,
+    tasks: Several,
+    /,
+    *,
+    task_folder: Path | None = None,
+    adapter: Adapter = "promoted",
+    limit: int | None = None,
+    fewshot: int | None = None,
+    batch_size: int = 8,
+    chat_template: bool = True,
+    seed: int = 0,
+    device: Device = "auto",
+    base: BaseForm | None = None,
+    overrides: Overrides = (),
+) -> None:
+    """Measure a model under tasks of lm-evaluation-harness, offline; the extra lm-eval installs it.
+
+    Parameters
+    ----------
+    tasks
+        Names of tasks.
+    task_folder
+        Folder with their YAML files; default: the library's own, with data out of the local cache. A YAML may name
+        Python functions: run only tasks that you trust as code.
+    limit
+        So many examples of each task.
+    fewshot
+        Solved examples before each question; default: the task's own number.
+    batch_size
+        Requests side by side.
+    chat_template
+        Ask with the chat template of training.
+    seed
+        Of the choice of solved examples.
+    device
+        auto: model.device, and Apple's GPU where there is no other.
+    base
+        In what form the base is held; default: train.base.
+    """
+    from trainer.launch import prepare_libraries
+
+    prepare_libraries()
+    from trainer.harness import HarnessSettings, run_harness
+
+    settings = HarnessSettings(task_folder, limit, fewshot, batch_size, chat_template, seed)
+    run_harness(_settings(config, overrides, base), tasks, settings, adapter=adapter, device=device)
+
+
 def _settings(config: Path, overrides: tuple[str, ...], base: BaseForm | None) -> "PipelineConfig":
     from schemas.config_file import load_config
 

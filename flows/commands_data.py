@@ -9,19 +9,22 @@ from flows.command_options import DataStage, Flag, Overrides, Stage
 
 
 def init(
-    folder: Path,
+    folder: Path | None = None,
     /,
     *,
+    recipe: str | None = None,
     model: Path | None = None,
     out: Path = Path("sft-pipeline.yaml"),
     force: Flag = False,
 ) -> None:
-    """Look at the dumps in a folder and write a commented config.
+    """Look at the dumps in a folder and write a commented config, or take a recipe.
 
     Parameters
     ----------
     folder
         Folder with .json, .jsonl or .parquet files, also .gz, .zst, .bz2 and .xz.
+    recipe
+        Write this one of `sft-pipeline recipes`, with the dumps of the folder for sources if one is given.
     model
         Folder of the model to train.
     out
@@ -31,7 +34,20 @@ def init(
     """
     from flows.init_config import write_config
 
-    print(write_config(folder, model=model, out=out, force=force))
+    print(write_config(folder, model=model, out=out, force=force, recipe=recipe))
+
+
+def recipes(name: str | None = None, /) -> None:
+    """List recipes: short configs of whole routes, by method, model and cards.
+
+    Parameters
+    ----------
+    name
+        Print this one.
+    """
+    from flows.recipe import print_recipes
+
+    print_recipes(name)
 
 
 def run(

@@ -53,3 +53,18 @@ def consolidate(config: Path, /, *, out: Path, checkpoint: str = "latest", overr
     from trainer.consolidate import run_consolidate
 
     run_consolidate(load_config(config, overrides), checkpoint=checkpoint, out=out)
+
+
+def download(name: str, /, *, revision: str | None = None) -> None:
+    """Download a model from the hub into the local cache and print what goes into the config.
+
+    Parameters
+    ----------
+    name
+        Owner and name, such as HuggingFaceTB/SmolLM2-135M-Instruct.
+    revision
+        Commit, tag or branch; default: the newest commit, which is printed.
+    """
+    from flows.download import download as download_model
+
+    download_model(name, revision)

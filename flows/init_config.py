@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from flows.look import FileLook, look_at
+from flows.recipe import recipe_text, with_model, with_sources
 from pipelines.sources import SUFFIXES, files_below, is_dump
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, InputError
@@ -23,10 +24,34 @@ MAX_SINGLE_SOURCES = 20
 COMMENT_COLUMN = 44
 
 
-def write_config(folder: Path, *, model: Path | None, out: Path, force: bool) -> Path:
-    """Write a config for the dumps in a folder; returns its path. Raises ConfigError, InputError."""
+def write_config(
+    folder: Path | None, *, model: Path | None, out: Path, force: bool, recipe: str | None = None
+) -> Path:
+    """Write a config for the dumps in a folder, of a recipe or both; its path. Raises ConfigError, InputError."""
     if out.exists() and not force:
         raise ConfigError(f"{out} is there already: give another name with --out, or --force")
+    if folder is None and recipe is None:
+        raise ConfigError("name a folder of dumps, a recipe with --recipe, or both")
+    looks = _looks(folder) if folder is not None else []
+    if recipe is None:
+        lines = config_lines(looks, model=model, beside=out.parent)
+    else:
+        lines = _recipe_lines(recipe, looks, model=model, beside=out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    load_config(out)  # what we write, we can read
+    return out
+
+
+def _recipe_lines(
+    recipe: str, looks: Sequence[FileLook], *, model: Path | None, beside: Path
+) -> Iterator[str]:
+    text = recipe_text(recipe)
+    lines = with_sources(text, _source_lines(looks, beside)) if looks else iter(text.splitlines())
+    return lines if model is None else with_model(lines, _quoted(_relative(model, beside)))
+
+
+def _looks(folder: Path) -> list[FileLook]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the one that the dumps lie in")
     files = dump_files(folder)
@@ -38,10 +63,7 @@ def write_config(folder: Path, *, model: Path | None, out: Path, force: bool) ->
     usable = [look for look in looks if look.num_rows]
     if not usable:
         raise InputError(f"no file in {folder} holds a chat that can be read; first: {looks[0].summary()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(config_lines(looks, model=model, beside=out.parent)) + "\n", encoding="utf-8")
-    load_config(out)  # what we write, we can read
-    return out
+    return looks
 
 
 def dump_files(folder: Path) -> list[Path]:

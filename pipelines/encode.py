@@ -6,7 +6,6 @@ encoded by a twin of the tokenizer that knows only the aliases: `<|im_end|>` typ
 other, and everything else (prefix spaces, stripping, normalisation between control tokens) is as it always was.
 """
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from pipelines.fast_encoding import FastBackend, fast_backend
 from pipelines.habits import compile_template
 from pipelines.render import Rendered, TrainedSpan
 from pipelines.templates import ChatTemplate
-from pipelines.tokenizer_files import copied, load_tokenizer, num_embeddings
+from pipelines.tokenizer_files import copied, is_only_vocabulary, load_tokenizer, num_embeddings
 from pipelines.twin import free_plane, twin_of
 from schemas.conversation import Drop, utf8
 from schemas.pipeline_config import PipelineConfig
@@ -86,7 +85,15 @@ class TokenSpans:
 
 def load_encoder(config: PipelineConfig) -> ChatEncoder:
     """Load tokenizer and template. Raises ConfigError, InputError, RefusedError."""
-    return replace(build_encoder(load_tokenizer(config)), num_embeddings=num_embeddings(config))
+    return encoder_of(load_tokenizer(config), config)
+
+
+def encoder_of(tokenizer: Any, config: PipelineConfig) -> ChatEncoder:
+    """An encoder that knows how many ids the model has. New tokens get their rows before it is trained."""
+    number = num_embeddings(config)
+    if number is not None and config.model is not None and config.model.new_tokens:
+        number = max(number, len(tokenizer))
+    return replace(build_encoder(tokenizer), num_embeddings=number)
 
 
 def build_encoder(tokenizer: Any) -> ChatEncoder:
@@ -192,7 +199,7 @@ def _control_ids(backend: Tokenizer) -> dict[str, int]:
     return {
         token.content: token_id
         for token_id, token in sorted(added.items())
-        if token.special or not re.fullmatch(r"[\w\s▁]+", token.content)
+        if token.special or not is_only_vocabulary(token.content)
     }
 
 

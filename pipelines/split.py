@@ -4,7 +4,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.cut import all_rounds, chat_rounds, last_context
 from pipelines.documents import check_end_token, encode_document
-from pipelines.encode import ChatEncoder, build_encoder, encode, load_encoder, proved_on
+from pipelines.encode import ChatEncoder, encode, encoder_of, load_encoder, proved_on
 from pipelines.formats.document import is_document
 from pipelines.left_out import torch_left_out
 from pipelines.pieces import Chat, Example, Piece, build_examples, render_piece
@@ -21,7 +21,7 @@ from pipelines.probes import PROBE_CHATS, check_encoder, check_template
 from pipelines.render import Rendered, render
 from pipelines.storage import read_manifest
 from pipelines.templates import try_in_child
-from pipelines.tokenizer_files import load_tokenizer, num_embeddings, tokenizer_versions
+from pipelines.tokenizer_files import load_tokenizer, tokenizer_versions
 from schemas.conversation import Conversation, Drop, utf8
 from schemas.errors import LimitError
 from schemas.pipeline_config import PipelineConfig, SplitConfig
@@ -217,7 +217,7 @@ def preflight(config: PipelineConfig) -> None:
         tokenizer: Any = load_tokenizer(config)
     special_tokens = tokenizer.special_tokens_map
     try_in_child(tokenizer.chat_template, special_tokens=special_tokens, chats=PROBE_CHATS)
-    encoder = replace(build_encoder(tokenizer), num_embeddings=num_embeddings(config))
+    encoder = encoder_of(tokenizer, config)
     check_template(encoder.template, config.split)
     check_encoder(encoder, max_straddle_share=config.split.max_straddle_share, config=config.split)
 

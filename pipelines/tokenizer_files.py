@@ -5,18 +5,20 @@ Nothing is downloaded, no code from the folder is run, and torch is not needed.
 
 import hashlib
 import json
-from functools import lru_cache
+import re
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 
 from pipelines.built_in_templates import template_bytes, template_for
+from pipelines.hub_cache import model_folder
 from schemas.conversation import blake2b_128
 from schemas.errors import ConfigError, InputError, RefusedError
 from schemas.pipeline_config import BUILT_IN_TEMPLATES, PipelineConfig
+from schemas.training_config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,8 +49,24 @@ def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerFast":
             f"{folder}: {type(tokenizer).__name__} gives no character offsets, which prove what is trained; "
             "use a tokenizer with a tokenizer.json"
         )
+    if config.model is not None:
+        add_new_tokens(tokenizer, config.model)
     tokenizer.chat_template = chat_template(tokenizer, config)
     return tokenizer  # type: ignore[no-any-return]
+
+
+def add_new_tokens(tokenizer: Any, model: ModelConfig) -> None:
+    """Those of model.new_tokens that it has not. Words are plain vocabulary; others are borders, as control tokens."""
+    known = tokenizer.get_vocab()
+    for token in model.new_tokens:
+        if token not in known:
+            is_special = not is_only_vocabulary(token)
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
+
+
+def is_only_vocabulary(token: str) -> bool:
+    """Whether an added token that is not special is a word or a run of blanks, and can't be taken for a border."""
+    return re.fullmatch(r"[\w\s▁]+", token) is not None
 
 
 def copied(backend: Tokenizer, model: models.Model | None = None) -> Tokenizer:
@@ -98,15 +116,24 @@ def tokenizer_versions(config: PipelineConfig) -> dict[str, str]:
         "tokenizer": _folder_digest(tokenizer_folder(config)),
         "chat_template": template,
         "embeddings": str(num_embeddings(config)),
+        **_new_tokens(config),
         **{library: version(library) for library in ("jinja2", "tokenizers", "transformers")},
     }
 
 
+def _new_tokens(config: PipelineConfig) -> dict[str, str]:
+    tokens = config.model.new_tokens if config.model is not None else []
+    return {"new_tokens": json.dumps(tokens)} if tokens else {}
+
+
 def num_embeddings(config: PipelineConfig) -> int | None:
     """How many ids the model knows, by its config.json; None where there is none to read yet."""
-    if config.model is None or not Path(config.model.path).is_dir():
+    if config.model is None:
         return None
-    path = Path(config.model.path) / "config.json"
+    try:
+        path = model_folder(config.model.path, config.model.revision) / "config.json"
+    except InputError:
+        return None  # loading the model says it
     try:
         settings = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
@@ -125,25 +152,8 @@ def tokenizer_name(config: PipelineConfig) -> str:
 
 def tokenizer_folder(config: PipelineConfig) -> Path:
     """Where the tokenizer's files lie: a folder, or its snapshot in the local hub cache. Raises InputError."""
-    name = tokenizer_name(config)
-    if Path(name).is_dir():
-        return Path(name)
     revision = config.model.revision if config.model and config.model.tokenizer is None else None
-    return _cached_snapshot(name, revision)
-
-
-@lru_cache
-def _cached_snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise InputError(
-            f"tokenizer {name!r} is neither a folder nor in the local hub cache; download it once "
-            f"with `hf download {name}` or give a folder"
-        ) from None
+    return model_folder(tokenizer_name(config), revision, what="tokenizer")
 
 
 def _folder_digest(folder: Path) -> str:

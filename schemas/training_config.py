@@ -6,6 +6,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.local_path import LocalPath
 
+Method = Literal[
+    "lora",
+    "full",
+    "freeze",
+    "expand",
+    "prefix",
+    "prompt",
+    "p_tuning",
+    "llama_adapter",
+]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8", "nf4"]
 OptimizerName = Literal[
@@ -28,6 +38,13 @@ class _Section(BaseModel):
     )
 
 
+class RopeScalingConfig(_Section):
+    type: Literal["linear", "dynamic", "yarn", "llama3"]
+    """How positions beyond those that the model knows are brought into its range, by the names of transformers."""
+    factor: float = Field(gt=1)
+    """How many times as many positions."""
+
+
 class ModelConfig(_Section):
     path: LocalPath
     """Folder with a Hugging Face model and tokenizer, or a hub name that is in the local cache."""
@@ -35,6 +52,10 @@ class ModelConfig(_Section):
     """Commit or tag of a hub name."""
     tokenizer: LocalPath | None = None
     """Folder or name of another tokenizer; default: the model's."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer and the embedding get. Each begins as the mean of all others and is trained, in the
+    embedding and in the head. Words of letters and digits are found in all texts; others, such as <|tool|>, stand
+    only where the chat template writes them. One that is there already keeps its numbers, and is trained too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What weights and activations compute in; what is trained adds up in float32 all the same. auto: bfloat16 from
     compute capability 8.0 on, and on CPUs; float16, with a loss scale, from 7.0 on; else float32."""
@@ -45,6 +66,13 @@ class ModelConfig(_Section):
     adapter_use: Literal["continue", "merge"] = "continue"
     """continue: its weights are trained on, with its rank and targets; merge: it is added into the base and a fresh
     adapter is trained over that, and both are saved as one."""
+
+    init: Literal["files", "random"] = "files"
+    """random: no weight is read, they are drawn. To see whether a training fits before its model is downloaded: the
+    folder needs nothing but config.json and the tokenizer. Such a model is never promoted."""
+    rope_scaling: RopeScalingConfig | None = None
+    """For examples longer than the model's positions. A model that is saved carries it in its config; whoever loads an
+    adapter elsewhere gives the same to the base."""
 
 
 class LoraConfig(_Section):
@@ -100,15 +128,37 @@ class ExpandConfig(_Section):
     """Layers that are added, evenly among those that are there: no more than these."""
 
 
+class VirtualTokensConfig(_Section):
+    """Of the methods prefix, prompt, p_tuning and llama_adapter."""
+
+    count: int = Field(default=32, gt=0)
+    """How many stand before each document; of llama_adapter, in each of its layers."""
+    inner_size: int | None = Field(default=None, gt=0)
+    """Of the small network that they come out of while they are trained: prefix has one where this is set, p_tuning
+    always; its default is the model's hidden size."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """How method prompt begins: with embeddings of tokens drawn from the vocabulary, or with normal noise."""
+    layers: int | None = Field(default=None, gt=0)
+    """llama_adapter: in how many layers, counted from the head; default: in all."""
+
+
 class TrainConfig(_Section):
-    method: Literal["lora", "full", "freeze", "expand"] = "lora"
+    method: Method = "lora"
     """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
-    expand: layers that are added, and change nothing at first."""
+    expand: layers that are added, and change nothing at first; and virtual tokens before each document, prefix: as keys
+    and values of each layer, prompt: as embeddings, p_tuning: as embeddings out of a small network, llama_adapter:
+    beside the attention of each layer, behind a gate."""
     lora: LoraConfig = LoraConfig()
     freeze: FreezeConfig = FreezeConfig()
     """method freeze: what is trained, all of these together."""
     expand: ExpandConfig = ExpandConfig()
     """method expand."""
+    virtual_tokens: VirtualTokensConfig = VirtualTokensConfig()
+    """methods prefix, prompt, p_tuning and llama_adapter."""
+    batches: Literal["auto", "packed", "unpacked"] = "auto"
+    """How the documents of a bin are laid out. packed: one after the other in one row; unpacked: each in a row of its
+    own, padded to the longest of a batch of at most as many tokens as a bin has; auto: unpacked for virtual tokens,
+    else packed. The loss is the same."""
     base: BaseForm = "plain"
     """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
     4-bit floats, as in QLoRA, a bit more than a quarter."""

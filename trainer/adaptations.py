@@ -8,6 +8,7 @@ from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import Adaptation
+from trainer.virtual_rules import VIRTUAL_TOKEN_ADAPTATIONS, is_unpacked
 
 
 def adaptations(config: PipelineConfig, architecture: dict[str, Any]) -> Iterator[tuple[Adaptation, str]]:
@@ -37,7 +38,8 @@ def _half_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
 
 
 def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    return "model.dtype is float32" if config.model and config.model.dtype == "float32" else None
+    is_wide = config.model is not None and config.model.dtype == "float32"
+    return "model.dtype is float32" if is_wide and not is_unpacked(config.train) else None
 
 
 def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -77,4 +79,5 @@ ADAPTATIONS = (
         "the loss is multiplied before the backward pass; steps that overflow are skipped and counted",
         "fp16 has no numbers below 6e-8, where many gradients are",
     ),
+    *VIRTUAL_TOKEN_ADAPTATIONS,
 )

@@ -27,6 +27,7 @@ from schemas.conversation import blake2b_128
 from schemas.errors import ConfigError, InputError
 from trainer.attention import unwrapped
 from trainer.prompts import Messages, chat_encoder, encode_prompt
+from trainer.virtual_tokens import generated_positions, num_virtual_positions
 
 Write: TypeAlias = Callable[[str], object]
 
@@ -99,7 +100,7 @@ def answer_prompts(
     num_new = room(model, sampling, num_prompt)
     stops = stop_token_ids(model, tokenizer)
     inputs, mask = _padded_left(prompts, _pad_id(tokenizer, stops), unwrapped(model).device)
-    with torch.inference_mode(), _own_settings_aside(model):
+    with torch.inference_mode(), _own_settings_aside(model), generated_positions():
         generated: Any = model.generate(  # type: ignore[operator]
             input_ids=inputs,
             attention_mask=mask,
@@ -120,6 +121,7 @@ def answer_prompts(
 def room(model: torch.nn.Module, sampling: Sampling, num_prompt: int) -> int:
     """How long an answer to so many tokens may become. Raises InputError when there is no room for one."""
     limit = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    num_prompt += num_virtual_positions(model)
     left = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - num_prompt)
     if left < 1:
         raise InputError(f"the prompt has {num_prompt} tokens and the model reads {limit}: shorten it")
@@ -136,10 +138,14 @@ def can_be_padded(model: torch.nn.Module) -> bool:
 
 
 def stop_token_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End tokens: the tokenizer's, generation_config.json's, and those the template writes after an answer."""
+    """End tokens of a loaded model."""
+    return end_token_ids(tokenizer, getattr(unwrapped(model).generation_config, "eos_token_id", None))
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | None) -> list[int]:
+    """The tokenizer's, those of a generation_config.json, and those the template writes after an answer."""
     encoder = chat_encoder(tokenizer)
     written = [encoder.control_ids.get(token) for token in encoder.template.end_tokens]
-    configured = getattr(unwrapped(model).generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in (tokenizer.eos_token_id, *several, *written) if token is not None})
 

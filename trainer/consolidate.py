@@ -82,7 +82,7 @@ def _model(config: PipelineConfig, dtype: torch.dtype) -> Any:
     Its other weights come along where the method saves them too.
     """
     settings, method = needed_model(config), METHODS[config.train.method]
-    if not getattr(method, "NEEDS_WEIGHTS", False):
+    if not getattr(method, "NEEDS_WEIGHTS", False) and not settings.new_tokens:
         base = model_without_weights(settings, dtype=dtype)
         model = method.apply(base, config.train) if base is not None else None
         if model is not None and set(method.saved_names(model)) <= _trained_shapes(model).keys():

@@ -104,15 +104,25 @@ def trained_bytes(plan: Plan, reader: ShardReader) -> np.ndarray:
 # Micro-batches ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class PaddedRow:
+    """A document that is a row of its own: its number in the plan, and its tokens without padding."""
+
+    place: int
+    length: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """One packed row of whole documents.
+    """One packed row of whole documents; or, with `padded_rows`, a row for each document (trainer/padding.py).
 
     `input_ids`, `position_ids` int64 [1, T], positions from 0 in each document; `cu_seqlens` int32 [D + 1], the
     documents' borders (padding, if any, is a last document without targets); `max_seqlen` the longest document.
     For each of the N trained tokens: `target_positions` int64, the place in the row whose hidden state predicts
     it; `targets` int64, its id; `weights` float32; `target_documents` int64, its document's number in `rows`.
     `rows` are the documents' row numbers in the split. `num_tokens` does not count padding.
+
+    Padded: `input_ids`, `position_ids` [D, L]; places and borders count the rows' tokens one after the other.
     """
 
     input_ids: torch.Tensor
@@ -126,6 +136,7 @@ class MicroBatch:
     rows: tuple[int, ...]
     num_tokens: int
     num_trained_tokens: int
+    padded_rows: tuple[PaddedRow, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device; copies to a GPU run beside its work."""
@@ -158,7 +169,7 @@ def collate(examples: Sequence[Example], pad_to: int | None = None) -> MicroBatc
     padding = np.zeros(num_padding, np.int32)
     input_ids = np.concatenate([*(example.input_ids for example in examples), padding]).astype(np.int64)
     position_ids = np.arange(len(input_ids)) - np.repeat(borders[:-1], segments)
-    places, weights, documents = _targets(examples, borders)
+    places, weights, documents = trained_places(examples, borders)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(position_ids)[None],
@@ -174,7 +185,9 @@ def collate(examples: Sequence[Example], pad_to: int | None = None) -> MicroBatc
     )
 
 
-def _targets(examples: Sequence[Example], borders: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def trained_places(
+    examples: Sequence[Example], borders: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places of the trained tokens in the row, their weights and their documents' numbers; each [N]."""
     spans_per_document = [len(example.span_starts) for example in examples]
     documents = np.repeat(np.arange(len(examples)), spans_per_document)
@@ -189,32 +202,19 @@ def _targets(examples: Sequence[Example], borders: np.ndarray) -> tuple[np.ndarr
     return places, np.repeat(weights, lengths), np.repeat(documents, lengths)
 
 
-def micro_batches(
-    plan: Plan,
-    reader: ShardReader,
-    first_bin: int,
-    end_bin: int,
-    *,
-    bins_per_micro_step: int,
-    pad_multiple: int | None = None,
-) -> Iterator[tuple[int, MicroBatch]]:
-    """(first bin, micro-batch) pairs over bins [first_bin, end_bin), on the CPU."""
-    for start in range(first_bin, end_bin, bins_per_micro_step):
-        end = min(start + bins_per_micro_step, end_bin)
-        yield start, micro_batch(plan, reader, start, end, pad_multiple=pad_multiple)
-
-
 def micro_batch(
     plan: Plan, reader: ShardReader, first_bin: int, end_bin: int, *, pad_multiple: int | None = None
 ) -> MicroBatch:
     """Bins [first_bin, end_bin) as one row, on the CPU."""
-    examples = [example for example in _documents(plan, reader, first_bin, end_bin) if len(example.input_ids)]
+    examples = [
+        example for example in read_documents(plan, reader, first_bin, end_bin) if len(example.input_ids)
+    ]
     num_tokens = sum(len(example.input_ids) for example in examples)
     pad_to = -(-num_tokens // pad_multiple) * pad_multiple if pad_multiple else None
     return collate(examples, pad_to)
 
 
-def _documents(plan: Plan, reader: ShardReader, first_bin: int, end_bin: int) -> Iterator[Example]:
+def read_documents(plan: Plan, reader: ShardReader, first_bin: int, end_bin: int) -> Iterator[Example]:
     here = plan.documents(first_bin, end_bin)
     columns = (plan.examples[here], plan.first_tokens[here], plan.num_tokens[here])
     for row, first_token, num_tokens in zip(*(column.tolist() for column in columns), strict=True):

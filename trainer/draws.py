@@ -2,7 +2,8 @@
 
 torch draws for a whole row at once, so a token's draw hangs on what stands before it in the row. Here each bin's
 part of the row is drawn by itself, keyed by (seed, step, bin, layer): cutting a step into other micro-steps, as
-running out of memory does, or recomputing a layer in the backward pass, changes nothing.
+running out of memory does, or recomputing a layer in the backward pass, changes nothing. Of padded rows each
+document is drawn by itself.
 """
 
 import contextlib
@@ -11,15 +12,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-_current: tuple[tuple[int, int], ...] = ()
-"""(seed, number of tokens) of each bin of the row that is being computed; a process computes one at a time."""
+Row = Sequence[tuple[int, int]]
+"""(seed, number of tokens) of each part of a row that is drawn by itself; padding may follow them."""
+
+_current: tuple[Row, ...] = ()
+"""The rows that are being computed; a process computes one batch at a time."""
 
 
 @contextlib.contextmanager
-def drawing_for(bins: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """In here a row is computed that is made of bins with these seeds and lengths; padding may follow them."""
+def drawing_for(*rows: Row) -> Iterator[None]:
+    """In here rows are computed that are made of these parts."""
     global _current
-    before, _current = _current, tuple(bins)
+    before, _current = _current, rows
     try:
         yield
     finally:
@@ -33,7 +37,7 @@ def draw_seed(*key: int) -> int:
 
 
 class BinDropout(torch.nn.Dropout):
-    """In the place of a torch.nn.Dropout over the tokens of a row: [1, T, anything]; other inputs are torch's."""
+    """In the place of a torch.nn.Dropout over the tokens of rows: [D, T, anything]; other inputs are torch's."""
 
     def __init__(self, p: float, number: int) -> None:
         super().__init__(p)
@@ -42,20 +46,21 @@ class BinDropout(torch.nn.Dropout):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0.0:
             return input
-        num_tokens = sum(length for _, length in _current)
-        if not _current or input.dim() != 3 or len(input) != 1 or input.shape[1] < num_tokens:
+        longest = max((sum(length for _, length in row) for row in _current), default=0)
+        if input.dim() != 3 or len(input) != len(_current) or input.shape[1] < longest:
             return super().forward(input)
-        return input * self._factors(input, num_tokens)
+        return input * self._factors(input)
 
-    def _factors(self, input: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """0 or 1 / (1 - p) for each number of the row; padding is left as it is."""
+    def _factors(self, input: torch.Tensor) -> torch.Tensor:
+        """0 or 1 / (1 - p) for each number of the rows; padding is left as it is."""
         factors = torch.ones_like(input)
-        start = 0
-        for seed, length in _current:
-            generator = torch.Generator(input.device).manual_seed(draw_seed(seed, self.number))
-            factors[0, start : start + length].bernoulli_(1 - self.p, generator=generator)
-            start += length
-        factors[0, :num_tokens] /= 1 - self.p
+        for number, row in enumerate(_current):
+            start = 0
+            for seed, length in row:
+                generator = torch.Generator(input.device).manual_seed(draw_seed(seed, self.number))
+                factors[number, start : start + length].bernoulli_(1 - self.p, generator=generator)
+                start += length
+            factors[number, :start] /= 1 - self.p
         return factors
 
 

@@ -106,7 +106,11 @@ def plan_evaluation(config: PipelineConfig) -> Work:
     shards, plan = (_manifest_digest(config, stage) for stage in ("split", "pack"))
     settings = config.evaluate.model_dump(mode="json")
     compared = [model.model_dump(mode="json") if model else None for model in (candidate, incumbent)]
-    form = [needed_model(config).dtype, config.train.base]
+    model = needed_model(config)
+    changed = model.model_dump(
+        mode="json", include={"init", "rope_scaling", "new_tokens"}, exclude_defaults=True
+    )
+    form = [model.dtype, config.train.base, *([changed] if changed else [])]
     key = json_digest([EVALUATION_VERSION, compared, shards, plan, settings, *form])
     return Work(candidate, incumbent, shards, plan, settings, key)
 

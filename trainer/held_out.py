@@ -1,13 +1,13 @@
 """One side of the hold-out, and the loss of a model on each example of it.
 
 Examples go through the model packed as the plan says, one bin at a time, so that no setting of training moves the
-numbers.
+numbers. Virtual tokens are the exception: each example is a padded row, as in training.
 """
 
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,13 @@ from schemas.errors import IntegrityError, LimitError, TrainingError
 from schemas.evaluation import HeldOutLoss
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS
-from trainer.attention import unwrapped, use_packed_attention
-from trainer.data import Plan, check_plan, micro_batches, read_plan, trained_bytes
+from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
+from trainer.data import MicroBatch, Plan, check_plan, read_plan, trained_bytes
 from trainer.loss import token_losses
+from trainer.padding import computed_batches
 from trainer.shard_reader import ShardReader
+from trainer.virtual_rules import tokens_of_a_bin
+from trainer.virtual_tokens import needs_padded_rows
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -32,6 +35,7 @@ class HeldOut:
 
     reader: ShardReader
     plan: Plan
+    tokens_per_bin: int
     num_trained_bytes: NDArray[np.int64]
     row_ids: list[str]
     pieces: list[int]
@@ -59,6 +63,7 @@ def read_held_out(config: PipelineConfig) -> HeldOut:
     return HeldOut(
         reader=reader,
         plan=plan,
+        tokens_per_bin=tokens_of_a_bin(config),
         num_trained_bytes=np.rint(_by_example(plan, trained_bytes(plan, reader))).astype(np.int64),
         row_ids=[str(reader.value(row, "row_id")) for row in rows],
         pieces=[int(reader.value(row, "piece")) for row in rows],
@@ -70,11 +75,10 @@ def read_held_out(config: PipelineConfig) -> HeldOut:
 @torch.inference_mode()
 def held_out_nats(model: torch.nn.Module, held_out: HeldOut, *, label: str) -> NDArray[np.float64]:
     """Sum of the nats of each example's trained tokens: float64 [examples]. Raises TrainingError if not finite."""
-    use_packed_attention(model)
     device = unwrapped(model).device
     nats = np.zeros(held_out.reader.num_rows)
-    plan, show = held_out.plan, progress(f"{label}: loss in tokens", int(held_out.reader.num_tokens.sum()))
-    for _, batch in micro_batches(plan, held_out.reader, 0, plan.num_bins, bins_per_micro_step=1):
+    show = progress(f"{label}: loss in tokens", int(held_out.reader.num_tokens.sum()))
+    for batch in _batches(model, held_out):
         if batch.num_trained_tokens:
             losses = token_losses(model, batch.to(device)).double().cpu().numpy()
             documents = batch.target_documents.numpy()
@@ -88,6 +92,16 @@ def held_out_nats(model: torch.nn.Module, held_out: HeldOut, *, label: str) -> N
             "its weights are broken; train again with a lower learning rate"
         )
     return nats
+
+
+def _batches(model: torch.nn.Module, held_out: HeldOut) -> Iterator[MicroBatch]:
+    is_padded = needs_padded_rows(model)
+    (use_plain_attention if is_padded else use_packed_attention)(model)
+    tokens_per_bin = held_out.tokens_per_bin if is_padded else None
+    for number in range(held_out.plan.num_bins):
+        yield from computed_batches(
+            held_out.plan, held_out.reader, number, number + 1, tokens_per_bin=tokens_per_bin
+        )
 
 
 def count_trained_tokens(held_out: HeldOut) -> NDArray[np.int64]:

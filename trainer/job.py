@@ -17,8 +17,7 @@ from schemas.training_config import ModelConfig
 from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
 from trainer.data import Plan, check_plan, read_plan
 from trainer.model import (
-    check_model_folder,
-    model_digest,
+    base_digest,
     needed_model,
     resolve_device,
     resolve_dtype,
@@ -30,6 +29,7 @@ from trainer.shard_reader import ShardReader
 from trainer.start_adapter import adapter_digest, adapter_folder, check_base_of
 from trainer.steps import Step, plan_steps
 from trainer.support import check_supported
+from trainer.virtual_rules import is_unpacked, tokens_of_a_bin
 
 TRAINER_VERSION = 2
 """Rises when equal inputs would give other weights: finished and unfinished trainings then count as others."""
@@ -109,6 +109,11 @@ class Job:
     @property
     def num_tokens(self) -> int:
         return sum(step.num_tokens for step in self.steps)
+
+    @property
+    def padded_tokens_per_bin(self) -> int | None:
+        """The budget of padded rows; None where documents are packed."""
+        return tokens_of_a_bin(self.config) if is_unpacked(self.config.train) else None
 
 
 def plan_job(config: PipelineConfig, ranks: Ranks = ALONE) -> Job:
@@ -223,12 +228,21 @@ def _input_digests(config: PipelineConfig, model: ModelConfig) -> dict[str, str]
     for stage, folder in manifests.items():
         storage.check_manifest(folder, stage=stage)
     digests = {folder.name: storage.file_sha256(folder / MANIFEST_NAME) for folder in manifests.values()}
-    digests["model"] = model_digest(check_model_folder(model))
+    digests["model"] = base_digest(model)
+    digests |= _changes_of_the_model(model)
     if model.adapter is not None:
         folder = adapter_folder(model)
         check_base_of(folder, digests["model"])
         digests[f"adapter_{model.adapter_use}"] = adapter_digest(folder)
     return digests
+
+
+def _changes_of_the_model(model: ModelConfig) -> dict[str, str]:
+    """What the section model makes of the files; nothing where it takes them as they are."""
+    changed = model.model_dump(
+        mode="json", include={"init", "rope_scaling", "new_tokens"}, exclude_defaults=True
+    )
+    return {f"model_{name}": json.dumps(value, sort_keys=True) for name, value in changed.items()}
 
 
 def _settings(config: PipelineConfig) -> dict[str, Any]:

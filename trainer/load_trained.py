@@ -17,7 +17,8 @@ from schemas.evaluation import TrainedModel
 from schemas.pipeline_config import PipelineConfig
 from trainer.attention import unwrapped, use_plain_attention
 from trainer.model import (
-    check_model_folder,
+    as_saved,
+    base_digest,
     load_adapter,
     load_base_model,
     load_tokenizer,
@@ -94,8 +95,7 @@ def load_with_adapter(
         return load_base_model(settings, base=base, device=device)
     if (folder / CONFIG_NAME).is_file():
         return load_adapter(load_base_model(settings, base=base, device=device), folder)
-    whole = settings.model_copy(update={"path": str(folder), "revision": None})
-    return load_base_model(whole, base=base, device=device)
+    return load_base_model(as_saved(settings, folder), base=base, device=device)
 
 
 def answering_device(config: PipelineConfig, device: Device) -> torch.device:
@@ -121,7 +121,7 @@ def choose(config: PipelineConfig, adapter: str | Path) -> Choice:
     """Raises as load_for_generation; loads nothing."""
     if adapter == "none":
         settings = needed_model(config)
-        return Choice(None, f"base model {settings.path}", model_digest(check_model_folder(settings)))
+        return Choice(None, f"base model {settings.path}", base_digest(settings))
     if adapter not in ("promoted", "current"):
         return _named_folder(config, Path(adapter))
     trained = find_promoted(config.run_root) if adapter == "promoted" else find_candidate(config.run_root)
@@ -138,7 +138,7 @@ def choose(config: PipelineConfig, adapter: str | Path) -> Choice:
 def check_base(config: PipelineConfig, trained: TrainedModel) -> None:
     """Raises InputError when an adapter was trained on another base model than the config names."""
     settings = needed_model(config)
-    found = model_digest(check_model_folder(settings))
+    found = base_digest(settings)
     if trained.kind == "adapter" and found != trained.base_digest:
         raise InputError(
             f"{trained.path} was trained on another base model (digest {trained.base_digest[:12]}) than "
@@ -149,7 +149,7 @@ def check_base(config: PipelineConfig, trained: TrainedModel) -> None:
 def _named_folder(config: PipelineConfig, folder: Path) -> Choice:
     for place in (folder, folder / "adapter", folder / "model"):
         if (place / CONFIG_NAME).is_file() and (place / TENSORS_NAME).is_file():
-            check_base_of(place, model_digest(check_model_folder(needed_model(config))))
+            check_base_of(place, base_digest(needed_model(config)))
             return Choice(place, str(folder), adapter_digest(place))
         if (place / "config.json").is_file():
             return Choice(place, str(folder), model_digest(place))

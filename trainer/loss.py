@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.errors import RefusedError
 from trainer.attention import packing_arguments, unwrapped
-from trainer.data import MicroBatch, Plan, micro_batch
+from trainer.data import MicroBatch, Plan
 from trainer.loss_by_group import LossSums, SplitLoss
+from trainer.padding import computed_batches
 from trainer.ranks import ALONE, Ranks
 from trainer.shard_reader import ShardReader
 from trainer.steps import MicroStep
+from trainer.virtual_tokens import padded_hidden_states
 
 LOGITS_PER_CHUNK = 1 << 26
 """Most logits in memory at once: 256 MiB in fp32."""
@@ -66,7 +68,9 @@ def summed_loss(
 
 
 def hidden_states(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-    """What the LM head would see: [T, hidden size]."""
+    """What the LM head would see: [T, hidden size]; of padded rows one after the other."""
+    if micro_batch.padded_rows:
+        return padded_hidden_states(model, micro_batch.input_ids)
     backbone = unwrapped(model).base_model
     output = backbone(
         input_ids=micro_batch.input_ids,
@@ -221,21 +225,25 @@ def split_loss(
     *,
     device: torch.device,
     bins_per_micro_step: int = 1,
+    tokens_per_bin: int | None = None,
     ranks: Ranks = ALONE,
 ) -> SplitLoss:
     """Loss of the model over every bin of a plan, in evaluation mode; leaves the model in the mode it had.
 
-    The ranks take turns over the bins, each runs the model equally often, and all get the whole result.
+    With `tokens_per_bin` rows are padded. The ranks take turns over the bins, each runs the model equally often,
+    padded rows aside, and all get the whole result.
     """
     was_training = model.training
     model.eval()
     sums = LossSums(reader, plan)
     for turn in _turns(plan, bins_per_micro_step, ranks):
         ranks.pulse.move()
-        batch = micro_batch(plan, reader, turn.first_bin, turn.end_bin)
-        outcomes = token_outcomes(model, batch.to(device))
-        if not turn.is_filler:
-            sums.add(batch, *(values.double().cpu() for values in outcomes))
+        for batch in computed_batches(
+            plan, reader, turn.first_bin, turn.end_bin, tokens_per_bin=tokens_per_bin
+        ):
+            outcomes = token_outcomes(model, batch.to(device))
+            if not turn.is_filler:
+                sums.add(batch, *(values.double().cpu() for values in outcomes))
     model.train(was_training)
     return sums.result(ranks, device)
 

@@ -9,16 +9,17 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import FreezeConfig, TrainConfig
 from trainer.layer_names import copied_layers, is_in_last, layer_number, matches, num_layers
+from trainer.tensor_headers import UNREADABLE, read_header, unreadable, weight_paths
+from trainer.virtual_rules import VIRTUAL_TOKEN_METHODS
+from trainer.virtual_sizes import num_virtual_weights
 
 QUANTISED_BYTES = {"int8": 1, "nf4": 1 / 2 + 4 / 64}
 """A weight of a linear layer; nf4 has a float32 scale for each 64."""
@@ -36,7 +37,6 @@ _QUANTISATION = re.compile(r"\.weight\.(absmax|quant_map|nested_\w+|quant_state\
 """What bitsandbytes writes beside a weight that it has quantised; the state holds the weight's own shape."""
 _STATE = ".quant_state.bitsandbytes__"
 _NOT_LINEAR = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|norm|rotary")
-MAX_HEADER_BYTES = 100 * 2**20
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -127,6 +127,8 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
         return _num_weights(shapes, _chosen(shapes, train.freeze))
     if train.method == "expand":
         return _num_in_new_layers(shapes, train.expand.new_layers)
+    if train.method in VIRTUAL_TOKEN_METHODS:
+        return num_virtual_weights(shapes, train)
     whole = _in_whole_modules(shapes, train.lora.modules_to_save)
     return _num_weights(shapes, whole) + sum(
         train.lora.rank * sum(shape)
@@ -190,29 +192,22 @@ def free_machine_bytes() -> int:
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors in a model folder. Raises InputError where there are no safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    else:
-        files = ["model.safetensors"]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in files:
-        shapes |= _shapes_in(folder / name)
+    for path in weight_paths(folder):
+        shapes |= shapes_in(path)
     return shapes
 
 
-def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """The same of one file."""
     try:
         with path.open("rb") as file:
-            (num_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(num_bytes, MAX_HEADER_BYTES)))
-            packed = dict(_packed_shapes(file, header, 8 + num_bytes))
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+            header, data_start = read_header(file)
+            packed = dict(_packed_shapes(file, header, data_start))
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         return {name: packed.get(name, shapes[name]) for name in shapes if not _QUANTISATION.search(name)}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is no readable safetensors file ({error}); download the model again"
-        ) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
 
 
 def _packed_shapes(

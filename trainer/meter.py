@@ -11,6 +11,7 @@ import torch
 from trainer.job import Job
 from trainer.metrics import report
 from trainer.mfu import count_work, peak_flops
+from trainer.padding import num_padded_tokens
 from trainer.ranks import CPU
 from trainer.steps import Step, micro_steps
 
@@ -29,8 +30,10 @@ class StepMeter:
 
     def read(self, step: Step, seconds: float) -> dict[str, Any]:
         """Of a step that took so long. `mfu` is None where the peak of the device is not known."""
-        flops_per_second = self._flops(step) / max(seconds, 1e-9)
-        return {
+        computed = self._lengths(step)
+        flops = self._work.of(np.concatenate([np.zeros(0, np.int64), *computed]), step.num_trained_tokens)
+        flops_per_second = flops / max(seconds, 1e-9)
+        return self._padding(computed) | {
             "tokens_per_second": step.num_tokens / max(seconds, 1e-9),
             "teraflops_per_second": flops_per_second / 1e12,
             "mfu": flops_per_second / self._peak if self._peak else None,
@@ -38,12 +41,21 @@ class StepMeter:
             "device_memory_gib": self._device_memory.gib(),
         }
 
-    def _flops(self, step: Step) -> float:
-        plan = self._job.plans[step.epoch]
-        computed = micro_steps(plan, step, bins_per_micro_step=self._job.config.train.bins_per_micro_step)
-        documents = [plan.documents(part.first_bin, part.end_bin) for part in computed]
-        lengths = np.concatenate([np.zeros(0, np.int64), *(plan.num_tokens[here] for here in documents)])
-        return self._work.of(lengths, step.num_trained_tokens)
+    def _lengths(self, step: Step) -> list[np.ndarray]:
+        """Of the documents of each micro-step, on whichever rank."""
+        plan, num_bins = self._job.plans[step.epoch], self._job.config.train.bins_per_micro_step
+        computed = micro_steps(plan, step, bins_per_micro_step=num_bins)
+        return [plan.num_tokens[plan.documents(part.first_bin, part.end_bin)] for part in computed]
+
+    def _padding(self, computed: list[np.ndarray]) -> dict[str, Any]:
+        """The share of padding in what is computed; nothing where documents are packed."""
+        budget = self._job.padded_tokens_per_bin
+        if budget is None:
+            return {}
+        max_tokens = budget * self._job.config.train.bins_per_micro_step
+        num_tokens = sum(int(lengths.sum()) for lengths in computed)
+        num_padded = sum(num_padded_tokens(lengths, max_tokens=max_tokens) for lengths in computed)
+        return {"padding_share": 1 - num_tokens / max(num_padded, 1)}
 
 
 def _peak_of_all(job: Job, model: torch.nn.Module) -> float | None:

@@ -168,11 +168,12 @@ def step_line(record: Mapping[str, Any], num_steps: int) -> str:
     """For people."""
     hours, rest = divmod(round(record["seconds_left"]), 3600)
     mfu = "" if record["mfu"] is None else f"MFU {record['mfu']:.1%}  "
+    padding = f"padding {record['padding_share']:.0%}  " if "padding_share" in record else ""
     used = "" if record["device_memory_gib"] is None else f" of {record['device_memory_gib']:.1f} in use"
     return (
         f"step {record['step']}/{num_steps}  loss {_number(record['loss'])}  "
         f"lr {record['learning_rate']:.2e}  grad {_number(record['grad_norm'])}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  {mfu}{record['memory_gib']:.1f} GiB{used}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {padding}{mfu}{record['memory_gib']:.1f} GiB{used}  "
         f"{hours}:{rest // 60:02d}:{rest % 60:02d} left"
     )
 

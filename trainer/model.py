@@ -16,11 +16,13 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from pipelines.built_in_templates import template_for
+from pipelines.tokenizer_files import add_new_tokens
 from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import BaseForm, ModelConfig
 from trainer import nf4
 from trainer.attention import unwrapped, use_packed_attention
+from trainer.rope import scale_rope
 from trainer.support import model_folder
 
 if TYPE_CHECKING:
@@ -54,10 +56,13 @@ def load_base_model(
     folder = check_model_folder(model)
     device = device if device is not None else resolve_device(model)
     dtype = dtype if dtype is not None else resolve_dtype(model, device)
+    if model.init == "random":
+        return _with_new_rows(_drawn_model(model, base=base, device=device, dtype=dtype), model)
     result: Any = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=read_config(model),
         dtype=dtype,
-        device_map=_device_map(folder, device, dtype, base, lay_out),
+        device_map=_device_map(model, device, dtype, base, lay_out),
         **_quantisation(folder, base),
         use_safetensors=True,
         trust_remote_code=False,
@@ -79,14 +84,47 @@ def load_base_model(
     if base != "plain":
         _cast(loaded, dtype)
     use_packed_attention(loaded)
+    return _with_new_rows(loaded, model)
+
+
+def _with_new_rows(loaded: PreTrainedModel, model: ModelConfig) -> PreTrainedModel:
+    if model.new_tokens:
+        from trainer.new_tokens import add_rows
+
+        tokenizer = _read_tokenizer(model)
+        num_known = len(tokenizer)
+        add_new_tokens(tokenizer, model)
+        ids = tokenizer.convert_tokens_to_ids(model.new_tokens)
+        add_rows(loaded, ids, num_known=num_known)
     return loaded
 
 
+def read_config(model: ModelConfig) -> Any:
+    """The model's config as the settings want it."""
+    folder = model_folder(model.path, model.revision)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if model.rope_scaling is not None:
+        scale_rope(config, model.rope_scaling)
+    return config
+
+
+def _drawn_model(
+    model: ModelConfig, *, base: BaseForm, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    from trainer.random_weights import fill_randomly
+    from trainer.weights import model_without_weights
+
+    drawn = model_without_weights(model, base=base, dtype=dtype)
+    assert drawn is not None, "no file has to fit"
+    fill_randomly(drawn, device, dtype)
+    return drawn
+
+
 def _device_map(
-    folder: Path, device: torch.device, dtype: torch.dtype, base: BaseForm, lay_out: LayOut | None
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, base: BaseForm, lay_out: LayOut | None
 ) -> dict[str, torch.device] | None:
     if lay_out is not None:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = read_config(model)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return lay_out(empty, device, base)
@@ -156,6 +194,12 @@ def without_outliers(model: torch.nn.Module) -> Iterator[None]:
             layer.state.threshold = threshold
 
 
+def as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
+    """A whole model in `folder`, taken as it is: what the settings change in the base stands in its own files."""
+    own = {"path": str(folder), "revision": None, "init": "files", "rope_scaling": None, "new_tokens": []}
+    return model.model_copy(update=own)
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
     """A trained adapter over a loaded base model, for evaluation: nothing is trainable."""
     from peft import PeftModel
@@ -185,16 +229,23 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer that made the shards, with the chat template of split.chat_template where one is named."""
-    model = needed_model(config)
+    tokenizer = _read_tokenizer(needed_model(config))
+    add_new_tokens(tokenizer, needed_model(config))
+    if config.split.chat_template is not None:
+        tokenizer.chat_template = template_for(config.split.chat_template, tokenizer)
+    return tokenizer
+
+
+def _read_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     name = model.tokenizer if model.tokenizer is not None else model.path
     folder = model_folder(name, model.revision if model.tokenizer is None else None)
     _refuse_remote_code(folder, ("tokenizer_config.json",))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no readable tokenizer: {' '.join(str(error).split())}") from error
-    if config.split.chat_template is not None:
-        tokenizer.chat_template = template_for(config.split.chat_template, tokenizer)
     return tokenizer
 
 
@@ -241,10 +292,11 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 def check_model_folder(model: ModelConfig) -> Path:
-    """The model's folder, once it holds a config and every safetensors file. Raises InputError."""
+    """The model's folder, once it holds a config and every safetensors file that is needed. Raises InputError."""
     folder = model_folder(model.path, model.revision)
     _refuse_remote_code(folder, ("config.json",))
-    weight_files(folder)
+    if model.init == "files":
+        weight_files(folder)
     return folder
 
 
@@ -288,14 +340,23 @@ NUM_SAMPLED_BLOCKS = 256
 SAMPLED_BLOCK_BYTES = 64 * 2**10
 
 
+def base_digest(model: ModelConfig) -> str:
+    """Of the model as the settings have it: drawn weights hang on its config alone."""
+    folder = check_model_folder(model)
+    return model_digest(folder) if model.init == "files" else _digest(_states([folder / "config.json"]))
+
+
 def model_digest(folder: Path) -> str:
     """32 hex digits over config.json and the weights; computed once per process and file state.
 
     Files up to 256 MiB are read whole. Of larger ones the size, the header and 256 evenly spaced blocks count:
     it names a model (another fine-tune differs all over), it does not prove that no bit has flipped.
     """
-    files = [folder / "config.json", *weight_files(folder)]
-    return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    return _digest(_states([folder / "config.json", *weight_files(folder)]))
+
+
+def _states(files: list[Path]) -> tuple[tuple[Path, int, int], ...]:
+    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 @functools.cache

@@ -227,11 +227,11 @@ def replace_linear_layers(model: "PreTrainedModel") -> None:
     For models on the meta device, whose weights are read tensor by tensor: `quantise` what belongs to one of them.
     """
     for name, layer in list(model.named_modules()):
-        if type(layer) is torch.nn.Linear and _is_quantised(model, name):
+        if type(layer) is torch.nn.Linear and is_quantised(model, name):
             model.set_submodule(name, _empty(layer))
 
 
-def _is_quantised(model: "PreTrainedModel", name: str) -> bool:
+def is_quantised(model: "PreTrainedModel", name: str) -> bool:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 

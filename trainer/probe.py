@@ -1,9 +1,12 @@
-"""Before the first step: does this model, packed, compute what it computes on each document alone?
+"""Before the first step: does this model, packed or padded, compute what it computes on each document alone?
 
 The judge is transformers' own attention, head and cross entropy on unpacked documents. A family that leaks
 across documents, scales its logits in a way that loss.py does not know or drops the borders fails here, in a
 second, and not as a quietly worse model a week later.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,11 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from schemas.errors import RefusedError, TrainingError
 from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
-from trainer.data import collate
+from trainer.data import MicroBatch, collate
 from trainer.loss import token_losses
 from trainer.model import without_outliers
+from trainer.padding import collate_padded
 from trainer.ranks import ALONE, Ranks
 from trainer.shard_reader import Example
+from trainer.virtual_tokens import needs_padded_rows
 
 DOCUMENT_LENGTHS = (29, 18)
 MAX_LOSS_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -35,71 +40,90 @@ def check_packing(
     device: torch.device,
     dtype: torch.dtype | None = None,
     ranks: Ranks = ALONE,
+    is_padded: bool = False,
 ) -> None:
-    """Compare packed and alone: losses, one gradient, and document 2 when document 1 changes.
+    """Compare together and alone: losses, one gradient, and document 2 when document 1 changes. Together is packed,
+    or, with `is_padded`, in padded rows.
 
-    `model` has packed attention before and after; `dtype` is the one that computes, if it isn't the model's. Raises
-    RefusedError for a model that can't be packed and TrainingError when no gradient reaches the trained parameters.
+    `model` has packed attention, for padded rows plain, before and after; `dtype` is the one that computes, if it
+    isn't the model's. Raises RefusedError for a model that can't be trained so and TrainingError when no gradient
+    reaches the trained parameters.
     """
     dtype = dtype if dtype is not None else unwrapped(model).dtype
+    layout = _PADDED if is_padded else _PACKED
     was_training = model.training
     model.eval()
     try:
         with without_outliers(model):
-            _check_losses(model, device, dtype)
-            _check_gradient(model, device, dtype, ranks)
+            _check_losses(model, layout, device, dtype)
+            _check_gradient(model, layout, device, dtype, ranks)
     except TrainingError as error:
-        raise RefusedError(f"{_name(model)} can't be trained packed: {error}") from error
+        raise RefusedError(f"{_name(model)} can't be trained {layout.name}: {error}") from error
     finally:
-        use_packed_attention(model)
+        layout.use_attention(model)
         model.train(was_training)
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A way to compute several documents at once."""
+
+    name: str
+    collate: Callable[[Sequence[Example]], MicroBatch]
+    use_attention: Callable[[torch.nn.Module], None]
+
+
+_PACKED = _Layout("packed", collate, use_packed_attention)
+_PADDED = _Layout("padded", collate_padded, use_plain_attention)
+
+
 @torch.no_grad()
-def _check_losses(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _check_losses(model: torch.nn.Module, layout: _Layout, device: torch.device, dtype: torch.dtype) -> None:
     first, second, other = _documents(model)
-    packed = token_losses(model, collate([first, second]).to(device))
-    packed_after_other = token_losses(model, collate([other, second]).to(device))
+    together = token_losses(model, layout.collate([first, second]).to(device))
+    after_other = token_losses(model, layout.collate([other, second]).to(device))
     use_plain_attention(model)
     alone = torch.cat([_losses_alone(model, first, device), _losses_alone(model, second, device)])
-    use_packed_attention(model)
+    layout.use_attention(model)
     num_first = len(first.input_ids) - 1
-    leak = _mean_difference(packed[num_first:], packed_after_other[num_first:])
-    _check_limit(model, "losses of a document after two different ones", leak, MAX_LEAK[dtype])
-    difference = _mean_difference(packed, alone)
-    _check_limit(model, "losses packed and alone", difference, MAX_LOSS_DIFFERENCE[dtype])
+    leak = _mean_difference(together[num_first:], after_other[num_first:])
+    _check_limit(model, layout, "losses of a document after two different ones", leak, MAX_LEAK[dtype])
+    difference = _mean_difference(together, alone)
+    _check_limit(model, layout, f"losses {layout.name} and alone", difference, MAX_LOSS_DIFFERENCE[dtype])
 
 
 def _mean_difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return float((ours - expected).abs().mean())
 
 
-def _check_limit(model: torch.nn.Module, what: str, difference: float, limit: float) -> None:
+def _check_limit(model: torch.nn.Module, layout: _Layout, what: str, difference: float, limit: float) -> None:
     if not difference <= limit:  # not a number is no pass
         raise RefusedError(
             f"{_name(model)}: {what} differ by {difference:.4f}, expected at most {limit}; this model can't be "
-            "trained packed by this version, use another model family"
+            f"trained {layout.name} by this version, use another model family"
         )
 
 
-def _check_gradient(model: torch.nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
+def _check_gradient(
+    model: torch.nn.Module, layout: _Layout, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> None:
     parameters = _probed_parameters(model)
     first, second, _ = _documents(model)
-    packed = _gradient(token_losses(model, collate([first, second]).to(device)).sum(), parameters)
+    together = _gradient(token_losses(model, layout.collate([first, second]).to(device)).sum(), parameters)
     model.zero_grad(set_to_none=True)
     use_plain_attention(model)
     losses = _losses_alone(model, first, device).sum() + _losses_alone(model, second, device).sum()
     alone = _gradient(losses, parameters)
     model.zero_grad(set_to_none=True)
-    use_packed_attention(model)
+    layout.use_attention(model)
     # Each rank may have a part of each gradient, and all decide alike.
-    squares = ranks.add_up(torch.stack([alone.square().sum(), (packed - alone).square().sum()]))
+    squares = ranks.add_up(torch.stack([alone.square().sum(), (together - alone).square().sum()]))
     norm, norm_of_difference = squares.sqrt().tolist()
     if norm == 0.0:
         raise TrainingError("no gradient reaches its trained parameters")
     difference = norm_of_difference / norm
     limit = MAX_GRADIENT_DIFFERENCE[dtype]
-    _check_limit(model, "gradients packed and alone", difference, limit)
+    _check_limit(model, layout, f"gradients {layout.name} and alone", difference, limit)
 
 
 def _probed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -127,7 +151,9 @@ def _gradient(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch
 
 def _losses_alone(model: torch.nn.Module, example: Example, device: torch.device) -> torch.Tensor:
     ids = collate([example]).input_ids.to(device)
-    logits = unwrapped(model)(input_ids=ids, use_cache=False).logits[0, :-1]
+    # PEFT's own forward pass gives virtual tokens, and may give their logits too.
+    judge = model if needs_padded_rows(model) else unwrapped(model)
+    logits = judge(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] : -1]
     return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
 
 

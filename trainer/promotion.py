@@ -68,6 +68,9 @@ def promote(config: PipelineConfig, *, withdrawn_too: bool = False) -> Promotion
             decision=decision,
             explanation="was rolled back before; train again, or promote it with --withdrawn-too",
         )
+    if config.model is not None and config.model.init == "random":
+        explanation = "was trained over drawn weights: model.init is random"
+        return Promotion(outcome="refused", model=candidate, decision=decision, explanation=explanation)
     if not decision.promote:
         return Promotion(
             outcome="refused", model=candidate, decision=decision, explanation=decision.explanation

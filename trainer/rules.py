@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
+from trainer.rope import scaled_positions
 
 Find = Callable[[PipelineConfig, dict[str, Any]], str | None]
 """What was found, in words, or None where there is nothing to say.
@@ -66,9 +67,11 @@ def _capacity_below_examples(config: PipelineConfig, architecture: dict[str, Any
 
 def _longer_than_positions(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     positions = architecture.get("max_position_embeddings")
-    if not isinstance(positions, int) or config.split.max_tokens <= positions:
+    scaling = config.model.rope_scaling if config.model is not None else None
+    if not isinstance(positions, int) or config.split.max_tokens <= scaled_positions(positions, scaling):
         return None
-    return f"split.max_tokens is {config.split.max_tokens}, the model has {positions} positions"
+    scaled = f", {scaled_positions(positions, scaling)} with model.rope_scaling" if scaling else ""
+    return f"split.max_tokens is {config.split.max_tokens}, the model has {positions} positions{scaled}"
 
 
 def _encoder_decoder(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -119,7 +122,7 @@ MODEL_RULES = (
         "positions",
         _longer_than_positions,
         "positions beyond the model's range give noise",
-        "set split.max_tokens to the model's positions or fewer",
+        "set split.max_tokens to the model's positions or fewer, or model.rope_scaling to a factor that covers it",
     ),
     Rule(
         "encoder-decoder",

@@ -135,6 +135,13 @@ def take_off_adapter(model: "PeftModel") -> None:
     """Leave the base as it was. PEFT alone leaves modules that were trained whole in their places."""
     from peft.utils.other import ModulesToSaveWrapper
 
+    settings = model.active_peft_config
+    if settings.is_prompt_learning:
+        return  # it stands before the base, not in it
+    if settings.is_adaption_prompt:
+        model.base_model.delete_adapter(model.active_adapter)
+        return
+
     for module in list(model.modules()):
         if isinstance(module, ModulesToSaveWrapper):
             module.set_adapter([])

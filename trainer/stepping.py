@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.data import MicroBatch, micro_batch
+from trainer.data import MicroBatch
 from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
 from trainer.noise import NoisyBin, noise_for
 from trainer.optimizers import NO_LIMITS, Limits, Optimizer
+from trainer.padding import computed_batches
 from trainer.schedules import learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
+from trainer.virtual_tokens import num_prepended_tokens
 
 OUT_OF_MEMORY_SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -152,20 +154,37 @@ def _run_micro_step(
     factor: float,
     is_last: bool,
 ) -> torch.Tensor:
-    batch = micro_batch(
-        job.plans[step.epoch],
-        job.reader,
-        micro_step.first_bin,
-        micro_step.end_bin,
-        pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
-    ).to(job.device)
-    bins = _bins(job, step, micro_step)
-    torch.manual_seed(bins[0][0])  # for draws that trainer/draws.py does not reach
-    compute_loss = functools.partial(
-        _scaled_loss, job, model, batch, factor, None if micro_step.is_filler else counts
+    """The sum of its losses; padded, it may be several batches, one backward pass after the other."""
+    total = torch.zeros((), device=job.device)
+    batches = list(
+        computed_batches(
+            job.plans[step.epoch],
+            job.reader,
+            micro_step.first_bin,
+            micro_step.end_bin,
+            tokens_per_bin=job.padded_tokens_per_bin,
+            pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
+        )
     )
-    with drawing_for([(seed, sum(lengths)) for seed, lengths in bins]), noise_for(bins):
-        return optimizer.backward(compute_loss, is_last=is_last)
+    for number, batch in enumerate(batches, 1):
+        rows = _rows(job, step, micro_step, batch)
+        # Tokens that a method puts before each padded document are no embeddings of the table.
+        before = num_prepended_tokens(model) if batch.padded_rows else 0
+        torch.manual_seed(rows[0][0][0])  # for draws that trainer/draws.py does not reach
+        drawn = ([(seed, before + sum(lengths)) for seed, lengths in bins] for bins in rows)
+        with drawing_for(*drawn), noise_for(*rows):
+            total += optimizer.backward(
+                functools.partial(
+                    _scaled_loss,
+                    job,
+                    model,
+                    batch.to(job.device),
+                    factor,
+                    None if micro_step.is_filler else counts,
+                ),
+                is_last=is_last and number == len(batches),
+            )
+    return total
 
 
 def _scaled_loss(
@@ -179,6 +198,14 @@ def _scaled_loss(
         counts[0] += num_right.long()
         counts[1] += batch.num_trained_tokens
     return loss * factor
+
+
+def _rows(job: Job, step: Step, micro_step: MicroStep, batch: MicroBatch) -> list[list[NoisyBin]]:
+    """A padded document is a bin by itself."""
+    if not batch.padded_rows:
+        return [_bins(job, step, micro_step)]
+    seed = job.config.train.seed
+    return [[(draw_seed(seed, step.number, row.place), (row.length,))] for row in batch.padded_rows]
 
 
 def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[NoisyBin]:

@@ -7,14 +7,17 @@ matrix that the docs print (support_matrix.py).
 import importlib.util
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from pipelines.hub_cache import model_folder
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.model_rules import SECTION_MODEL_RULES
 from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
+from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES
+from trainer.weight_rules import WEIGHT_RULES
 from trainer.whole_weight_rules import WHOLE_WEIGHT_RULES
 
 
@@ -36,26 +39,6 @@ def _broken_rules(config: PipelineConfig) -> Iterator[tuple[Rule, str]]:
         found = rule.find(config, architecture)
         if found is not None:
             yield rule, found
-
-
-def model_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model or tokenizer: itself, or its snapshot in the local hub cache. No network.
-
-    Raises InputError when it is neither.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    # Imported late: the hub client costs more than all of this module.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise InputError(
-            f"model {name!r} is neither a folder nor in the local hub cache; download it once "
-            f"with `hf download {name}` or give a folder"
-        ) from None
 
 
 def model_architecture(config: PipelineConfig) -> dict[str, Any]:
@@ -207,7 +190,10 @@ RULES = (
         "set train.base to the form in the folder, or use the model's unquantised weights",
     ),
     *MODEL_RULES,
+    *SECTION_MODEL_RULES,
     *SETTING_RULES,
+    *UNPACKED_RULES,
+    *VIRTUAL_TOKEN_RULES,
     *OPTIMIZER_RULES,
     *WHOLE_WEIGHT_RULES,
     Rule(
@@ -280,4 +266,5 @@ RULES = (
         "pip install 'sft-pipeline[wandb]', or take it out of train.trackers",
         of_machine=True,
     ),
+    *WEIGHT_RULES,
 )

@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.pipeline_config import PipelineConfig
+from schemas.training_config import ModelConfig
 from schemas.training_result import TrainingResult
 from trainer import checkpoint, judging
-from trainer.attention import unwrapped, use_packed_attention
+from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.compiling import compile_layers
@@ -48,6 +49,7 @@ from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.preflight import check_ranks
 from trainer.probe import check_packing
+from trainer.random_weights import RandomWeights
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
 from trainer.start_adapter import adapter_folder, merge_into
@@ -90,7 +92,7 @@ def train_job(job: Job) -> TrainingResult:
             use_draws(job, model)
             speed_up(job, model)
             model = fill(job, place(job, model))
-            check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks)
+            check_layout(job, model)
             if job.config.train.compile:
                 tell(job, compile_layers(model))
             optimizer = build_optimizer(job, model)
@@ -144,7 +146,7 @@ def load_model(job: Job) -> torch.nn.Module:
 
 def needs_weights(job: Job) -> bool:
     """Whether something reads the model's weights before they are laid over the processes."""
-    return getattr(METHODS[job.config.train.method], "NEEDS_WEIGHTS", False)
+    return getattr(METHODS[job.config.train.method], "NEEDS_WEIGHTS", False) or bool(job.model.new_tokens)
 
 
 def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
@@ -154,6 +156,8 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     else:
         trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
+    if job.padded_tokens_per_bin is not None:
+        use_plain_attention(trained)
     return trained
 
 
@@ -170,13 +174,22 @@ def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
 def fill(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     fill_in = STRATEGIES[job.config.train.strategy].fill
     if fill_in is not None:
-        with WeightFiles(check_model_folder(job.model)) as files:
+        with weight_source(job.model) as files:
             fill_in(model, files, job.ranks)
     return model
 
 
+def weight_source(model: ModelConfig) -> WeightFiles | RandomWeights:
+    return RandomWeights() if model.init == "random" else WeightFiles(check_model_folder(model))
+
+
 def speed_up(job: Job, model: torch.nn.Module) -> None:
     tell(job, f"computing with {use_fast_kernels(model, job.config.train, device=job.device)}")
+
+
+def check_layout(job: Job, model: torch.nn.Module) -> None:
+    is_padded = job.padded_tokens_per_bin is not None
+    check_packing(model, device=job.device, dtype=job.dtype, ranks=job.ranks, is_padded=is_padded)
 
 
 def build_optimizer(job: Job, model: torch.nn.Module) -> Optimizer:
@@ -311,7 +324,9 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
         return progress
     reader, plan = job.validation
     job.ranks.pulse.mark(f"validating after step {progress.num_steps}")
-    found = split_loss(model, reader, plan, device=job.device, ranks=job.ranks)
+    found = split_loss(
+        model, reader, plan, device=job.device, tokens_per_bin=job.padded_tokens_per_bin, ranks=job.ranks
+    )
     loss, bits_per_byte, accuracy = map(_finite, (found.loss, found.bits_per_byte, found.token_accuracy))
     metrics.log_validation(
         {

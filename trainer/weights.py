@@ -16,13 +16,13 @@ from types import TracebackType
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from schemas.errors import InputError, TrainingError
 from schemas.training_config import BaseForm, ModelConfig
 from trainer import nf4
 from trainer.attention import use_packed_attention
-from trainer.model import check_model_folder, weight_files
+from trainer.model import check_model_folder, read_config, weight_files
 from trainer.stand_ins import change_parameters, stand_in
 
 DTYPES = {
@@ -125,11 +125,11 @@ def model_without_weights(
     loads them, and keeps some in another dtype.
     """
     folder = check_model_folder(model_config)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = read_config(model_config)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    if not _is_filled_by(model, folder):
+    if model_config.init == "files" and not _is_filled_by(model, folder):
         return None
     if base == "nf4":
         nf4.replace_linear_layers(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -23,6 +23,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Settings of the tiny models beside those of tiny_models.py. Head and embedding of gemma3_text are one matrix."""
 
 UNTIED = tuple(family for family in FAMILIES if family != "gemma3_text")
+
+LITTLE = 0.02
+"""The head of the tiny gemma3_text says next to nothing, and what only shifts attention can't change that."""
+
+NEW_TOKENS = {"new_tokens": ["<|tool|>", "zebra", "C"]}
+"""The last one is in the tokenizer and in the documents; the others get rows behind all."""
+EVERY_ROW_IS_TAKEN = {"vocab_size": 295}
 
 Load = Callable[[Path, Path], torch.nn.Module]
 
@@ -38,9 +45,17 @@ def plain_model(base: Path, output: Path) -> torch.nn.Module:
     return model
 
 
+def with_peft_and_new_rows(base: Path, output: Path) -> torch.nn.Module:
+    """As docs/training.md says: the base's embedding made as large as the adapter's tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(output)))
+    return PeftModel.from_pretrained(model, output)
+
+
 @dataclass(frozen=True)
 class Case:
-    """`train` and `model` are settings of these sections, `sections` whole ones beside them.
+    """`train` and `model` are settings of these sections, `sections` whole ones beside them; `shape` are settings of the
+    tiny model beside its family's.
 
     `moves` is a pattern for whole names of parameters, as they are in the model that trains: these move in 20 steps,
     and no others. `load` gets the folders of the base model and of the output. `capacity` 1: a bin for each document.
@@ -53,6 +68,7 @@ class Case:
     model: Mapping[str, Any] = field(default_factory=dict)
     sections: Mapping[str, Any] = field(default_factory=dict)
     families: tuple[str, ...] = tuple(FAMILIES)
+    shape: Mapping[str, Any] = field(default_factory=dict)
     capacity: int = 64
     min_fall: float = 0.1
 
@@ -86,5 +102,55 @@ CASES: dict[str, Case] = {
         {"method": "expand", "expand": {"new_layers": 2}, "learning_rate": 2e-2},
         r"model\.layers\.[13]\..*",
         plain_model,
+    ),
+    "prefix": Case(
+        {"method": "prefix", "virtual_tokens": {"count": 8}, "learning_rate": 0.3},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "prefix network": Case(
+        {"method": "prefix", "virtual_tokens": {"count": 8, "inner_size": 16}, "learning_rate": 3e-2},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "prompt": Case(
+        {"method": "prompt", "virtual_tokens": {"count": 8}, "learning_rate": 3e-2},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "p_tuning": Case(
+        {"method": "p_tuning", "virtual_tokens": {"count": 8}, "learning_rate": 1e-2},
+        r"prompt_encoder\.default\..*",
+        with_peft,
+        min_fall=LITTLE,
+    ),
+    "llama_adapter": Case(
+        {"method": "llama_adapter", "virtual_tokens": {"count": 8}, "learning_rate": 0.3},
+        r".*\.adaption_(prompt|gate)",
+        with_peft,
+        families=("llama", "mistral"),
+    ),
+    "lora new tokens": Case(
+        {"method": "lora", "lora": {"rank": 4}},
+        r".*\.lora_[AB]\.default\.weight|.*\.token_adapter\.trainable_tokens_delta\.default",
+        with_peft_and_new_rows,
+        model=NEW_TOKENS,
+        shape=EVERY_ROW_IS_TAKEN,
+    ),
+    "full new tokens": Case(
+        {"method": "full", "learning_rate": 1e-3},
+        r".*",
+        plain_model,
+        model=NEW_TOKENS,
+        shape=EVERY_ROW_IS_TAKEN,
+    ),
+    "full over longer positions": Case(
+        {"method": "full", "learning_rate": 1e-3},
+        r".*",
+        plain_model,
+        model={"rope_scaling": {"type": "linear", "factor": 4}},
     ),
 }

@@ -32,7 +32,13 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({}, "adapter"), ({"dtype": "bfloat16"}, "adapter"), ({"method": "full", "dtype": "bfloat16"}, "model")],
+    [
+        ({}, "adapter"),
+        ({"dtype": "bfloat16"}, "adapter"),
+        ({"method": "full", "dtype": "bfloat16"}, "model"),
+        ({"method": "freeze", "freeze": {"last_layers": 1}, "dtype": "bfloat16"}, "model"),
+        ({"method": "expand", "expand": {"new_layers": 1}}, "model"),
+    ],
 )
 def test_the_last_checkpoint_gives_the_folder_that_training_has_published(
     tmp_path: Path, settings: dict[str, Any], name: str

@@ -24,7 +24,7 @@ from tests.trainer.tiny_models import (
 from trainer.data import (
     check_plan,
     collate,
-    micro_batches,
+    micro_batch,
     plan_from_table,
     read_plan,
 )
@@ -213,7 +213,7 @@ def test_a_document_with_other_tokens_than_its_plan_says_is_refused(
     reader = ShardReader(write_shards(tmp_path, {"train": random_documents([5, 9])}), "train")
     plan = plan_from_table(plan_table(random_documents(lengths)), split="train", epoch=0)
     with pytest.raises(IntegrityError, match="which are not in"):
-        list(micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=1))
+        micro_batch(plan, reader, 0, plan.num_bins)
 
 
 def test_a_plan_whose_bins_are_out_of_order_is_refused() -> None:
@@ -260,10 +260,8 @@ def test_steps_cover_every_bin_of_every_epoch_once_and_know_their_sums(
         assert [number for first, end in bins for number in range(first, end)] == list(range(plan.num_bins))
     for step in steps:
         batches = [
-            batch
-            for _, batch in micro_batches(
-                plans[step.epoch], reader, step.first_bin, step.end_bin, bins_per_micro_step=2
-            )
+            micro_batch(plans[step.epoch], reader, first, min(first + 2, step.end_bin))
+            for first in range(step.first_bin, step.end_bin, 2)
         ]
         assert step.num_tokens == sum(batch.num_tokens for batch in batches)
         assert step.num_trained_tokens == sum(batch.num_trained_tokens for batch in batches)
@@ -295,9 +293,9 @@ def test_padding_rounds_a_row_up_and_adds_no_target(tmp_path: Path) -> None:
     chats = learnable_documents(10)
     reader = ShardReader(write_shards(tmp_path, {"train": chats}), "train")
     plan = plan_from_table(plan_table(chats), split="train", epoch=0)
-    plain = list(micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=1))
-    padded = list(micro_batches(plan, reader, 0, plan.num_bins, bins_per_micro_step=1, pad_multiple=64))
-    for (_, one), (_, other) in zip(plain, padded, strict=True):
+    for number in range(plan.num_bins):
+        one = micro_batch(plan, reader, number, number + 1)
+        other = micro_batch(plan, reader, number, number + 1, pad_multiple=64)
         assert other.input_ids.shape[1] % 64 == 0
         assert torch.equal(one.targets, other.targets)
         assert one.num_tokens == other.num_tokens

@@ -45,6 +45,8 @@ METHODS_AND_TARGETS = [
     {"lora": {"rank": 4}},
     {"lora": {"rank": 16, "targets": ["q_proj", "v_proj"]}},
     {"lora": {"rank": 2, "targets": r".*layers\.1\..*down_proj"}},
+    {"method": "freeze", "freeze": {"last_layers": 1, "head": True, "parameters": [r".*norm\.weight"]}},
+    {"method": "expand", "expand": {"new_layers": 2}},
 ]
 
 

@@ -72,7 +72,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def train_case(folder: Path, case: Case, family: str) -> Trained:
-    base = write_model(folder / "base", family, **FAMILIES[family])
+    base = write_model(folder / "base", family, **FAMILIES[family], **case.shape)
     config = config_of(folder, case, base)
     seen: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:

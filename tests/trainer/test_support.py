@@ -1,7 +1,9 @@
 """The table of rules: each one fires, says what to do, and the whole cross product of settings has an answer."""
 
 import json
+import math
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,17 +25,28 @@ def config_of(
     architecture: dict[str, Any] | None = None,
     *,
     model_settings: dict[str, Any] | None = None,
+    weights: dict[str, list[int]] | None = None,
     adapter: dict[str, Any] | None = None,
+    adapter_weights: dict[str, list[int]] | None = None,
+    trained_over: str | None = None,
     **sections: Any,
 ) -> PipelineConfig:
+    """`weights` and `adapter_weights` are shapes: files of a header and no numbers, so that nothing can be loaded."""
     model_folder = folder / "model"
     model_folder.mkdir(exist_ok=True)
     (model_folder / "config.json").write_text(json.dumps(architecture or LLAMA))
+    if weights is not None:
+        write_header(model_folder / "model.safetensors", weights)
     if adapter is not None:
-        model_settings = {"adapter": str(folder), **(model_settings or {})}
+        place = folder / "training" / "adapter"
+        place.mkdir(parents=True)
+        model_settings = {"adapter": str(place), **(model_settings or {})}
         plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-        (folder / "adapter_config.json").write_text(json.dumps(plain | adapter))
-        (folder / "adapter_model.safetensors").touch()
+        (place / "adapter_config.json").write_text(json.dumps(plain | adapter))
+        write_header(place / "adapter_model.safetensors", adapter_weights or {})
+    if trained_over is not None:
+        record = {"inputs": {"model": trained_over}}
+        (folder / "training" / "training.json").write_text(json.dumps(record))
     return PipelineConfig.model_validate(
         {
             "run_root": folder / "run",
@@ -44,6 +57,16 @@ def config_of(
     )
 
 
+def write_header(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A safetensors file that ends where its numbers would begin."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
 def test_defaults_are_supported(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert refusals(config) == []
@@ -51,12 +74,31 @@ def test_defaults_are_supported(tmp_path: Path) -> None:
 
 
 MERGE = {"adapter_use": "merge"}
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4}}
+TOKENS = {"new_tokens": ["<|tool|>"]}
+DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 4}}
+EMBEDDING = {"model.embed_tokens.weight": [320, 32]}
+QUERIES = {"model.layers.0.self_attn.q_proj.weight": [32, 32]}
+THEIR_QUERIES = {
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": [4, 64],
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": [64, 4],
+}
 BROKEN: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "capacity": {"pack": {"capacity": 1024}, "split": {"max_tokens": 2048}},
     "positions": {"split": {"max_tokens": 8192}},
     "quantised-base": {"architecture": {**LLAMA, "quantization_config": {"quant_method": "gptq"}}},
     "quantised-form": {"architecture": {**LLAMA, "quantization_config": NF4}, "train": {"base": "int8"}},
+    "rope-twice": {
+        "architecture": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2}},
+        "model_settings": YARN,
+    },
+    "rope-phi3": {"architecture": {**LLAMA, "model_type": "phi3"}, "model_settings": YARN},
+    "rope-row": {"model_settings": DYNAMIC, "split": {"max_tokens": 8192}},
+    "random": {"model_settings": {"init": "random"}, "train": {"strategy": "pipeline"}},
+    "new-tokens-method": {"model_settings": TOKENS, "train": {"method": "expand"}},
+    "new-tokens-sharded": {"model_settings": TOKENS, "train": {"strategy": "fsdp2"}},
+    "new-tokens-beside": {"model_settings": TOKENS, "train": {"lora": {"targets": ["lm_head"]}}},
     "encoder-decoder": {"architecture": {"model_type": "t5", "is_encoder_decoder": True}},
     "recurrent-layers": {"architecture": {"model_type": "jamba"}},
     "attention-sinks": {"architecture": {"model_type": "gpt_oss"}},
@@ -76,6 +118,26 @@ BROKEN: dict[str, dict[str, Any]] = {
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
     "early-stopping": {"train": {"early_stopping_evaluations": 2}},
     "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},
+    "unpacked-strategy": {"train": {"batches": "unpacked", "strategy": "zero2"}},
+    "unpacked-compile": {"train": {"method": "prompt", "compile": True}},
+    "virtual-tokens-packed": {"train": {"method": "p_tuning", "batches": "packed"}},
+    "virtual-tokens-merge": {"adapter": {}, "model_settings": MERGE, "train": {"method": "prompt"}},
+    "virtual-positions": {"split": {"max_tokens": 4090}, "train": {"method": "prompt"}},
+    "virtual-tokens-layer-inputs": {
+        "architecture": {**LLAMA, "hidden_size_per_layer_input": 16},
+        "train": {"method": "p_tuning"},
+    },
+    "prefix-checkpointing": {"train": {"method": "prefix", "gradient_checkpointing": True}},
+    "prefix-latent": {"architecture": {**LLAMA, "kv_lora_rank": 8}, "train": {"method": "prefix"}},
+    "llama-adapter-family": {"architecture": {"model_type": "qwen3"}, "train": {"method": "llama_adapter"}},
+    "llama-adapter-heads": {
+        "architecture": {**LLAMA, "num_attention_heads": 4, "head_dim": 16, "hidden_size": 32},
+        "train": {"method": "llama_adapter"},
+    },
+    "llama-adapter-layers": {
+        "architecture": {**LLAMA, "num_hidden_layers": 2},
+        "train": {"method": "llama_adapter", "virtual_tokens": {"layers": 3}},
+    },
     "compile-bits": {"train": {"compile": True, "base": "nf4"}},
     "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
     "compile-checkpointing": {"train": {"compile": True, "gradient_checkpointing": True}},
@@ -98,6 +160,17 @@ BROKEN: dict[str, dict[str, Any]] = {
     "deepspeed": {"train": {"strategy": "zero2"}},
     "bitsandbytes": {"train": {"base": "int8"}},
     "wandb": {"train": {"trackers": ["wandb"]}},
+    "quantised-tensors": {"weights": {"model.layers.0.self_attn.q_proj.qweight": [4, 32]}},
+    "vocabulary": {"architecture": {**LLAMA, "vocab_size": 321}, "weights": EMBEDDING},
+    "head": {"architecture": {**LLAMA, "tie_word_embeddings": False}, "weights": EMBEDDING},
+    "two-heads": {
+        "architecture": {**LLAMA, "tie_word_embeddings": True},
+        "weights": {**EMBEDDING, "lm_head.weight": [319, 32]},
+    },
+    "lora-targets": {"weights": QUERIES, "train": {"lora": {"targets": ["q_porj"]}}},
+    "lora-rank": {"weights": QUERIES, "train": {"lora": {"rank": 33}}},
+    "adapter-base": {"weights": QUERIES, "adapter": {}, "trained_over": "0" * 32},
+    "adapter-shapes": {"weights": QUERIES, "adapter": {}, "adapter_weights": THEIR_QUERIES},
 }
 PACKAGES = ("deepspeed", "bitsandbytes", "wandb", "compiler")
 

@@ -24,7 +24,7 @@ def counted(model: Any, plan: Plan, reader: ShardReader, documents: slice) -> tu
     total, num_right = 0.0, 0
     for row in plan.examples[documents].tolist():
         example = reader.example(row)
-        ids = torch.from_numpy(example.input_ids).long()
+        ids = torch.tensor(example.input_ids).long()
         with torch.no_grad():
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         (start,), (end,) = example.span_starts.tolist(), example.span_ends.tolist()

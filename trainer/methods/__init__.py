@@ -14,6 +14,24 @@ NEEDS_WEIGHTS                       True: apply reads the model's weights, so un
 
 from types import ModuleType
 
-from trainer.methods import expand, freeze, full, lora
+from trainer.methods import (
+    expand,
+    freeze,
+    full,
+    llama_adapter,
+    lora,
+    p_tuning,
+    prefix,
+    prompt,
+)
 
-METHODS: dict[str, ModuleType] = {"lora": lora, "full": full, "freeze": freeze, "expand": expand}
+METHODS: dict[str, ModuleType] = {
+    "lora": lora,
+    "full": full,
+    "freeze": freeze,
+    "expand": expand,
+    "prefix": prefix,
+    "prompt": prompt,
+    "p_tuning": p_tuning,
+    "llama_adapter": llama_adapter,
+}
