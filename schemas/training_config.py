@@ -241,6 +241,11 @@ class TrainConfig(_Section):
     """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of that mean."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread over the whole vocabulary; validation does without. 0.1 is usual."""
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """Noise on the embeddings in training (NEFTune): uniform, up to this over the root of a document's length x the
+    hidden size. 5 is usual, 0 is off."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this; 0 is off."""
     gradient_checkpointing: Checkpointing = "none"
@@ -272,8 +277,10 @@ class TrainConfig(_Section):
     """Older ones are removed, but for the best one where keep_best is on."""
     keep_best: bool = False
     """Publish the weights of the best validation in place of the last ones."""
-    best_metric: Literal["validation_loss", "validation_bits_per_byte"] = "validation_bits_per_byte"
-    """What the best validation, and early stopping, go by: the lowest."""
+    best_metric: Literal["validation_loss", "validation_bits_per_byte", "validation_token_accuracy"] = (
+        "validation_bits_per_byte"
+    )
+    """What the best validation, and early stopping, go by: the lowest, of token accuracy the highest."""
     early_stopping_evaluations: int = Field(default=0, ge=0)
     """Stop after so many validations in a row that are no better than the best one; 0: never."""
     evaluate_every_steps: int = Field(default=0, ge=0)

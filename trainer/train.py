@@ -43,6 +43,7 @@ from trainer.model import (
     load_base_model,
     load_tokenizer,
 )
+from trainer.noise import use_noise
 from trainer.optimizers import Optimizer
 from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
@@ -91,7 +92,7 @@ def train_job(job: Job) -> TrainingResult:
         tokenizer = load_tokenizer(job.config)
         with memory_explained(job):
             model = apply_method(job, load_model(job))
-            use_bin_dropout(model)
+            use_draws(job, model)
             speed_up(job, model)
             model = fill(job, place(job, model))
             check_layout(job, model)
@@ -160,6 +161,12 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     if job.padded_tokens_per_bin is not None:
         use_plain_attention(trained)
     return trained
+
+
+def use_draws(job: Job, model: torch.nn.Module) -> None:
+    use_bin_dropout(model)
+    if job.config.train.neftune_alpha:
+        use_noise(model, job.config.train.neftune_alpha)
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
@@ -316,6 +323,7 @@ def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, A
         "step": step.number + 1,
         "epoch": step.epoch,
         "loss": outcome.loss if math.isfinite(outcome.loss) else None,
+        "token_accuracy": outcome.token_accuracy,
         "learning_rate": outcome.learning_rate,
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
@@ -344,17 +352,23 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
     found = split_loss(
         model, reader, plan, device=job.device, tokens_per_bin=job.padded_tokens_per_bin, ranks=job.ranks
     )
-    loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
+    loss, bits_per_byte, accuracy = map(_finite, (found.loss, found.bits_per_byte, found.token_accuracy))
     metrics.log_validation(
         {
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_token_accuracy": accuracy,
             "validation_by_source": _by_name(found.by_source),
             "validation_by_language": _by_name(found.by_language),
         }
     )
-    measured = dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+    measured = dataclasses.replace(
+        progress,
+        validation_loss=loss,
+        validation_bits_per_byte=bits_per_byte,
+        validation_token_accuracy=accuracy,
+    )
     return judging.judged(measured, job.config.train)
 
 
@@ -435,7 +449,11 @@ def finish(
 
 def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
     return {
-        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        name: {
+            "loss": _finite(found.loss),
+            "bits_per_byte": _finite(found.bits_per_byte),
+            "token_accuracy": _finite(found.token_accuracy),
+        }
         for name, found in losses.items()
     }
 
