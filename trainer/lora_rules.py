@@ -8,6 +8,7 @@ from trainer.rules import Rule
 
 VARIANT_STRATEGIES = ("single", "ddp")
 """They hold and update each trained weight in its own dtype."""
+VARIANT_BASES = ("plain", "nf4")
 WHOLE_WEIGHT_STRATEGIES = ("single", "ddp", "zero1", "zero2")
 """Each process loads the whole base on one device."""
 TAKEN_FROM_BASE = ("pissa", "olora")
@@ -29,9 +30,9 @@ def _dora_compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str 
 
 def _dora_over_int8(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.method != "lora" or not train.lora.dora or train.base != "int8":
+    if train.method != "lora" or not train.lora.dora or train.base in VARIANT_BASES:
         return None
-    return "train.lora.dora is true, train.base int8"
+    return f"train.lora.dora is true, train.base {train.base}"
 
 
 def _dora_over_merged(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -57,9 +58,9 @@ def _ia3_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str 
 
 
 def _ia3_over_int8(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.method != "ia3" or config.train.base != "int8":
+    if config.train.method != "ia3" or config.train.base in VARIANT_BASES:
         return None
-    return "train.method is ia3, train.base int8"
+    return f"train.method is ia3, train.base {config.train.base}"
 
 
 def _ia3_over_adapter(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -87,6 +88,13 @@ def _taken_from_bits(config: PipelineConfig, architecture: dict[str, Any]) -> st
     if init not in TAKEN_FROM_BASE or config.train.base == "plain":
         return None
     return f"train.lora.init is {init}, train.base {config.train.base}"
+
+
+def _init_over_rows(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    init = _init(config)
+    if init not in ("eva", "loftq") or config.train.base != "int8_rows":
+        return None
+    return f"train.lora.init is {init}, train.base int8_rows"
 
 
 def _nothing_lost(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -143,7 +151,7 @@ LORA_RULES = (
     Rule(
         "dora-int8",
         _dora_over_int8,
-        "each pass unpacks the weights for their lengths, which 8-bit layers don't survive (found with peft 0.21)",
+        "each pass unpacks the weights for their lengths, which bitsandbytes' 8-bit layers don't survive (peft 0.21)",
         "set train.base to nf4 or plain, or train.lora.dora to false",
     ),
     Rule(
@@ -187,6 +195,12 @@ LORA_RULES = (
         _taken_from_bits,
         "what is left of a quantised weight would have to be quantised anew, and the adapter would fit no other base",
         "set train.lora.init to loftq, or train.base to plain",
+    ),
+    Rule(
+        "lora-init-rows",
+        _init_over_rows,
+        "first matrices were never shown to be right over this form of a base",
+        "set train.base to nf4 or int8, or train.lora.init to default",
     ),
     Rule(
         "loftq-plain",
