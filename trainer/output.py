@@ -17,8 +17,8 @@ from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
 from trainer.checkpoint import Progress
 from trainer.folders import built_aside
 from trainer.job import Job
+from trainer.memory import BITSANDBYTES_OPTIMIZERS
 from trainer.methods import METHODS
-from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS
 from trainer.strategies import STRATEGIES
 from trainer.weights import whole_shape
 
