@@ -25,10 +25,11 @@ from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
+from trainer.fast.check import keep_if_right
 from trainer.folders import remove_leftovers
 from trainer.heartbeat import Heartbeat
 from trainer.job import Job, mark_current, plan_job, read_result
-from trainer.kernels import use_fast_kernels
+from trainer.kernels import use_fast_kernels, use_fast_layers
 from trainer.loss import split_loss
 from trainer.loss_by_group import SplitLoss
 from trainer.loss_scale import after_step, loss_scale
@@ -95,8 +96,7 @@ def train_job(job: Job) -> TrainingResult:
             speed_up(job, model)
             model = fill(job, place(job, model))
             check_layout(job, model)
-            if job.config.train.compile:
-                tell(job, compile_layers(model))
+            compile_rest(job, model, speed_up_layers(job, model))
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
@@ -141,7 +141,7 @@ def load_model(job: Job) -> torch.nn.Module:
         merge_into(model, adapter_folder(job.model))
     if job.config.train.attention == "by_document":
         use_packed_attention(model, by_document=True)
-    if job.config.train.gradient_checkpointing:
+    if job.config.train.gradient_checkpointing != "none":
         enable_gradient_checkpointing(model)
     return model
 
@@ -187,6 +187,29 @@ def weight_source(model: ModelConfig) -> WeightFiles | RandomWeights:
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
     tell(job, f"computing with {use_fast_kernels(model, job.config.train, device=job.device)}")
+
+
+def speed_up_layers(job: Job, model: torch.nn.Module) -> bool:
+    """Compute decoder layers as one where that is right; whether all of them are."""
+    taken = use_fast_layers(model, job.config.train, device=job.device)
+    if taken is None:
+        return False
+    tell(job, str(taken))
+    problem = keep_if_right(model, taken, device=job.device, dtype=job.dtype, ranks=job.ranks)
+    if problem is not None:
+        tell(job, f"decoder layers compute their own way: {problem}")
+    return len(taken.layers) == taken.num_layers
+
+
+def compile_rest(job: Job, model: torch.nn.Module, are_all_taken: bool) -> None:
+    """Layers that are computed as one compile their pieces themselves."""
+    train = job.config.train
+    if not train.compile or are_all_taken:
+        return
+    if train.base != "plain" or train.gradient_checkpointing != "none":
+        tell(job, "nothing is compiled: over bits, or recomputed, layers can't be but as one")
+        return
+    tell(job, compile_layers(model))
 
 
 def check_layout(job: Job, model: torch.nn.Module) -> None:
