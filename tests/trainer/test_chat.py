@@ -80,6 +80,7 @@ def test_the_adapter_goes_off_and_on_in_the_same_chat(trained_run: PipelineConfi
     assert found == lines_of(first, "adapter off: the base model answers", second, "adapter on", third)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_the_adapter_is_switched_over_a_base_of_few_bits_too(trained_run: PipelineConfig, base: str) -> None:
     train_settings = trained_run.train.model_copy(update={"base": base})
