@@ -233,6 +233,9 @@ class TrainConfig(_Section):
     CPUs, torch's plain attention on one document after the other."""
     compile: bool = False
     """torch.compile of the decoder layers: minutes at the start, then faster steps. It needs a C++ compiler."""
+    compile_cache: LocalPath | None = None
+    """Folder that keeps compiled programs for later trainings; default: the libraries' own, in the temporary folder and
+    in the user's home."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0

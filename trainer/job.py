@@ -44,6 +44,7 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "bins_per_micro_step",
         "attention",
         "compile",
+        "compile_cache",
         "rank_timeout_seconds",
         "trackers",
         "shard_base",

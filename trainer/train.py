@@ -48,6 +48,7 @@ from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.preflight import check_ranks
 from trainer.probe import check_packing
+from trainer.program_cache import keep_programs
 from trainer.random_weights import RandomWeights
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
@@ -85,6 +86,7 @@ def train_job(job: Job) -> TrainingResult:
         if job.ranks.is_first:
             remove_leftovers(job.folder)
         make_deterministic(job)
+        keep_programs(job.config.train.compile_cache)
         tokenizer = load_tokenizer(job.config)
         with memory_explained(job):
             model = apply_method(job, load_model(job))
