@@ -45,6 +45,8 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "attention",
         "compile",
         "compile_cache",
+        "mlp_tokens_at_once",
+        "offload_checkpoints",
         "rank_timeout_seconds",
         "trackers",
         "shard_base",
