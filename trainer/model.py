@@ -96,8 +96,8 @@ def _with_new_rows(loaded: PreTrainedModel, model: ModelConfig) -> PreTrainedMod
         tokenizer = _read_tokenizer(model)
         num_known = len(tokenizer)
         add_new_tokens(tokenizer, model)
-        ids = tokenizer.convert_tokens_to_ids(model.new_tokens)
-        add_rows(loaded, ids, num_known=num_known)
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in model.new_tokens]
+        add_rows(loaded, ids, num_known=num_known)  # type: ignore[arg-type]  # each is one token
     return loaded
 
 
@@ -208,7 +208,13 @@ def without_outliers(model: torch.nn.Module) -> Iterator[None]:
 
 def as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
     """A whole model in `folder`, taken as it is: what the settings change in the base stands in its own files."""
-    own = {"path": str(folder), "revision": None, "init": "files", "rope_scaling": None, "new_tokens": []}
+    own: dict[str, Any] = {
+        "path": str(folder),
+        "revision": None,
+        "init": "files",
+        "rope_scaling": None,
+        "new_tokens": [],
+    }
     return model.model_copy(update=own)
 
 
