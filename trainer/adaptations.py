@@ -43,7 +43,7 @@ def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
 
 
 def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    return "train.compile is true" if config.train.compile and not is_unpacked(config.train) else None
+    return "train.compile is true" if config.train.compile else None
 
 
 ADAPTATIONS = (

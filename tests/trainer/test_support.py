@@ -119,6 +119,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "early-stopping": {"train": {"early_stopping_evaluations": 2}},
     "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},
     "unpacked-strategy": {"train": {"batches": "unpacked", "strategy": "zero2"}},
+    "unpacked-compile": {"train": {"method": "prompt", "compile": True}},
     "virtual-tokens-packed": {"train": {"method": "p_tuning", "batches": "packed"}},
     "virtual-tokens-merge": {"adapter": {}, "model_settings": MERGE, "train": {"method": "prompt"}},
     "virtual-positions": {"split": {"max_tokens": 4090}, "train": {"method": "prompt"}},
