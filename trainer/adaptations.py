@@ -8,6 +8,7 @@ from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import Adaptation
+from trainer.setting_rules import takes_layers
 from trainer.virtual_rules import VIRTUAL_TOKEN_ADAPTATIONS, is_unpacked
 
 
@@ -33,6 +34,11 @@ def _lora_with_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> 
     return f"train.lora.dropout is {train.lora.dropout}"
 
 
+def _dora(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    return "train.lora.dora is true" if train.method == "lora" and train.lora.dora else None
+
+
 def _half_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     return "model.dtype is float16" if config.model and config.model.dtype == "float16" else None
 
@@ -43,7 +49,17 @@ def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
 
 
 def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    return "train.compile is true" if config.train.compile else None
+    is_so = config.train.compile and not takes_layers(config.train) and not is_unpacked(config.train)
+    return "train.compile is true" if is_so else None
+
+
+def _selective_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.gradient_checkpointing != "selective" or takes_layers(train):
+        return None
+    return (
+        f"train.gradient_checkpointing is selective, train.method {train.method}, strategy {train.strategy}"
+    )
 
 
 ADAPTATIONS = (
@@ -60,6 +76,13 @@ ADAPTATIONS = (
         "the fused pass gives both products the same input, and dropout changes that of one",
     ),
     Adaptation(
+        "dora",
+        _dora,
+        "LoRA layers compute PEFT's own way; magnitudes and lengths of weights are fp32 whatever model.dtype says",
+        "the fused pass knows no magnitudes, and in 16 bits their updates are lost",
+        links=("huggingface/trl#7268",),
+    ),
+    Adaptation(
         "attention-by-document",
         _wide_floats,
         "attention runs one document after the other, also on CUDA",
@@ -72,6 +95,12 @@ ADAPTATIONS = (
         "and by no kernels of ours or Liger's",
         "attention knows the documents' borders as numbers, and a compiler would make a program for each set of them",
         links=("huggingface/peft#1199", "huggingface/peft#2900"),
+    ),
+    Adaptation(
+        "selective-as-full",
+        _selective_elsewhere,
+        "all but the input of each layer is recomputed, as with full",
+        "what is cheap is known where decoder layers are computed as one: with LoRA under strategy single or ddp",
     ),
     Adaptation(
         "loss-scale",

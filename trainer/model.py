@@ -20,7 +20,7 @@ from pipelines.tokenizer_files import add_new_tokens
 from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import BaseForm, ModelConfig
-from trainer import nf4
+from trainer import int8_rows, nf4
 from trainer.attention import unwrapped, use_packed_attention
 from trainer.rope import scale_rope
 from trainer.support import model_folder
@@ -48,8 +48,8 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The model with packed attention, all weights from safetensors; device and dtype default to the config's.
 
-    With base int8 its linear layers, but for the head, are held in 8 bits, with nf4 in 4: each is quantised on the
-    device as it is read, so the whole of them is never there. `lay_out` says which module goes to which of several
+    With base int8 or int8_rows its linear layers, but for the head, are held in 8 bits, with nf4 in 4: each is
+    quantised on the device as it is read, so the whole of them is never there. `lay_out` says which module goes to which of several
     devices. Raises InputError when a weight is missing or only pickles are there, RefusedError when the architecture
     can't be trained packed.
     """
@@ -81,6 +81,8 @@ def load_base_model(
         remove_hook_from_submodules(loaded)  # they bring inputs to modules, but not what the loss needs back
     if base == "nf4":
         nf4.take_over(loaded, dtype)
+    if base == "int8_rows":
+        int8_rows.take_over(loaded, dtype)
     if base != "plain":
         _cast(loaded, dtype)
     use_packed_attention(loaded)
@@ -124,21 +126,25 @@ def _device_map(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, base: BaseForm, lay_out: LayOut | None
 ) -> dict[str, torch.device] | None:
     if lay_out is not None:
-        config = read_config(model)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return lay_out(empty, device, base)
+        return lay_out(empty_model(model, dtype), device, base)
     return {"": device} if device.type != "cpu" or base != "plain" else None
 
 
+def empty_model(model: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Names and shapes of a model, on the meta device: no weight is read, and none takes memory."""
+    with torch.device("meta"):
+        empty: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(model), dtype=dtype)
+    return empty
+
+
 def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
-    if base == "int8":
+    if base in ("int8", "int8_rows"):
         # Each product casts its inputs to fp16 to quantise them, as the method does, and says so each time.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # A folder that is quantised already says itself how; support.py has seen that it is the form of `base`.
     if base == "plain" or "quantization_config" in json.loads((folder / "config.json").read_bytes()):
         return {}
-    if base == "int8":
+    if base in ("int8", "int8_rows"):
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
 
@@ -170,7 +176,13 @@ def _is_own_dtype(model: Any, name: str) -> bool:
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
-    return name.endswith((".packed", ".absmax")) or any(part in in_fp32 for part in name.split("."))
+    is_own = name.endswith((".packed", ".absmax", ".rows", ".scales")) or is_scale_vector(name)
+    return is_own or any(part in in_fp32 for part in name.split("."))
+
+
+def is_scale_vector(name: str) -> bool:
+    """A parameter of IA3 or a magnitude of DoRA, held in fp32: near 1, bf16 knows steps of 1/128 alone."""
+    return ".ia3_l." in name or ".lora_magnitude_vector." in name
 
 
 @contextmanager
@@ -204,12 +216,20 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
     """A trained adapter over a loaded base model, for evaluation: nothing is trainable."""
     from peft import PeftModel
 
+    from trainer.dora import compute_in_float32
+
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not an adapter: {name} is missing; train first")
-    # Upcast adapters would compute in fp32 what was trained in the model's own dtype.
+    before = {id(parameter) for parameter in model.parameters()}
     with outdated_names_allowed():
-        return PeftModel.from_pretrained(model, folder, is_trainable=False, autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    # PEFT upcasts what it adds: it would compute in fp32 what was trained in the model's own dtype.
+    for name, parameter in adapted.named_parameters():
+        if id(parameter) not in before and not is_scale_vector(name):
+            parameter.data = parameter.data.to(model.dtype)
+    compute_in_float32(adapted)
+    return adapted
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 
 from flows.bench.chart import read_group, svg, write_chart
-from flows.bench.contest import Entry, variants_in
-from flows.bench.contestants import contestants_of
+from flows.bench.contest import Entry, entry_of, variants_in
+from flows.bench.contestants import PEERS, PEERS_FOLDER, contestants_of
 from flows.bench.options import BenchOptions, check_options, checkpointing_setting, config_of, pythons_of
 from flows.bench.results import Run, Summary, check_counts, run_of
-from flows.bench.search import Tried, first_of, search
+from flows.bench.search import Tried, search
 from flows.bench.table import markdown, record
 from schemas.errors import ConfigError, InputError, IntegrityError
 
@@ -76,7 +77,7 @@ def test_a_step_that_counts_padding_is_refused() -> None:
 
 
 def entries() -> list[Entry]:
-    ours, trl, padded = (Entry(found, first_of(found.dimensions)) for found in contestants_of(OPTIONS))
+    ours, trl, padded = (entry_of(found) for found in contestants_of(OPTIONS))
     ours.runs = [run(0.5), run(0.25, is_cold=False), run(1.0, is_cold=False)]
     trl.runs = [run(1.0, first_loss=6.001), run(2.0, first_loss=6.001)]
     trl.tried = [Tried(trl.variant, 99.0)]
@@ -116,7 +117,7 @@ def test_a_record_is_json_from_which_variants_and_a_chart_are_read(tmp_path: Pat
     group = read_group(path)
     assert [(bar.label, bar.tokens_per_second) for bar in group.bars] == [
         ("sft-pipeline", 200.0),
-        ("trl", 75.0),
+        ("TRL", 75.0),
     ]
     write_chart([path, path], tmp_path / "bench.svg")
     drawn = ElementTree.parse(tmp_path / "bench.svg").getroot()
@@ -171,6 +172,35 @@ def test_numbers_that_can_not_be_meant_are_refused(changes: dict[str, Any], mess
         check_options(dataclasses.replace(OPTIONS, **changes))
 
 
+def test_a_peer_is_asked_for_its_modules_in_its_own_interpreter() -> None:
+    bare = str(Path(sys.base_prefix) / "bin" / "python3")
+    options = dataclasses.replace(OPTIONS, peer_pythons={"trl": bare})
+    _, trl, padded = contestants_of(options)
+    assert trl.command == (bare, str(PEERS_FOLDER / "run_trl.py"))
+    assert entry_of(trl).problem == "trl, peft is not installed"
+    assert trl.not_tried == ("flash_attn", "liger_kernel")
+    assert trl.dimensions["attention"] == ("sdpa", "varlen")
+    assert trl.dimensions["liger"] == (False,)
+    assert (padded.command[0], entry_of(padded).problem) == (sys.executable, "")
+
+
+@pytest.mark.parametrize(
+    ("ours", "trl", "unsloth"),
+    [
+        ("none", ("full", "none"), ("unsloth", "none")),
+        ("auto", ("full", "none"), ("unsloth", "none")),
+        ("selective", ("full", "selective"), ("unsloth",)),
+        ("full", ("full",), ("unsloth",)),
+    ],
+)
+def test_a_peer_may_use_as_much_memory_as_ours(
+    ours: Any, trl: tuple[str, ...], unsloth: tuple[str, ...]
+) -> None:
+    options = dataclasses.replace(OPTIONS, checkpointing=ours)
+    assert PEERS["trl"](options)["checkpointing"] == trl
+    assert PEERS["unsloth"](options)["checkpointing"] == unsloth
+
+
 def test_unknown_peers_and_interpreters_are_refused() -> None:
     with pytest.raises(
         ConfigError, match="peer 'axolotl' is not known, expected one of padded, trl, unsloth"
@@ -188,6 +218,6 @@ def test_checkpointing_is_written_as_this_version_writes_it(kind: str, setting: 
     config = config_of(options, max_steps=7, checkpointing=kind)
     assert config.train.gradient_checkpointing in (setting, kind)
     assert (config.train.seed, config.train.max_steps) == (3, 7)
-    assert config.run_root == tmp_path / "run"
+    assert config.run_root == options.data_folder / "run"
     with pytest.raises(ConfigError, match="--checkpointing half"):
         checkpointing_setting("half")
