@@ -49,7 +49,7 @@ def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
 
 
 def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    is_so = config.train.compile and not takes_layers(config.train)
+    is_so = config.train.compile and not takes_layers(config.train) and not is_unpacked(config.train)
     return "train.compile is true" if is_so else None
 
 

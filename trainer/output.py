@@ -18,8 +18,8 @@ from trainer import initial_adapter
 from trainer.checkpoint import Progress
 from trainer.folders import built_aside
 from trainer.job import Job
+from trainer.memory import BITSANDBYTES_OPTIMIZERS
 from trainer.methods import METHODS
-from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS
 from trainer.strategies import STRATEGIES
 from trainer.weights import whole_shape
 

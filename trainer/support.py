@@ -13,8 +13,9 @@ from pipelines.hub_cache import model_folder
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from trainer.lora_rules import LORA_RULES
+from trainer.memory import BITSANDBYTES_OPTIMIZERS
 from trainer.model_rules import SECTION_MODEL_RULES
-from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
+from trainer.optimizer_rules import OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
 from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES

@@ -142,7 +142,6 @@ BROKEN: dict[str, dict[str, Any]] = {
     "offload-checkpoints": {"train": {"offload_checkpoints": True}},
     "compile-bits": {"train": {"compile": True, "base": "int8"}},
     "unpacked-strategy": {"train": {"batches": "unpacked", "strategy": "zero2"}},
-    "unpacked-compile": {"train": {"method": "prompt", "compile": True}},
     "virtual-tokens-packed": {"train": {"method": "p_tuning", "batches": "packed"}},
     "virtual-tokens-merge": {"adapter": {}, "model_settings": MERGE, "train": {"method": "prompt"}},
     "virtual-positions": {"split": {"max_tokens": 4090}, "train": {"method": "prompt"}},
