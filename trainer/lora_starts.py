@@ -11,7 +11,8 @@ import torch
 
 Matrices = tuple[torch.Tensor, torch.Tensor]
 MAX_EXACT_SIZE = 1024
-"""Up to so many rows or columns the singular values are computed all; 4,096 x 4,096 takes a CPU core a minute."""
+"""Up to so many rows or columns the singular values are computed all: 0.4 s of a CPU core, and eight times that for
+each doubling. By iteration 4,096 x 4,096 takes as long as that."""
 OVERSAMPLING = 16
 NUM_ITERATIONS = 8
 
