@@ -141,7 +141,7 @@ def take_off_adapter(model: "PeftModel") -> None:
     if settings.is_prompt_learning:
         return  # it stands before the base, not in it
     if settings.is_adaption_prompt:
-        model.base_model.delete_adapter(model.active_adapter)
+        model.base_model.delete_adapter(model.active_adapter)  # type: ignore[operator]
         return
 
     for module in list(model.modules()):

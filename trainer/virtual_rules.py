@@ -118,12 +118,11 @@ def _adapter_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> 
 
 
 def _adapter_of_other_width(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    heads, size, width = (
-        architecture.get(name) for name in ("num_attention_heads", "head_dim", "hidden_size")
-    )
-    if config.train.method != "llama_adapter" or not all(isinstance(n, int) for n in (heads, size, width)):
+    heads, size = architecture.get("num_attention_heads"), architecture.get("head_dim")
+    width = architecture.get("hidden_size")
+    if config.train.method != "llama_adapter" or not isinstance(heads, int) or not isinstance(size, int):
         return None
-    if heads * size == width:
+    if width is None or heads * size == width:
         return None
     return f"train.method is llama_adapter, {heads} heads of {size} beside a hidden size of {width}"
 

@@ -17,7 +17,7 @@ def apply(model: PreTrainedModel, train: TrainConfig) -> PeftModel:
     settings = PrefixTuningConfig(
         num_virtual_tokens=train.virtual_tokens.count,
         prefix_projection=train.virtual_tokens.inner_size is not None,
-        encoder_hidden_size=train.virtual_tokens.inner_size,
+        encoder_hidden_size=train.virtual_tokens.inner_size,  # type: ignore[arg-type]  # PEFT's own default is None
         task_type="CAUSAL_LM",
     )
     return wrapped(model, settings, seed=train.seed)

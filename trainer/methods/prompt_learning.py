@@ -6,6 +6,7 @@ A small network that makes the virtual tokens is needed in training alone: what 
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, PromptLearningConfig, get_peft_model
@@ -57,11 +58,11 @@ def _made_tokens(model: PeftModel, trained: dict[str, torch.Tensor]) -> torch.Te
     dtype = next(iter(trained.values())).dtype
     encoder.to_empty(device="cpu").float()
     encoder.load_state_dict({name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in trained.items()})
-    tokens: torch.Tensor = encoder(torch.arange(model.peft_config[ADAPTER_NAME].num_virtual_tokens)[None])[0]
+    tokens: torch.Tensor = encoder(torch.arange(_shape(model)[0])[None])[0]
     return tokens.to(dtype).contiguous()
 
 
 def _shape(model: PeftModel) -> tuple[int, int]:
-    settings = model.peft_config[ADAPTER_NAME]
+    settings: Any = model.peft_config[ADAPTER_NAME]
     per_layer = 2 * settings.num_layers if settings.peft_type == "PREFIX_TUNING" else 1
     return settings.num_virtual_tokens, per_layer * settings.token_dim
