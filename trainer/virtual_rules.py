@@ -30,12 +30,6 @@ def _unpacked_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) ->
     return f"{_why_unpacked(train)}, train.strategy {train.strategy}"
 
 
-def _unpacked_compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if not is_unpacked(config.train) or not config.train.compile:
-        return None
-    return f"{_why_unpacked(config.train)}, train.compile true"
-
-
 def _why_unpacked(train: TrainConfig) -> str:
     return (
         f"train.batches is {train.batches}"
@@ -51,12 +45,6 @@ UNPACKED_RULES = (
         "its processes exchange gradients or weights in each pass, and the padded batches of a step are more on one "
         "than on another",
         "set train.strategy to ddp or single",
-    ),
-    Rule(
-        "unpacked-compile",
-        _unpacked_compiled,
-        "each padded batch has its own number of rows and its own length, and attention would be compiled with them",
-        "set train.compile to false",
     ),
 )
 
