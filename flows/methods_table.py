@@ -15,17 +15,43 @@ Cells = list[list[str]]
 
 
 def methods_table(found: Sequence[Answer], notes: Mapping[str, str]) -> Cells:
-    """The head and a line for each method and base. `notes` are the marks of rules and adaptations."""
-    strategies = _values(found, "strategy")
-    table = [["method", "base", "packing", *strategies, "not with"]]
+    """The head and a line for each method and base. `notes` are the marks of rules and adaptations.
+
+    A base that is refused under every strategy has no line: it stands among what the method does not go with.
+    """
+    table = [["method", "base", "packing", *_values(found, "strategy"), "not with"]]
     for method in _values(found, "method"):
-        for base in _values(found, "base"):
-            row = [one for one in found if _has(one, method=method, base=base)]
-            usual = [one for one in row if _is_usual(one, found)]
-            cells = [_best([one for one in usual if _has(one, strategy=name)]) for name in strategies]
-            left_out = ", ".join(_not_with(row, usual, found, notes)) or "-"
-            table.append([method, base, _packing(usual), *(cell_text(one, notes) for one in cells), left_out])
+        own = [one for one in found if _has(one, method=method)]
+        going = [base for base in _values(own, "base") if not _is_refused(own, base)]
+        bases = going or _values(own, "base")[:1]
+        refused = [base for base in _values(own, "base") if base not in bases]
+        for base in bases:
+            row = [one for one in own if _has(one, base=base)]
+            left_out = [*_not_with(row, notes)]
+            if base == bases[0]:
+                left_out += [f"{name} {_marks(_usual(own, name), notes)}" for name in refused]
+            table.append([method, base, *_cells(row, notes), ", ".join(left_out) or "-"])
     return table
+
+
+def _is_refused(own: Sequence[Answer], base: str) -> bool:
+    return all(one.verdict == "refused" for one in _usual(own, base))
+
+
+def _usual(own: Sequence[Answer], base: str) -> list[Answer]:
+    return [one for one in own if _has(one, base=base) and _is_usual(one, own)]
+
+
+def _cells(row: Sequence[Answer], notes: Mapping[str, str]) -> Iterator[str]:
+    usual = [one for one in row if _is_usual(one, row)]
+    yield _packing(usual)
+    for name in _values(row, "strategy"):
+        yield cell_text(_best([one for one in usual if _has(one, strategy=name)]), notes)
+
+
+def _marks(answers: Sequence[Answer], notes: Mapping[str, str]) -> str:
+    given = {reason for one in answers for reason in one.reasons}
+    return " ".join(mark for reason, mark in notes.items() if reason in given)
 
 
 def cell_text(one: Answer, notes: Mapping[str, str]) -> str:
@@ -64,18 +90,14 @@ def _packing(usual: Sequence[Answer]) -> str:
     return "any" if len(possible) == len(AXES["packing"]) else ", ".join(possible) or "-"
 
 
-def _not_with(
-    row: Sequence[Answer], usual: Sequence[Answer], found: Sequence[Answer], notes: Mapping[str, str]
-) -> Iterator[str]:
+def _not_with(row: Sequence[Answer], notes: Mapping[str, str]) -> Iterator[str]:
     """Single settings that refuse whatever goes without them."""
-    going = [one for one in usual if one.verdict != "refused"]
+    going = [one for one in row if _is_usual(one, row) and one.verdict != "refused"]
     for axis in USUAL:
-        for value in _values(found, axis):
+        for value in _values(row, axis):
             changed = [_changed(one, row, axis, value) for one in going]
             if changed and all(one.verdict == "refused" for one in changed):
-                given = {reason for one in changed for reason in one.reasons}
-                name = str(value) if axis == "dtype" else axis
-                yield f"{name} {' '.join(mark for reason, mark in notes.items() if reason in given)}"
+                yield f"{value if axis == 'dtype' else axis} {_marks(changed, notes)}"
 
 
 def _changed(one: Answer, row: Sequence[Answer], axis: str, value: Any) -> Answer:

@@ -50,8 +50,8 @@ def _random_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> s
     model, train = config.model, config.train
     if model is None or model.init != "random":
         return None
-    if train.base == "int8":
-        return "model.init is random, train.base int8"
+    if train.base not in ("plain", "nf4"):
+        return f"model.init is random, train.base {train.base}"
     if train.strategy == "pipeline":
         return "model.init is random, train.strategy pipeline"
     return f"model.init is random, model.adapter {model.adapter}" if model.adapter is not None else None

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_the_page_in_docs_is_the_one_that_the_tables_give() -> None:
     page = (ROOT / "docs" / "support-matrix.md").read_text()
     assert page == support_page(), "run: sft-pipeline support --markdown > docs/support-matrix.md"
-    assert len(page.splitlines()) < 200
+    assert len(page.splitlines()) < 240
 
 
 def test_json_has_every_combination_with_its_answer(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,8 +49,14 @@ def test_methods_that_are_not_in_the_grid_have_a_line_for_each_base(
     lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     start = lines.index(["method", "base", "packing", "single", "zero3", "not with"]) + 1
     table = {(line[0], line[1]): line[2:] for line in lines[start : lines.index([""], start)]}
+    going = {
+        (one.settings["method"], one.settings["base"])
+        for one in answers(strategy=["single", "zero3"], dtype=["bfloat16"], compile=[False])
+        if one.verdict != "refused" and not one.settings["checkpointing"]
+    }
     others = [name for name in METHODS if name not in ("lora", "full")]
-    assert list(table) == [(method, base) for method in others for base in AXES["base"]]
+    assert list(table) == [(m, b) for m in others for b in AXES["base"] if (m, b) in going]
+    assert re.match(r"int8 \d.*, nf4 \d+", table["freeze", "plain"][-1])
     for method, base in table:
         usual = {"method": [method], "base": [base], "dtype": ["bfloat16"], "packing": ["packed"]}
         found = answers(**usual, checkpointing=[False], compile=[False], strategy=["single", "zero3"])
