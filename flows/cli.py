@@ -76,13 +76,18 @@ def version() -> str:
 
 def _app() -> App:
     built = App(name="sft-pipeline", help=HELP, version=version, suppress_keyboard_interrupt=False)
+    groups = {heading: Group.create_ordered(heading) for heading in COMMANDS}
     for heading, functions in COMMANDS.items():
-        group = Group.create_ordered(heading)
         for function in functions:
-            built.command(function, group=group)
+            built.command(function, group=groups[heading])
     # `bench` has commands of its own; their module is read when one of them is called.
     about = "Measure training on this machine, beside other trainers."
-    built.command("flows.bench.command:bench", name="bench", group=group, help=about)
+    built.command("flows.bench.command:bench", name="bench", group=groups["Machine"], help=about)
+    weights = App(
+        name="weights", help="Turn weights of other forms into a model folder.", group=groups["Model"]
+    )
+    weights.command(commands_model.from_meta, name="from-meta")
+    built.command(weights)
     return built
 
 

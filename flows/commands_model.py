@@ -68,3 +68,20 @@ def download(name: str, /, *, revision: str | None = None) -> None:
     from flows.download import download as download_model
 
     download_model(name, revision)
+
+
+def from_meta(folder: Path, /, *, out: Path, max_positions: int | None = None) -> None:
+    """Turn LLaMA's weights as Meta gave them away into a model folder.
+
+    Parameters
+    ----------
+    folder
+        Folder with params.json, consolidated.*.pth and tokenizer.model.
+    out
+        Folder to write.
+    max_positions
+        Longest text of the model in tokens; default: what its generation has.
+    """
+    from trainer.meta_weights import convert
+
+    print(convert(folder, out, max_positions=max_positions))

@@ -44,6 +44,7 @@ SETTINGS_OUTSIDE_KEY = frozenset(
         "bins_per_micro_step",
         "attention",
         "compile",
+        "compile_cache",
         "mlp_tokens_at_once",
         "offload_checkpoints",
         "rank_timeout_seconds",

@@ -37,6 +37,9 @@ _QUANTISATION = re.compile(r"\.weight\.(absmax|quant_map|nested_\w+|quant_state\
 """What bitsandbytes writes beside a weight that it has quantised; the state holds the weight's own shape."""
 _STATE = ".quant_state.bitsandbytes__"
 _NOT_LINEAR = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|norm|rotary")
+IA3_KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj")
+IA3_LAST_OF_MLP = ("down_proj",)
+"""What method ia3 scales where the config names nothing, by the last parts of names."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -120,7 +123,7 @@ def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) 
 
 
 def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
-    """Of LoRA: rank x (in + out) of each linear layer that it wraps."""
+    """Of LoRA: rank x (in + out) of each linear layer that it wraps, with DoRA a magnitude an output."""
     if train.method == "full":
         return _num_weights(shapes, shapes)
     if train.method == "freeze":
@@ -129,11 +132,22 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
         return _num_in_new_layers(shapes, train.expand.new_layers)
     if train.method in VIRTUAL_TOKEN_METHODS:
         return num_virtual_weights(shapes, train)
+    if train.method == "ia3":
+        return _num_ia3_weights(shapes, train)
     whole = _in_whole_modules(shapes, train.lora.modules_to_save)
     return _num_weights(shapes, whole) + sum(
-        train.lora.rank * sum(shape)
+        train.lora.rank * sum(shape) + train.lora.dora * shape[0]
         for name, shape in shapes.items()
         if is_linear(name, shape) and _is_target(name.removesuffix(".weight"), train.lora.targets)
+    )
+
+
+def _num_ia3_weights(shapes: Shapes, train: TrainConfig) -> int:
+    outputs = train.ia3.targets or list(IA3_KEYS_AND_VALUES)
+    inputs = train.ia3.feedforward_targets or list(IA3_LAST_OF_MLP)
+    sizes = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if is_linear(name, shape)}
+    return sum(shape[0] for name, shape in sizes.items() if _is_target(name, outputs)) + sum(
+        shape[1] for name, shape in sizes.items() if _is_target(name, inputs)
     )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pipelines import storage
 from schemas.run import FileEntry
 from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
+from trainer import initial_adapter
 from trainer.checkpoint import Progress
 from trainer.folders import built_aside
 from trainer.job import Job
@@ -38,6 +39,7 @@ def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenize
         return final
     with built_aside(final) as temporary:
         method.save(model, temporary, job.model, weights)
+        initial_adapter.complete(temporary, job.config.train, job.folder)
         tokenizer.save_pretrained(temporary)
     return final
 
@@ -66,6 +68,7 @@ def write_result(
         last_loss=progress.last_loss,
         validation_loss=progress.validation_loss,
         validation_bits_per_byte=progress.validation_bits_per_byte,
+        validation_token_accuracy=progress.validation_token_accuracy,
         strategy=job.config.train.strategy,
         num_processes=job.ranks.count,
         versions={name: version(name) for name in _libraries(job)},

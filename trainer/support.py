@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.hub_cache import model_folder
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.lora_rules import LORA_RULES
 from trainer.model_rules import SECTION_MODEL_RULES
 from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
@@ -192,6 +193,7 @@ RULES = (
     *MODEL_RULES,
     *SECTION_MODEL_RULES,
     *SETTING_RULES,
+    *LORA_RULES,
     *UNPACKED_RULES,
     *VIRTUAL_TOKEN_RULES,
     *OPTIMIZER_RULES,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 from schemas.training_result import TrainingResult
-from trainer import checkpoint, judging
+from trainer import checkpoint, initial_adapter, judging
 from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
@@ -40,16 +40,19 @@ from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
     check_model_folder,
+    empty_model,
     enable_gradient_checkpointing,
     load_base_model,
     load_tokenizer,
 )
+from trainer.noise import use_noise
 from trainer.optimizers import Optimizer
 from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.preflight import check_ranks
 from trainer.probe import check_packing
+from trainer.program_cache import keep_programs
 from trainer.random_weights import RandomWeights
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
@@ -87,10 +90,12 @@ def train_job(job: Job) -> TrainingResult:
         if job.ranks.is_first:
             remove_leftovers(job.folder)
         make_deterministic(job)
+        keep_programs(job.config.train.compile_cache)
         tokenizer = load_tokenizer(job.config)
+        check_method(job)
         with memory_explained(job):
             model = apply_method(job, load_model(job))
-            use_bin_dropout(model)
+            use_draws(job, model)
             speed_up(job, model)
             model = fill(job, place(job, model))
             check_layout(job, model)
@@ -116,6 +121,14 @@ def make_deterministic(job: Job) -> None:
     if job.config.train.deterministic and job.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def check_method(job: Job) -> None:
+    """Targets, ranks and the like against names and shapes, before weights are read."""
+    check = getattr(METHODS[job.config.train.method], "check", None)
+    is_given = job.model.adapter is not None and job.model.adapter_use == "continue"
+    if check is not None and not is_given:
+        check(empty_model(job.model), job.config.train)
 
 
 def load_model(job: Job) -> torch.nn.Module:
@@ -154,12 +167,20 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     trained: torch.nn.Module
     if job.model.adapter is not None and job.model.adapter_use == "continue":
         trained = lora.apply_existing(unwrapped(model), job.config.train, adapter_folder(job.model))
+    elif initial_adapter.is_needed(job.config.train):
+        trained = initial_adapter.apply(job, model)
     else:
         trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)
     if job.padded_tokens_per_bin is not None:
         use_plain_attention(trained)
     return trained
+
+
+def use_draws(job: Job, model: torch.nn.Module) -> None:
+    use_bin_dropout(model)
+    if job.config.train.neftune_alpha:
+        use_noise(model, job.config.train.neftune_alpha)
 
 
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
@@ -316,6 +337,7 @@ def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, A
         "step": step.number + 1,
         "epoch": step.epoch,
         "loss": outcome.loss if math.isfinite(outcome.loss) else None,
+        "token_accuracy": outcome.token_accuracy,
         "learning_rate": outcome.learning_rate,
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
@@ -344,17 +366,23 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
     found = split_loss(
         model, reader, plan, device=job.device, tokens_per_bin=job.padded_tokens_per_bin, ranks=job.ranks
     )
-    loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
+    loss, bits_per_byte, accuracy = map(_finite, (found.loss, found.bits_per_byte, found.token_accuracy))
     metrics.log_validation(
         {
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_token_accuracy": accuracy,
             "validation_by_source": _by_name(found.by_source),
             "validation_by_language": _by_name(found.by_language),
         }
     )
-    measured = dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+    measured = dataclasses.replace(
+        progress,
+        validation_loss=loss,
+        validation_bits_per_byte=bits_per_byte,
+        validation_token_accuracy=accuracy,
+    )
     return judging.judged(measured, job.config.train)
 
 
@@ -435,7 +463,11 @@ def finish(
 
 def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
     return {
-        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        name: {
+            "loss": _finite(found.loss),
+            "bits_per_byte": _finite(found.bits_per_byte),
+            "token_accuracy": _finite(found.token_accuracy),
+        }
         for name, found in losses.items()
     }
 

@@ -77,6 +77,10 @@ CASES = {
     ),
     "measured full": Case(FULL | {"seed": ranks_program.MEASURED_SEED}),
     "poisoned": Case({"seed": ranks_program.POISONED_SEED}),
+    "unpacked": Case(LORA | {"batches": "unpacked"}),
+    "prefix": Case({"method": "prefix", "learning_rate": 0.1}),
+    "p_tuning": Case({"method": "p_tuning"}),
+    "llama_adapter": Case({"method": "llama_adapter", "learning_rate": 0.1}),
     # Each step is a whole epoch: other bins and other micro-steps hold the same documents.
     "accumulation": Case(WHOLE_EPOCHS, bins_per_micro_step=3),
     "packing": Case(WHOLE_EPOCHS, capacity=100),
@@ -96,6 +100,8 @@ RESUMED = "resumed"
 IMPOSSIBLE = {
     ("int8", variant) for variant, settings in VARIANTS.items() if settings["strategy"] in ("fsdp2", "zero3")
 } | {("experts", "zero3")}
+PADDED = ("unpacked", "prefix", "p_tuning", "llama_adapter")
+IMPOSSIBLE |= {(case, variant) for case in PADDED for variant in VARIANTS if variant != "ddp"}
 MEASURED = [case for case in CASES if case.startswith("measured")]
 SHORT = [
     *(("lora", variant) for variant in ("ddp", "zero1", "zero2", "fsdp2", "fsdp2 whole base")),
@@ -107,6 +113,7 @@ SHORT = [
     ("bfloat16", "zero2"),
     ("int8", "zero2"),
     ("packing", "ddp"),
+    *((case, "ddp") for case in ("unpacked", "prefix", "llama_adapter")),
 ]
 BASIC = [
     (case, variant)
