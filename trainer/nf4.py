@@ -139,7 +139,11 @@ def unpacked(
     """The weight [out, in] that the 4 bits stand for; in `out`, which lies in one piece, where it is given."""
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(_column(packed, shape), _state(absmax, shape, dtype), out=out)
+    column, state = _column(packed, shape), _state(absmax, shape, dtype)
+    if out is not None and packed.is_cuda:
+        return functional.dequantize_4bit(column, state, out=out)
+    dense = functional.dequantize_4bit(column, state)
+    return dense if out is None else out.copy_(dense)  # bitsandbytes writes into a given place on CUDA alone
 
 
 def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -162,16 +162,22 @@ class MasterOptimizer:
         return shared[0], shared[1:]
 
     def collect_gradients(self) -> None:
-        """After each backward pass: add gradients up in fp32."""
+        """After each backward pass: add gradients up in fp32. Few calls for all: one a weight keeps a GPU waiting."""
+        added: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        copied: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
                 continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
+            targets, sources = copied if master.grad is None else added
+            master.grad = torch.empty_like(master) if master.grad is None else master.grad
+            targets.append(master.grad)
+            sources.append(parameter.grad)
             parameter.grad = None
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+        if added[0]:
+            torch._foreach_add_(*added)
 
     def clip(self) -> torch.Tensor:
         """Norm of the whole gradient before clipping; clips it to max_grad_norm. No synchronisation."""
@@ -188,12 +194,16 @@ class MasterOptimizer:
         self.drop_gradients()
 
     def _write_back(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self._kind.moves_apart:
+        if self._kind.moves_apart:
+            for name, parameter in self.parameters.items():
                 weight = self._weights[name]
                 parameter.copy_(computing_weight(self._train, weight.parameter, self._update.state(weight)))
-            elif self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+            return
+        pairs = [
+            (p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p
+        ]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
 
     def drop_gradients(self) -> None:
         for name, parameter in self.parameters.items():

@@ -27,6 +27,7 @@ from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
 from trainer.fast.check import keep_if_right
 from trainer.folders import remove_leftovers
+from trainer.heap import frozen_heap
 from trainer.heartbeat import Heartbeat
 from trainer.job import Job, mark_current, plan_job, read_result
 from trainer.kernels import use_fast_kernels, use_fast_layers
@@ -102,7 +103,8 @@ def train_job(job: Job) -> TrainingResult:
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
-        progress = run_steps(job, model, optimizer, progress, signals)
+        with frozen_heap():
+            progress = run_steps(job, model, optimizer, progress, signals)
         output_step = take_best(job, optimizer, progress)
         with optimizer.averaged():
             return finish(job, model, tokenizer, progress, output_step)

@@ -31,8 +31,11 @@ def keep_if_right(
     """
     if not taken.layers:
         return None
+    was_training = model.training
+    model.eval()  # noise on embeddings is drawn anew for each pass
     with _adapters_that_say_something(model):
         problem = _difference(model, taken, device, dtype)
+    model.train(was_training)
     if not ranks.largest(int(problem is not None)):
         return None
     give_back(taken, checkpointing=taken.manner.keep != "none")

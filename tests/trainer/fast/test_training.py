@@ -68,7 +68,9 @@ def test_losses_and_adapter_are_those_of_the_plain_training(
 ) -> None:
     config = run_of(tmp_path, **SETTINGS[name])
     train(config)
-    assert "2 of 2 decoder layers computed as one\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 2 decoder layers computed as one\n" in said
+    assert "compute their own way" not in said
     assert losses_of(config) == pytest.approx(losses_of(plain), abs=1e-5)
     expected = load_file(adapter_of(plain) / "adapter_model.safetensors")
     found = load_file(adapter_of(config) / "adapter_model.safetensors")
@@ -99,12 +101,17 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8_rows"])
-def test_over_bits_the_losses_are_those_of_the_fused_layers(tmp_path: Path, base: str) -> None:
+def test_over_bits_the_losses_are_those_of_the_fused_layers(
+    tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     losses = []
     for name, settings in {"fused": {}, "as one": {"kernels": "layers"}}.items():
         config = run_of(tmp_path / name, base, **settings)
         train(config)
         losses.append(losses_of(config))
+    said = capsys.readouterr().err
+    assert "2 of 2 decoder layers computed as one\n" in said
+    assert "compute their own way" not in said
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
