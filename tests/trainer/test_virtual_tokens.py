@@ -15,12 +15,13 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import TrainConfig
 from tests.trainer.padded_judge import DOCUMENTS, gradients, judged_loss
 from tests.trainer.tiny_models import example_of, learnable_documents, tiny_model, tiny_run, write_model
-from trainer.answer import LoadedModel, answer, encode_prompt, load_for_generation, stop_token_ids
+from trainer.answer import Sampling, answer, stop_token_ids
 from trainer.attention import use_packed_attention, use_plain_attention
 from trainer.consolidate import consolidate
 from trainer.data import collate
 from trainer.evaluation import evaluate
 from trainer.job import plan_job
+from trainer.load_trained import LoadedModel, load_for_generation
 from trainer.loss import summed_loss, token_losses
 from trainer.memory import num_trained_weights, read_shapes
 from trainer.methods import METHODS
@@ -28,6 +29,7 @@ from trainer.model import load_adapter, load_base_model, outdated_names_allowed
 from trainer.output import num_trainable_weights
 from trainer.padding import collate_padded
 from trainer.promotion import promote
+from trainer.prompts import encode_prompt
 from trainer.start_adapter import take_off_adapter
 from trainer.train import train
 from trainer.virtual_rules import VIRTUAL_TOKEN_METHODS
@@ -163,7 +165,7 @@ def greedy(model: Any, prompt_ids: list[int], stop_ids: list[int], num_tokens: i
 
 
 def said(loaded: LoadedModel) -> str:
-    return answer(loaded.model, loaded.tokenizer, MESSAGES, max_new_tokens=6)
+    return answer(loaded.model, loaded.tokenizer, MESSAGES, Sampling(max_new_tokens=6))
 
 
 @pytest.mark.parametrize("what", LEARNED)
@@ -213,7 +215,7 @@ def test_virtual_tokens_take_room_from_an_answer(tmp_path: Path) -> None:
     num_tokens = len(encode_prompt(loaded.tokenizer, long))
     assert num_tokens < positions
     with pytest.raises(InputError, match=f"the prompt has {num_tokens + 150} tokens and the model reads 256"):
-        answer(loaded.model, loaded.tokenizer, long, max_new_tokens=5)
+        answer(loaded.model, loaded.tokenizer, long, Sampling(max_new_tokens=5))
 
 
 @pytest.mark.parametrize("what", ["prefix network", "p_tuning", "llama_adapter"])
