@@ -1,8 +1,8 @@
 """Settings of the trainer, the evaluation and the gate."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from schemas.local_path import LocalPath
 
@@ -17,7 +17,7 @@ Method = Literal[
     "llama_adapter",
 ]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
-BaseForm = Literal["plain", "int8", "nf4"]
+BaseForm = Literal["plain", "int8", "int8_rows", "nf4"]
 OptimizerName = Literal[
     "adamw",
     "adamw_bf16",
@@ -30,6 +30,24 @@ OptimizerName = Literal[
     "apollo",
 ]
 Tracker = Literal["tensorboard", "wandb"]
+
+_BOOLS_OF_CHECKPOINTING = {"none": False, "full": True}
+
+
+def _checkpointing_of(value: Any) -> Any:
+    return {False: "none", True: "full"}[value] if isinstance(value, bool) else value
+
+
+def _checkpointing_as_it_was(value: str) -> bool | str:
+    return _BOOLS_OF_CHECKPOINTING.get(value, value)
+
+
+Checkpointing = Annotated[
+    Literal["none", "selective", "full"],
+    BeforeValidator(_checkpointing_of, json_schema_input_type=Literal["none", "selective", "full"] | bool),
+    PlainSerializer(_checkpointing_as_it_was, return_type=bool | str),
+]
+"""Also true and false, as which none and full are written: what was written before has the same key."""
 
 
 class _Section(BaseModel):
@@ -160,8 +178,9 @@ class TrainConfig(_Section):
     own, padded to the longest of a batch of at most as many tokens as a bin has; auto: unpacked for virtual tokens,
     else packed. The loss is the same."""
     base: BaseForm = "plain"
-    """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; nf4: its
-    4-bit floats, as in QLoRA, a bit more than a quarter."""
+    """In what form the frozen weights are held. int8: bitsandbytes' LLM.int8, half the memory of bfloat16; int8_rows:
+    the same weights, multiplied in 16 bits: faster and closer to the unquantised model; nf4: its 4-bit floats, as in
+    QLoRA, a bit more than a quarter."""
     strategy: Strategy = "single"
     """How the work is laid over devices. ddp: each holds everything; zero1, zero2: DeepSpeed, each holds a part of
     the optimiser, with zero2 of the gradients, with zero3 of all weights too; fsdp2: each holds a part of all that is
@@ -222,17 +241,32 @@ class TrainConfig(_Section):
     """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of that mean."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread over the whole vocabulary; validation does without. 0.1 is usual."""
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """Noise on the embeddings in training (NEFTune): uniform, up to this over the root of a document's length x the
+    hidden size. 5 is usual, 0 is off."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this; 0 is off."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
-    kernels: Literal["auto", "plain"] = "auto"
-    """auto: LoRA layers fused and, on CUDA with liger-kernel installed, its kernels; plain: the libraries' own."""
+    gradient_checkpointing: Checkpointing = "none"
+    """Recompute activations in the backward pass: less memory, slower. selective: what is cheap for its size; full, or
+    true: all but the input of each layer."""
+    offload_checkpoints: bool = False
+    """With gradient_checkpointing full, the inputs of the layers wait in the CPU's memory: for very long rows."""
+    mlp_tokens_at_once: int | None = Field(default=None, gt=0)
+    """Compute the MLP of a layer over so many tokens at a time, and again in the backward pass: for very long rows."""
+    kernels: Literal["auto", "layers", "plain"] = "auto"
+    """layers: decoder layers with LoRA computed as one, of the families and settings that can be; auto: this with
+    compile, or where memory settings need it, else LoRA layers fused and, on CUDA with liger-kernel installed, its
+    kernels; plain: the libraries' own."""
     attention: Literal["auto", "by_document"] = "auto"
     """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and
     CPUs, torch's plain attention on one document after the other."""
     compile: bool = False
     """torch.compile of the decoder layers: minutes at the start, then faster steps. It needs a C++ compiler."""
+    compile_cache: LocalPath | None = None
+    """Folder that keeps compiled programs for later trainings; default: the libraries' own, in the temporary folder and
+    in the user's home."""
     deterministic: bool = False
     """CUDA only: bit-equal resume, slower. On CPU it always is."""
     seed: int = 0
@@ -243,8 +277,10 @@ class TrainConfig(_Section):
     """Older ones are removed, but for the best one where keep_best is on."""
     keep_best: bool = False
     """Publish the weights of the best validation in place of the last ones."""
-    best_metric: Literal["validation_loss", "validation_bits_per_byte"] = "validation_bits_per_byte"
-    """What the best validation, and early stopping, go by: the lowest."""
+    best_metric: Literal["validation_loss", "validation_bits_per_byte", "validation_token_accuracy"] = (
+        "validation_bits_per_byte"
+    )
+    """What the best validation, and early stopping, go by: the lowest, of token accuracy the highest."""
     early_stopping_evaluations: int = Field(default=0, ge=0)
     """Stop after so many validations in a row that are no better than the best one; 0: never."""
     evaluate_every_steps: int = Field(default=0, ge=0)

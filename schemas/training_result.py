@@ -48,6 +48,8 @@ class TrainingResult(BaseModel):
     validation_loss: float | None
     """None without a validation side."""
     validation_bits_per_byte: float | None
+    validation_token_accuracy: float | None = None
+    """Share of the trained tokens that were the most likely ones."""
     strategy: str = "single"
     num_processes: int = 1
     """How the run that finished was laid over devices. Bytes are equal for equal strategy and number alone."""

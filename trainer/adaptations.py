@@ -8,6 +8,7 @@ from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
 from trainer.rules import Adaptation
+from trainer.setting_rules import takes_layers
 from trainer.virtual_rules import VIRTUAL_TOKEN_ADAPTATIONS, is_unpacked
 
 
@@ -43,7 +44,17 @@ def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
 
 
 def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    return "train.compile is true" if config.train.compile else None
+    is_so = config.train.compile and not takes_layers(config.train)
+    return "train.compile is true" if is_so else None
+
+
+def _selective_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if train.gradient_checkpointing != "selective" or takes_layers(train):
+        return None
+    return (
+        f"train.gradient_checkpointing is selective, train.method {train.method}, strategy {train.strategy}"
+    )
 
 
 ADAPTATIONS = (
@@ -72,6 +83,12 @@ ADAPTATIONS = (
         "and by no kernels of ours or Liger's",
         "attention knows the documents' borders as numbers, and a compiler would make a program for each set of them",
         links=("huggingface/peft#1199", "huggingface/peft#2900"),
+    ),
+    Adaptation(
+        "selective-as-full",
+        _selective_elsewhere,
+        "all but the input of each layer is recomputed, as with full",
+        "what is cheap is known where decoder layers are computed as one: with LoRA under strategy single or ddp",
     ),
     Adaptation(
         "loss-scale",

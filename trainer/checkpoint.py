@@ -55,6 +55,7 @@ class Progress:
     last_loss: float | None = None
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
+    validation_token_accuracy: float | None = None
     best_value: float | None = None
     best_step: int | None = None
     num_validations_since_best: int = 0

@@ -80,11 +80,15 @@ def check_progress(progress: Progress, train: TrainConfig) -> None:
 def judged(progress: Progress, train: TrainConfig) -> Progress:
     """After a validation: whether it is the best one so far, and since when none was better."""
     value: float | None = getattr(progress, train.best_metric)
-    if value is not None and (progress.best_value is None or value < progress.best_value):
+    if value is not None and (progress.best_value is None or _is_better(value, progress.best_value, train)):
         return dataclasses.replace(
             progress, best_value=value, best_step=progress.num_steps, num_validations_since_best=0
         )
     return dataclasses.replace(progress, num_validations_since_best=progress.num_validations_since_best + 1)
+
+
+def _is_better(value: float, best: float, train: TrainConfig) -> bool:
+    return value > best if train.best_metric == "validation_token_accuracy" else value < best
 
 
 def is_new_best(progress: Progress, train: TrainConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Faster ways to compute the same: LoRA layers in two passes, and Liger's kernels where they are installed.
+"""Faster ways to compute the same: decoder layers as one, LoRA layers in two passes, Liger's kernels.
 
 They take over layers of a loaded model in place. Parameters, their names, saving and loading stay PEFT's and
 transformers' own; a layer that a fast way can't compute keeps its old one.
@@ -18,7 +18,15 @@ from peft.tuners.lora.layer import Linear as LoraLayer
 
 from schemas.training_config import TrainConfig
 from trainer.attention import unwrapped
+from trainer.compiling import compiler_backend
+from trainer.fast import pointwise
+from trainer.fast.layer import Manner
+from trainer.fast.offload import CheckpointOffload
+from trainer.fast.products import member_of
+from trainer.fast.taking import Taken, take_over
+from trainer.int8_rows import Int8RowsLinear, dequantised
 from trainer.nf4 import NF4Linear, unpacked
+from trainer.setting_rules import takes_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +52,29 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if train.kernels == "plain" or train.compile:
         return Kernels(len(layers), 0, has_liger=False)
-    fused = [layer for layer in layers if _can_fuse(layer)]
+    fused = [layer for layer in layers if member_of(layer) is not None]
     for layer in fused:
         layer.forward = functools.partial(_lora_forward, layer)  # type: ignore[method-assign]
     return Kernels(len(layers), len(fused), has_liger=device.type == "cuda" and _use_liger(model))
 
 
+def use_fast_layers(model: torch.nn.Module, train: TrainConfig, *, device: torch.device) -> Taken | None:
+    """Compute decoder layers as one where the settings want it and their family can be; None where they don't.
+
+    For a model that has its weights and lies on its device: they move.
+    """
+    if not takes_layers(train):
+        return None
+    manner = Manner(
+        pointwise=pointwise.compiled(compiler_backend()) if train.compile else pointwise.PLAIN,
+        keep=train.gradient_checkpointing,
+        mlp_tokens=train.mlp_tokens_at_once,
+        offload=CheckpointOffload(device) if train.offload_checkpoints else None,
+    )
+    return take_over(model, manner)
+
+
 # LoRA -------------------------------------------------------------------------------------------------------
-
-
-def _can_fuse(layer: LoraLayer) -> bool:
-    """Plain LoRA, one adapter, no dropout, over a linear layer of the adapter's dtype, unquantised or NF4."""
-    base = layer.base_layer
-    if (
-        len(layer.active_adapters) != 1
-        or layer.lora_variant
-        or type(base) not in (torch.nn.Linear, NF4Linear)
-    ):
-        return False
-    name = layer.active_adapters[0]
-    if name not in layer.lora_A or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
-        return False
-    down, up = layer.lora_A[name], layer.lora_B[name]
-    is_frozen = not any(weight.requires_grad for weight in base.parameters())
-    has_bias = down.bias is not None or up.bias is not None
-    dtype = base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
-    return is_frozen and not has_bias and dtype == down.weight.dtype == up.weight.dtype
 
 
 def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -77,21 +82,28 @@ def _lora_forward(layer: LoraLayer, x: torch.Tensor, *arguments: Any, **options:
         return LoraLayer.forward(layer, x, *arguments, **options)
     name = layer.active_adapters[0]
     base = layer.base_layer
-    form = (
-        (base.packed, base.absmax, base.shape) if isinstance(base, NF4Linear) else (base.weight, None, None)
-    )
+    form = _form(base)
     # A strategy may hand them over as fp32 masters; elsewhere this casts nothing.
     down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
     output: torch.Tensor = _FusedLora.apply(x, *form, base.bias, down, up, layer.scaling[name])
     return output
 
 
+def _form(base: Any) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int] | None]:
+    """What `_dense` makes the weight of."""
+    if isinstance(base, NF4Linear):
+        return base.packed, base.absmax, base.shape
+    if isinstance(base, Int8RowsLinear):
+        return base.rows, base.scales, None
+    return base.weight, None, None
+
+
 class _FusedLora(torch.autograd.Function):
     """x W' + s (x A') B': the second product is added to the first one inside the matrix multiplication.
 
     PEFT's own way scales, adds and stores the whole output once more each, forwards and backwards. Shapes: x
-    [..., in], W [out, in], A [rank, in], B [out, rank]. With `absmax` the weight is packed NF4 of that shape,
-    unpacked forwards and backwards and never kept.
+    [..., in], W [out, in], A [rank, in], B [out, rank]. With `scales` the weight is held in bits (packed NF4 where
+    there is a shape, else int8 rows), unpacked forwards and backwards and never kept.
     """
 
     @staticmethod
@@ -99,7 +111,7 @@ class _FusedLora(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
-        absmax: torch.Tensor | None,
+        scales: torch.Tensor | None,
         shape: tuple[int, int] | None,
         bias: torch.Tensor | None,
         down: torch.Tensor,
@@ -108,32 +120,32 @@ class _FusedLora(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ down.T
-        dense = _dense(weight, absmax, shape, x.dtype)
+        dense = _dense(weight, scales, shape, x.dtype)
         output = F.linear(rows, dense, bias).addmm_(low, up.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, absmax, down, up, low)
+        ctx.save_for_backward(rows, weight, scales, down, up, low)
         ctx.scaling, ctx.input_shape, ctx.weight_shape = scaling, x.shape, shape
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, absmax, down, up, low = ctx.saved_tensors
+        rows, weight, scales, down, up, low = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         low_gradient = (gradient @ up).mul_(ctx.scaling)
         down_gradient = low_gradient.T @ rows
         up_gradient = (gradient.T @ low).mul_(ctx.scaling)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            dense = _dense(weight, absmax, ctx.weight_shape, gradient.dtype)
+            dense = _dense(weight, scales, ctx.weight_shape, gradient.dtype)
             x_gradient = (gradient @ dense).addmm_(low_gradient, down).view(ctx.input_shape)
         return x_gradient, None, None, None, None, down_gradient, up_gradient, None
 
 
 def _dense(
-    weight: torch.Tensor, absmax: torch.Tensor | None, shape: tuple[int, int] | None, dtype: torch.dtype
+    weight: torch.Tensor, scales: torch.Tensor | None, shape: tuple[int, int] | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    if absmax is None or shape is None:
+    if scales is None:
         return weight
-    return unpacked(weight, absmax, shape, dtype)
+    return dequantised(weight, scales, dtype) if shape is None else unpacked(weight, scales, shape, dtype)
 
 
 # Liger ------------------------------------------------------------------------------------------------------

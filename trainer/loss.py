@@ -7,7 +7,7 @@ result does not depend on how a step is cut into micro-batches.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +27,44 @@ LOGITS_PER_CHUNK = 1 << 26
 """Most logits in memory at once: 256 MiB in fp32."""
 
 
+class Outcomes(NamedTuple):
+    """Of each trained token, float32 [N]: its unweighted loss in nats, differentiable where gradients are on, and 1
+    where the most likely token is the right one, else 0.
+    """
+
+    losses: torch.Tensor
+    is_right: torch.Tensor
+
+
 def token_losses(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """Unweighted loss in nats of each trained token: float32 [N], differentiable where gradients are on.
 
     `model` is a causal language model, in a PEFT wrapper or not, that uses packed attention, on the device of
     the micro-batch. Raises RefusedError for a model without a plain LM head.
     """
+    return token_outcomes(model, micro_batch).losses
+
+
+def token_outcomes(
+    model: torch.nn.Module, micro_batch: MicroBatch, *, label_smoothing: float = 0.0
+) -> Outcomes:
+    """The same, with what was predicted."""
     hidden = hidden_states(model, micro_batch).index_select(0, micro_batch.target_positions)
-    return head_losses(model, hidden, micro_batch.targets)
+    return head_outcomes(model, hidden, micro_batch.targets, label_smoothing=label_smoothing)
 
 
-def summed_loss(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-    """Sum over the trained tokens of weight x loss: a float32 scalar."""
-    return (token_losses(model, micro_batch) * micro_batch.weights).sum()
+def summed_loss(
+    model: torch.nn.Module,
+    micro_batch: MicroBatch,
+    *,
+    label_smoothing: float = 0.0,
+    num_right: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over the trained tokens of weight x loss: a float32 scalar. Adds to `num_right` how many were predicted."""
+    outcomes = token_outcomes(model, micro_batch, label_smoothing=label_smoothing)
+    if num_right is not None:
+        num_right += outcomes.is_right.detach().sum()
+    return (outcomes.losses * micro_batch.weights).sum()
 
 
 def hidden_states(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
@@ -57,8 +82,14 @@ def hidden_states(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tens
     return hidden
 
 
-def head_losses(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses of rows that are already picked: `hidden` [N, hidden size], `targets` [N] -> float32 [N]."""
+def head_outcomes(
+    model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float = 0.0
+) -> Outcomes:
+    """Of rows that are already picked: `hidden` [N, hidden size], `targets` [N].
+
+    With label smoothing the loss is against a target that is right by 1 - smoothing, and spreads the rest over all of
+    the vocabulary.
+    """
     causal_lm = unwrapped(model)
     head = causal_lm.get_output_embeddings()
     if head is None:
@@ -72,17 +103,21 @@ def head_losses(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Ten
     def in_chunks(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
         if not torch.is_grad_enabled():
-            losses = [_chunk_losses(forward, adjust, rows, ids) for rows, ids in chunks]
+            found = [_of_chunk(forward, adjust, label_smoothing, rows, ids) for rows, ids in chunks]
         elif _is_frozen_linear(head) and adjust is None:
-            losses = [_FrozenHeadLoss.apply(rows, head.weight, head.bias, ids) for rows, ids in chunks]
-        else:
-            losses = [
-                checkpoint(_chunk_losses, forward, adjust, rows, ids, use_reentrant=False)
+            found = [
+                _FrozenHeadLoss.apply(rows, head.weight, head.bias, ids, label_smoothing)
                 for rows, ids in chunks
             ]
-        return torch.cat(losses)
+        else:
+            found = [
+                checkpoint(_of_chunk, forward, adjust, label_smoothing, rows, ids, use_reentrant=False)
+                for rows, ids in chunks
+            ]
+        # One tensor: strategies hang their hooks on a module's output.
+        return torch.stack([torch.cat(parts) for parts in zip(*found, strict=True)])
 
-    return computed_by(head, in_chunks, hidden, targets)
+    return Outcomes(*computed_by(head, in_chunks, hidden, targets))
 
 
 def computed_by(
@@ -108,12 +143,21 @@ def computed_by(
 Adjustment = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _chunk_losses(
-    project: Adjustment, adjust: Adjustment | None, hidden: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def _of_chunk(
+    project: Adjustment,
+    adjust: Adjustment | None,
+    label_smoothing: float,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     logits = project(hidden)
-    logits = adjust(logits) if adjust is not None else logits
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    logits = (adjust(logits) if adjust is not None else logits).float()
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return losses, _is_right(logits, targets)
+
+
+def _is_right(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (logits.detach().argmax(dim=-1) == targets).float()
 
 
 def _is_frozen_linear(head: torch.nn.Module) -> bool:
@@ -126,27 +170,39 @@ def _is_frozen_linear(head: torch.nn.Module) -> bool:
 class _FrozenHeadLoss(torch.autograd.Function):
     """Linear head and cross entropy in one, for a head that is not trained.
 
-    A token's gradient is (softmax - one-hot) @ weight times the incoming scalar, so it is computed while the
-    logits are at hand and nothing of vocabulary size is kept; recomputing would cost a third head product.
+    A token's gradient is (softmax - target) @ weight times the incoming scalar, so it is computed while the
+    logits are at hand and nothing of vocabulary size is kept; recomputing would cost a third head product. The
+    target is 1 - smoothing at the right token, and smoothing / vocabulary everywhere.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        label_smoothing: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = F.linear(hidden, weight, bias).float()
+        is_right = _is_right(logits, targets)
         log_sums = logits.logsumexp(dim=-1)
-        losses = log_sums - logits.gather(1, targets[:, None]).squeeze(1)
-        probabilities = logits.sub_(log_sums[:, None]).exp_()
-        probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1.0
-        ctx.save_for_backward(probabilities.to(weight.dtype) @ weight)
-        return losses
+        losses = log_sums - (1.0 - label_smoothing) * logits.gather(1, targets[:, None]).squeeze(1)
+        if label_smoothing:
+            losses -= label_smoothing * logits.mean(dim=-1)
+        gradients = logits.sub_(log_sums[:, None]).exp_()
+        if label_smoothing:
+            gradients -= label_smoothing / logits.shape[1]
+        gradients[torch.arange(len(targets), device=targets.device), targets] -= 1.0 - label_smoothing
+        ctx.save_for_backward(gradients.to(weight.dtype) @ weight)
+        ctx.mark_non_differentiable(is_right)
+        return losses, is_right
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (unit_gradient,) = ctx.saved_tensors
         scaled = unit_gradient * grad_outputs[0][:, None]
-        return scaled.to(unit_gradient.dtype), None, None, None
+        return scaled.to(unit_gradient.dtype), None, None, None, None
 
 
 def _logit_adjustment(config: Any) -> Adjustment | None:
@@ -185,9 +241,9 @@ def split_loss(
         for batch in computed_batches(
             plan, reader, turn.first_bin, turn.end_bin, tokens_per_bin=tokens_per_bin
         ):
-            losses = token_losses(model, batch.to(device)).double().cpu()
+            outcomes = token_outcomes(model, batch.to(device))
             if not turn.is_filler:
-                sums.add(batch, losses)
+                sums.add(batch, *(values.double().cpu() for values in outcomes))
     model.train(was_training)
     return sums.result(ranks, device)
 

@@ -21,7 +21,7 @@ from trainer.tensor_headers import UNREADABLE, read_header, unreadable, weight_p
 from trainer.virtual_rules import VIRTUAL_TOKEN_METHODS
 from trainer.virtual_sizes import num_virtual_weights
 
-QUANTISED_BYTES = {"int8": 1, "nf4": 1 / 2 + 4 / 64}
+QUANTISED_BYTES = {"int8": 1, "int8_rows": 1, "nf4": 1 / 2 + 4 / 64}
 """A weight of a linear layer; nf4 has a float32 scale for each 64."""
 METHODS_IN_PLACE = ("full", "freeze")
 """They train weights of the model itself; others add some."""
@@ -242,7 +242,7 @@ def _activation_bytes(config: PipelineConfig, architecture: Mapping[str, Any], b
     # and four tensors of the MLP.
     kept = 4 * hidden + 2 * hidden * key_heads // heads + 4 * inner
     per_layer = 16 * hidden + bytes_per_weight * kept
-    if config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing == "full":
         per_token = layers * bytes_per_weight * hidden + per_layer
     else:
         per_token = layers * per_layer

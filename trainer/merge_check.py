@@ -17,7 +17,7 @@ from schemas.run import STAGE_FOLDERS
 from schemas.training_config import BaseForm
 from trainer.attention import unwrapped, use_plain_attention
 from trainer.load_trained import load_with_adapter
-from trainer.model import load_base_model, load_tokenizer, needed_model
+from trainer.model import as_saved, load_base_model, load_tokenizer, needed_model
 from trainer.prompts import encode_prompt
 from trainer.shard_reader import ShardReader
 
@@ -59,8 +59,8 @@ def merge_difference(
     settings = needed_model(config)
     trained = _logits(load_with_adapter(config, adapter, device=device), texts)
     gc.collect()
-    whole = settings.model_copy(update={"path": str(merged), "revision": None})
-    return difference(trained, _logits(load_base_model(whole, device=device, dtype=dtype), texts))
+    whole = load_base_model(as_saved(settings, merged), device=device, dtype=dtype)
+    return difference(trained, _logits(whole, texts))
 
 
 def check_difference(found: Difference, limit: float) -> None:

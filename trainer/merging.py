@@ -59,8 +59,10 @@ def write_merged(
     Raises RefusedError for an adapter that is no change of weights.
     """
     check_can_merge(folder)
-    base = model_without_weights(needed_model(config), dtype=torch.float32)
-    if base is None or _has_base_weights(folder, base):
+    settings = needed_model(config)
+    is_changed = bool(settings.new_tokens) or settings.init == "random"  # such weights stand in no file
+    base = None if is_changed else model_without_weights(settings, dtype=torch.float32)
+    if base is None or _is_more_than_layers(folder, base):
         _write_whole(config, folder, out, dtype, trained_dtype, max_shard_bytes)
         return
     names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
@@ -162,9 +164,14 @@ def _merged_layer(
     return merged
 
 
-def _has_base_weights(folder: Path, base: PreTrainedModel) -> bool:
-    """Whether weights of the base stand in the adapter's file too, as PEFT keeps embeddings beside what it trained."""
-    saved = tuple(adapter_settings(folder).get("modules_to_save") or ())
+def _is_more_than_layers(folder: Path, base: PreTrainedModel) -> bool:
+    """Whether the adapter trains rows of an embedding, or its file holds weights of the base, as PEFT keeps embeddings
+    beside what it trained.
+    """
+    settings = adapter_settings(folder)
+    if settings.get("trainable_token_indices"):
+        return True
+    saved = tuple(settings.get("modules_to_save") or ())
     known = dict(base.named_parameters(remove_duplicate=False))
     with safe_open(folder / TENSORS_NAME, framework="pt") as file:
         names = [name for name in file.keys() if ".base_layer." in name or name_in_files(name) in known]  # noqa: SIM118
@@ -239,7 +246,8 @@ def _write_whole(
 
 def _untie(model: PreTrainedModel) -> bool:
     """Else what an adapter adds to the embedding would be added to the head as well. Returns whether they were tied."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return False
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -248,7 +256,8 @@ def _untie(model: PreTrainedModel) -> bool:
 
 
 def _tie_if_equal(model: PreTrainedModel) -> None:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     if torch.equal(head.weight, embedding.weight):
         head.weight = embedding.weight
         model.config.tie_word_embeddings = True

@@ -20,7 +20,7 @@ from pipelines.tokenizer_files import add_new_tokens
 from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import BaseForm, ModelConfig
-from trainer import nf4
+from trainer import int8_rows, nf4
 from trainer.attention import unwrapped, use_packed_attention
 from trainer.rope import scale_rope
 from trainer.support import model_folder
@@ -48,8 +48,8 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The model with packed attention, all weights from safetensors; device and dtype default to the config's.
 
-    With base int8 its linear layers, but for the head, are held in 8 bits, with nf4 in 4: each is quantised on the
-    device as it is read, so the whole of them is never there. `lay_out` says which module goes to which of several
+    With base int8 or int8_rows its linear layers, but for the head, are held in 8 bits, with nf4 in 4: each is
+    quantised on the device as it is read, so the whole of them is never there. `lay_out` says which module goes to which of several
     devices. Raises InputError when a weight is missing or only pickles are there, RefusedError when the architecture
     can't be trained packed.
     """
@@ -81,6 +81,8 @@ def load_base_model(
         remove_hook_from_submodules(loaded)  # they bring inputs to modules, but not what the loss needs back
     if base == "nf4":
         nf4.take_over(loaded, dtype)
+    if base == "int8_rows":
+        int8_rows.take_over(loaded, dtype)
     if base != "plain":
         _cast(loaded, dtype)
     use_packed_attention(loaded)
@@ -132,13 +134,13 @@ def _device_map(
 
 
 def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
-    if base == "int8":
+    if base in ("int8", "int8_rows"):
         # Each product casts its inputs to fp16 to quantise them, as the method does, and says so each time.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # A folder that is quantised already says itself how; support.py has seen that it is the form of `base`.
     if base == "plain" or "quantization_config" in json.loads((folder / "config.json").read_bytes()):
         return {}
-    if base == "int8":
+    if base in ("int8", "int8_rows"):
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
 
@@ -170,7 +172,9 @@ def _is_own_dtype(model: Any, name: str) -> bool:
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
-    return name.endswith((".packed", ".absmax")) or any(part in in_fp32 for part in name.split("."))
+    return name.endswith((".packed", ".absmax", ".rows", ".scales")) or any(
+        part in in_fp32 for part in name.split(".")
+    )
 
 
 @contextmanager

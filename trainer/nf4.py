@@ -129,12 +129,17 @@ def quantised_part(
 
 
 def unpacked(
-    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weight [out, in] that the 4 bits stand for."""
+    """The weight [out, in] that the 4 bits stand for; in `out`, which lies in one piece, where it is given."""
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(_column(packed, shape), _state(absmax, shape, dtype))
+    return functional.dequantize_4bit(_column(packed, shape), _state(absmax, shape, dtype), out=out)
 
 
 def store_as(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -120,7 +120,7 @@ def _cure(train: TrainConfig, bins_at_once: int, weights: int, states: int, rest
     if rest >= max(weights, states):
         if bins_at_once > 1:
             return "a lower train.bins_per_micro_step helps"
-        if not train.gradient_checkpointing:
+        if train.gradient_checkpointing == "none":
             return "set train.gradient_checkpointing: true"
         return "lower split.max_tokens and pack.capacity, so that a bin is shorter"
     if states > weights:

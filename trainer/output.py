@@ -66,6 +66,7 @@ def write_result(
         last_loss=progress.last_loss,
         validation_loss=progress.validation_loss,
         validation_bits_per_byte=progress.validation_bits_per_byte,
+        validation_token_accuracy=progress.validation_token_accuracy,
         strategy=job.config.train.strategy,
         num_processes=job.ranks.count,
         versions={name: version(name) for name in _libraries(job)},

@@ -79,7 +79,7 @@ _PADDED = _Layout("padded", collate_padded, use_plain_attention)
 
 @torch.no_grad()
 def _check_losses(model: torch.nn.Module, layout: _Layout, device: torch.device, dtype: torch.dtype) -> None:
-    first, second, other = _documents(model)
+    first, second, other = probe_documents(model)
     together = token_losses(model, layout.collate([first, second]).to(device))
     after_other = token_losses(model, layout.collate([other, second]).to(device))
     use_plain_attention(model)
@@ -108,7 +108,7 @@ def _check_gradient(
     model: torch.nn.Module, layout: _Layout, device: torch.device, dtype: torch.dtype, ranks: Ranks
 ) -> None:
     parameters = _probed_parameters(model)
-    first, second, _ = _documents(model)
+    first, second, _ = probe_documents(model)
     together = _gradient(token_losses(model, layout.collate([first, second]).to(device)).sum(), parameters)
     model.zero_grad(set_to_none=True)
     use_plain_attention(model)
@@ -157,7 +157,7 @@ def _losses_alone(model: torch.nn.Module, example: Example, device: torch.device
     return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
 
 
-def _documents(model: torch.nn.Module) -> tuple[Example, Example, Example]:
+def probe_documents(model: torch.nn.Module) -> tuple[Example, Example, Example]:
     """Two documents, and another of the first one's length; ids spread over the vocabulary, all trained."""
     vocabulary = unwrapped(model).config.get_text_config().vocab_size
     draws = np.random.default_rng(0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
-from schemas.training_config import ModelConfig
+from schemas.training_config import ModelConfig, TrainConfig
 from trainer.rules import Rule
 from trainer.start_adapter import adapter_folder, adapter_problem, adapter_settings, contradiction
 
@@ -14,8 +14,39 @@ WHOLE_BASE_STRATEGIES = ("single", "ddp", "zero1", "zero2", "pipeline")
 """They hold the whole base on each device, and load it as one."""
 COMPILING_STRATEGIES = ("single", "ddp", "zero1", "zero2")
 COMPILERS = ("g++", "c++", "clang++", "gcc", "cc", "clang")
+LAYER_STRATEGIES = ("single", "ddp")
+"""They keep weights where they are, whole, through a training."""
 FLOAT16_STRATEGIES = ("single", "ddp", "fsdp2", "pipeline")
 """They sum gradients in fp32, and divide the sums by the loss scale."""
+
+
+def takes_layers(train: TrainConfig) -> bool:
+    """Whether decoder layers are to be computed as one, where their family can be (trainer/fast)."""
+    is_wanted = (
+        train.kernels == "layers"
+        or train.compile
+        or train.gradient_checkpointing == "selective"
+        or _long_row_settings(train)
+    )
+    return bool(is_wanted) and _can_take_layers(train)
+
+
+def _can_take_layers(train: TrainConfig) -> bool:
+    return (
+        train.method == "lora"
+        and train.batches != "unpacked"
+        and train.strategy in LAYER_STRATEGIES
+        and train.base != "int8"
+        and train.lora.dropout == 0
+        and train.kernels != "plain"
+    )
+
+
+def _long_row_settings(train: TrainConfig) -> list[str]:
+    found = ["train.offload_checkpoints is true"] if train.offload_checkpoints else []
+    if train.mlp_tokens_at_once is not None:
+        found.append(f"train.mlp_tokens_at_once is {train.mlp_tokens_at_once}")
+    return found
 
 
 def _float16_elsewhere(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -97,8 +128,26 @@ def _saved_and_target(config: PipelineConfig, architecture: dict[str, Any]) -> s
     return f"{sorted(both)[0]!r} is in train.lora.modules_to_save and in targets" if both else None
 
 
+def _no_layers(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    asked = _long_row_settings(train) + (["train.kernels is layers"] if train.kernels == "layers" else [])
+    if not asked or _can_take_layers(train):
+        return None
+    return (
+        f"{', '.join(asked)}, train.method {train.method}, strategy {train.strategy}, base {train.base}, batches "
+        f"{train.batches}, kernels {train.kernels}, lora.dropout {train.lora.dropout}"
+    )
+
+
+def _offload_of_nothing(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    if not train.offload_checkpoints or train.gradient_checkpointing == "full":
+        return None
+    return f"train.offload_checkpoints is true, train.gradient_checkpointing {train.gradient_checkpointing}"
+
+
 def _compiled_bits(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if not config.train.compile or config.train.base == "plain":
+    if not config.train.compile or config.train.base == "plain" or takes_layers(config.train):
         return None
     return f"train.compile is true, train.base {config.train.base}"
 
@@ -119,9 +168,9 @@ def _compiled_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> s
 
 def _compiled_recomputed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if not train.compile or not train.gradient_checkpointing:
+    if not train.compile or train.gradient_checkpointing == "none" or takes_layers(train):
         return None
-    return "train.compile and train.gradient_checkpointing are true"
+    return f"train.compile is true, train.gradient_checkpointing {train.gradient_checkpointing}"
 
 
 def _no_compiler(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -133,10 +182,23 @@ def _no_compiler(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
 
 SETTING_RULES = (
     Rule(
+        "layers",
+        _no_layers,
+        "decoder layers are computed as one with LoRA without dropout over weights that stay whole",
+        "set train.kernels to auto and leave offload_checkpoints and mlp_tokens_at_once out, or set train.method to lora, "
+        "train.strategy to single or ddp, train.base to plain, int8_rows or nf4 and train.lora.dropout to 0",
+    ),
+    Rule(
+        "offload-checkpoints",
+        _offload_of_nothing,
+        "the inputs of layers are kept for themselves with full checkpointing alone",
+        "set train.gradient_checkpointing to full",
+    ),
+    Rule(
         "compile-bits",
         _compiled_bits,
         "bitsandbytes' products can't be traced, so a layer would fall into a dozen pieces, each compiled for itself",
-        "set train.compile to false, or train.base to plain",
+        "set train.compile to false, or train.base to plain, or to int8_rows or nf4 with train.strategy single or ddp",
     ),
     Rule(
         "compile-strategy",
@@ -156,7 +218,7 @@ SETTING_RULES = (
         _compiled_recomputed,
         "a layer that is recomputed is compiled as a whole or not at all, and its attention is not compiled: nothing "
         "would be",
-        "set train.compile or train.gradient_checkpointing to false",
+        "set train.compile or train.gradient_checkpointing to false, or train.strategy to single or ddp with LoRA",
     ),
     Rule(
         "compiler",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from trainer.data import MicroBatch
-from trainer.draws import Row, draw_seed, drawing_for
+from trainer.draws import draw_seed, drawing_for
 from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
+from trainer.noise import NoisyBin, noise_for
 from trainer.optimizers import NO_LIMITS, Limits, Optimizer
 from trainer.padding import computed_batches
 from trainer.schedules import learning_rate
@@ -32,6 +33,8 @@ class StepOutcome:
     loss: float
     grad_norm: float
     learning_rate: float
+    token_accuracy: float | None = None
+    """Share of the trained tokens that were the most likely ones; None in a step that trains nothing."""
     is_overflow: bool = False
     """The gradient was too large for fp16 under this step's loss scale."""
     is_spike: bool = False
@@ -65,16 +68,32 @@ def run_step(
     if step.weight_sum <= 0:
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
     try:
-        total = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale)
+        total, counts = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise MicroStepError from error
     job.ranks.pulse.mark(f"updating in step {step.number + 1}")
+    counts_on_host = _on_host(job.ranks.add_up(counts))
     loss, grad_norm = optimizer.update(total / loss_scale, rate, limits, loss_scale=loss_scale)
     is_spike = NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm)
     overflowed = is_overflow(loss, grad_norm, loss_scale)
-    return StepOutcome(loss, grad_norm, learning_rate=rate, is_overflow=overflowed, is_spike=is_spike)
+    num_right, num_trained = counts_on_host.tolist()  # there since the update, which waits for the device
+    return StepOutcome(
+        loss,
+        grad_norm,
+        learning_rate=rate,
+        token_accuracy=num_right / num_trained,
+        is_overflow=overflowed,
+        is_spike=is_spike,
+    )
+
+
+def _on_host(counts: torch.Tensor) -> torch.Tensor:
+    """A copy that is on its way."""
+    if not counts.is_cuda:
+        return counts
+    return torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -91,16 +110,18 @@ def _accumulate(
     step: Step,
     bins_at_once: int | None,
     loss_scale: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of the loss, and of the tokens that were predicted right and that were trained."""
     total = torch.zeros((), device=job.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=job.device)
     own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
     for number, micro_step in enumerate(own, 1):
         job.ranks.pulse.move()
         factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
         total += _run_micro_step(
-            job, model, optimizer, step, micro_step, factor=factor, is_last=number == len(own)
+            job, model, optimizer, step, micro_step, counts, factor=factor, is_last=number == len(own)
         )
-    return total
+    return total, counts
 
 
 def _cut(micro_step: MicroStep, bins_at_once: int | None) -> list[MicroStep]:
@@ -128,6 +149,7 @@ def _run_micro_step(
     optimizer: Optimizer,
     step: Step,
     micro_step: MicroStep,
+    counts: torch.Tensor,
     *,
     factor: float,
     is_last: bool,
@@ -145,34 +167,54 @@ def _run_micro_step(
         )
     )
     for number, batch in enumerate(batches, 1):
-        rows = _padded_rows(job, model, step, batch) if batch.padded_rows else [_bins(job, step, micro_step)]
+        rows = _rows(job, step, micro_step, batch)
+        # Tokens that a method puts before each padded document are no embeddings of the table.
+        before = num_prepended_tokens(model) if batch.padded_rows else 0
         torch.manual_seed(rows[0][0][0])  # for draws that trainer/draws.py does not reach
-        with drawing_for(*rows):
+        drawn = ([(seed, before + sum(lengths)) for seed, lengths in bins] for bins in rows)
+        with drawing_for(*drawn), noise_for(*rows):
             total += optimizer.backward(
-                functools.partial(_scaled_loss, model, batch.to(job.device), factor),
+                functools.partial(
+                    _scaled_loss,
+                    job,
+                    model,
+                    batch.to(job.device),
+                    factor,
+                    None if micro_step.is_filler else counts,
+                ),
                 is_last=is_last and number == len(batches),
             )
     return total
 
 
-def _scaled_loss(model: torch.nn.Module, batch: MicroBatch, factor: float) -> torch.Tensor:
-    return summed_loss(model, batch) * factor
+def _scaled_loss(
+    job: Job, model: torch.nn.Module, batch: MicroBatch, factor: float, counts: torch.Tensor | None
+) -> torch.Tensor:
+    """Counts the tokens that it predicts and trains, but for a filler."""
+    num_right = torch.zeros((), device=job.device)
+    smoothing = job.config.train.label_smoothing
+    loss = summed_loss(model, batch, label_smoothing=smoothing, num_right=num_right)
+    if counts is not None:
+        counts[0] += num_right.long()
+        counts[1] += batch.num_trained_tokens
+    return loss * factor
 
 
-def _padded_rows(job: Job, model: torch.nn.Module, step: Step, batch: MicroBatch) -> list[Row]:
-    """Seed and number of tokens of each document, those that a method puts before it counted."""
-    before = num_prepended_tokens(model)
+def _rows(job: Job, step: Step, micro_step: MicroStep, batch: MicroBatch) -> list[list[NoisyBin]]:
+    """A padded document is a bin by itself."""
+    if not batch.padded_rows:
+        return [_bins(job, step, micro_step)]
     seed = job.config.train.seed
-    return [[(draw_seed(seed, step.number, row.place), before + row.length)] for row in batch.padded_rows]
+    return [[(draw_seed(seed, step.number, row.place), (row.length,))] for row in batch.padded_rows]
 
 
-def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[tuple[int, int]]:
-    """Seed and number of tokens of each bin: the same whoever computes it, and after any resume."""
+def _bins(job: Job, step: Step, micro_step: MicroStep) -> list[NoisyBin]:
+    """Seed and lengths of the documents of each bin: the same whoever computes it, and after any resume."""
     plan = job.plans[step.epoch]
     return [
         (
             draw_seed(job.config.train.seed, step.number, number),
-            int(plan.num_tokens[plan.documents(number, number + 1)].sum()),
+            plan.num_tokens[plan.documents(number, number + 1)].tolist(),
         )
         for number in range(micro_step.first_bin, micro_step.end_bin)
     ]

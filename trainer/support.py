@@ -91,7 +91,7 @@ def _foreign_quantisation(config: PipelineConfig, architecture: dict[str, Any]) 
 
 def _other_form(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     form = _form(architecture.get("quantization_config") or {})
-    if form in (None, config.train.base):
+    if form is None or config.train.base in (form, f"{form}_rows"):
         return None
     return f"the model's weights are quantised to {form}, train.base is {config.train.base}"
 
@@ -107,9 +107,9 @@ def _form(settings: dict[str, Any]) -> str | None:
 
 def _int8_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    if train.base != "int8" or train.strategy not in SHARDED_STRATEGIES:
+    if train.base not in ("int8", "int8_rows") or train.strategy not in SHARDED_STRATEGIES:
         return None
-    return f"train.base is int8, train.strategy {train.strategy}"
+    return f"train.base is {train.base}, train.strategy {train.strategy}"
 
 
 def _cannot_offload(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
@@ -120,9 +120,9 @@ def _cannot_offload(config: PipelineConfig, architecture: dict[str, Any]) -> str
 
 
 def _int8_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.base != "int8" or config.train.method != "full":
+    if config.train.base not in ("int8", "int8_rows") or config.train.method != "full":
         return None
-    return "train.base is int8, train.method full"
+    return f"train.base is {config.train.base}, train.method full"
 
 
 def _nf4_trained_whole(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:

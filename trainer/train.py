@@ -25,10 +25,11 @@ from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
+from trainer.fast.check import keep_if_right
 from trainer.folders import remove_leftovers
 from trainer.heartbeat import Heartbeat
 from trainer.job import Job, mark_current, plan_job, read_result
-from trainer.kernels import use_fast_kernels
+from trainer.kernels import use_fast_kernels, use_fast_layers
 from trainer.loss import split_loss
 from trainer.loss_by_group import SplitLoss
 from trainer.loss_scale import after_step, loss_scale
@@ -42,12 +43,14 @@ from trainer.model import (
     load_base_model,
     load_tokenizer,
 )
+from trainer.noise import use_noise
 from trainer.optimizers import Optimizer
 from trainer.out_of_memory import Stepper, lowered, memory_explained
 from trainer.output import num_trainable_weights, write_output, write_result
 from trainer.pieces import check_shapes
 from trainer.preflight import check_ranks
 from trainer.probe import check_packing
+from trainer.program_cache import keep_programs
 from trainer.random_weights import RandomWeights
 from trainer.ranks import CPU, joined_ranks
 from trainer.signals import StopSignals, stopped_exit_code
@@ -85,15 +88,15 @@ def train_job(job: Job) -> TrainingResult:
         if job.ranks.is_first:
             remove_leftovers(job.folder)
         make_deterministic(job)
+        keep_programs(job.config.train.compile_cache)
         tokenizer = load_tokenizer(job.config)
         with memory_explained(job):
             model = apply_method(job, load_model(job))
-            use_bin_dropout(model)
+            use_draws(job, model)
             speed_up(job, model)
             model = fill(job, place(job, model))
             check_layout(job, model)
-            if job.config.train.compile:
-                tell(job, compile_layers(model))
+            compile_rest(job, model, speed_up_layers(job, model))
             optimizer = build_optimizer(job, model)
             progress = restore(job, optimizer)
         announce(job, model, progress)
@@ -138,7 +141,7 @@ def load_model(job: Job) -> torch.nn.Module:
         merge_into(model, adapter_folder(job.model))
     if job.config.train.attention == "by_document":
         use_packed_attention(model, by_document=True)
-    if job.config.train.gradient_checkpointing:
+    if job.config.train.gradient_checkpointing != "none":
         enable_gradient_checkpointing(model)
     return model
 
@@ -160,6 +163,12 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     return trained
 
 
+def use_draws(job: Job, model: torch.nn.Module) -> None:
+    use_bin_dropout(model)
+    if job.config.train.neftune_alpha:
+        use_noise(model, job.config.train.neftune_alpha)
+
+
 def place(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     return STRATEGIES[job.config.train.strategy].place(model, job.device, job.ranks, job.config.train)
 
@@ -178,6 +187,29 @@ def weight_source(model: ModelConfig) -> WeightFiles | RandomWeights:
 
 def speed_up(job: Job, model: torch.nn.Module) -> None:
     tell(job, f"computing with {use_fast_kernels(model, job.config.train, device=job.device)}")
+
+
+def speed_up_layers(job: Job, model: torch.nn.Module) -> bool:
+    """Compute decoder layers as one where that is right; whether all of them are."""
+    taken = use_fast_layers(model, job.config.train, device=job.device)
+    if taken is None:
+        return False
+    tell(job, str(taken))
+    problem = keep_if_right(model, taken, device=job.device, dtype=job.dtype, ranks=job.ranks)
+    if problem is not None:
+        tell(job, f"decoder layers compute their own way: {problem}")
+    return len(taken.layers) == taken.num_layers
+
+
+def compile_rest(job: Job, model: torch.nn.Module, are_all_taken: bool) -> None:
+    """Layers that are computed as one compile their pieces themselves."""
+    train = job.config.train
+    if not train.compile or are_all_taken:
+        return
+    if train.base != "plain" or train.gradient_checkpointing != "none":
+        tell(job, "nothing is compiled: over bits, or recomputed, layers can't be but as one")
+        return
+    tell(job, compile_layers(model))
 
 
 def check_layout(job: Job, model: torch.nn.Module) -> None:
@@ -291,6 +323,7 @@ def step_record(step: Step, outcome: StepOutcome, seconds: float) -> dict[str, A
         "step": step.number + 1,
         "epoch": step.epoch,
         "loss": outcome.loss if math.isfinite(outcome.loss) else None,
+        "token_accuracy": outcome.token_accuracy,
         "learning_rate": outcome.learning_rate,
         "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
         "num_tokens": step.num_tokens,
@@ -319,17 +352,23 @@ def validate(job: Job, model: torch.nn.Module, metrics: Metrics | NoMetrics, pro
     found = split_loss(
         model, reader, plan, device=job.device, tokens_per_bin=job.padded_tokens_per_bin, ranks=job.ranks
     )
-    loss, bits_per_byte = _finite(found.loss), _finite(found.bits_per_byte)
+    loss, bits_per_byte, accuracy = map(_finite, (found.loss, found.bits_per_byte, found.token_accuracy))
     metrics.log_validation(
         {
             "step": progress.num_steps,
             "validation_loss": loss,
             "validation_bits_per_byte": bits_per_byte,
+            "validation_token_accuracy": accuracy,
             "validation_by_source": _by_name(found.by_source),
             "validation_by_language": _by_name(found.by_language),
         }
     )
-    measured = dataclasses.replace(progress, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+    measured = dataclasses.replace(
+        progress,
+        validation_loss=loss,
+        validation_bits_per_byte=bits_per_byte,
+        validation_token_accuracy=accuracy,
+    )
     return judging.judged(measured, job.config.train)
 
 
@@ -410,7 +449,11 @@ def finish(
 
 def _by_name(losses: Mapping[str, SplitLoss]) -> dict[str, dict[str, float | None]]:
     return {
-        name: {"loss": _finite(found.loss), "bits_per_byte": _finite(found.bits_per_byte)}
+        name: {
+            "loss": _finite(found.loss),
+            "bits_per_byte": _finite(found.bits_per_byte),
+            "token_accuracy": _finite(found.token_accuracy),
+        }
         for name, found in losses.items()
     }
 

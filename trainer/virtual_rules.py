@@ -98,7 +98,7 @@ def _virtual_without_ids(config: PipelineConfig, architecture: dict[str, Any]) -
 
 
 def _prefix_recomputed(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    if config.train.method != "prefix" or not config.train.gradient_checkpointing:
+    if config.train.method != "prefix" or config.train.gradient_checkpointing == "none":
         return None
     return "train.method is prefix, train.gradient_checkpointing true"
 

@@ -14,7 +14,6 @@ from schemas.training_config import TrainConfig
 Data = Literal["alpaca", "long"]
 Checkpointing = Literal["none", "selective", "full", "auto"]
 CHECKPOINTING_FIELD = "gradient_checkpointing"
-SWEEP_STEPS, SWEEP_WARM_UP_STEPS = 8, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +89,15 @@ def config_of(options: BenchOptions, *, max_steps: int | None, checkpointing: st
     return load_config(path, options.overrides)
 
 
+def cache_of(options: BenchOptions, name: str) -> Path:
+    """Where a contestant's compiled programs are kept from process to process."""
+    return options.folder / "cache" / name
+
+
+def learning_rate(options: BenchOptions) -> float:
+    return 2e-5 if options.method == "full" else 2e-4
+
+
 def _document(options: BenchOptions, max_steps: int | None, checkpointing: str) -> dict[str, Any]:
     return {
         "run_root": "run",
@@ -103,11 +111,12 @@ def _document(options: BenchOptions, max_steps: int | None, checkpointing: str) 
             "lora": {"rank": options.rank, "alpha": 2 * options.rank, "targets": "all-linear"},
             "bins_per_step": options.bins_per_step,
             "bins_per_micro_step": options.bins_per_step,
-            "learning_rate": 2e-4 if options.method != "full" else 2e-5,
+            "learning_rate": learning_rate(options),
             "schedule": "constant",
             "warmup_steps": 0,
             "max_steps": max_steps,
             "compile": options.compile,
+            "compile_cache": str(cache_of(options, "ours")),
             "checkpoint_every_steps": max(options.num_steps // 2, 1),
             **checkpointing_setting(checkpointing),
         },
@@ -116,12 +125,22 @@ def _document(options: BenchOptions, max_steps: int | None, checkpointing: str) 
 
 def checkpointing_setting(name: str) -> dict[str, Any]:
     """As this version's config writes it. Raises ConfigError where it has no such kind."""
-    for value in (name, {"none": False, "full": True}.get(name)):
-        if value is not None and _is_taken(value):
+    for value in _ways_to_write(name):
+        if _is_taken(value):
             return {CHECKPOINTING_FIELD: value}
     raise ConfigError(
         f"--checkpointing {name}: train.{CHECKPOINTING_FIELD} of this version does not know it; none and full do"
     )
+
+
+def is_known(name: str) -> bool:
+    """Whether this version's config has that kind of checkpointing."""
+    return any(map(_is_taken, _ways_to_write(name)))
+
+
+def _ways_to_write(name: str) -> list[str | bool]:
+    switch = {"none": False, "full": True}
+    return [name, *([switch[name]] if name in switch else [])]
 
 
 def _is_taken(value: str | bool) -> bool:

@@ -23,7 +23,7 @@ def markdown(options: BenchOptions, entries: Sequence[Entry]) -> str:
     finished = [entry for entry in entries if not entry.problem]
     lines = [title(options, ours.runs[0]), "", HEAD, "|" + "---|" * HEAD.count(" |")]
     lines += [row(entry.summary(), ours) for entry in finished]
-    lines += ["", *(f"- {entry.name}: {entry.runs[0].kernel}." for entry in finished)]
+    lines += ["", *(f"- {entry.name}: {entry.runs[0].kernel}{_not_tried(entry)}." for entry in finished)]
     lines += [f"- {entry.name} is left out: {entry.problem}." for entry in entries if entry.problem]
     lines += cap_lines(options, ours)
     return "\n".join([*lines, versions_line(ours.runs[0])]) + "\n"
@@ -40,6 +40,11 @@ def title(options: BenchOptions, run: Run) -> str:
         f"tokens a step in bins of {options.capacity:,}, {options.data} lengths, {steps} after {options.num_warm_up}, "
         f"{options.num_rounds} processes each, taking turns; {run.device}."
     )
+
+
+def _not_tried(entry: Entry) -> str:
+    absent = ", ".join(entry.contestant.not_tried)
+    return f"; not tried, since not installed: {absent}" if absent else ""
 
 
 def row(found: Summary, ours: Summary) -> str:
@@ -99,6 +104,7 @@ def _contestant(entry: Entry, ours: Entry) -> Mapping[str, Any]:
         "name": entry.name,
         "variant": entry.variant,
         "left_out": entry.problem,
+        "not_tried": list(entry.contestant.not_tried),
         "tried": [dataclasses.asdict(tried) for tried in entry.tried],
         "runs": [dataclasses.asdict(run) for run in entry.runs],
     }

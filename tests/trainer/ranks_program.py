@@ -44,8 +44,8 @@ def poison_some_losses(config: PipelineConfig) -> None:
     }
     original = stepping.summed_loss
 
-    def poisoned(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        loss = original(model, batch)
+    def poisoned(model: torch.nn.Module, batch: Any, **options: Any) -> torch.Tensor:
+        loss = original(model, batch, **options)
         kind = seeds.get(torch.initial_seed())
         if kind is None:
             return loss

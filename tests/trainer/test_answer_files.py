@@ -1,5 +1,6 @@
 """Files of prompts: batches equal to transformers' own generate alone, bad lines kept, killed runs taken up again."""
 
+import copy
 import json
 import os
 import signal
@@ -12,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipelines import storage
 from schemas.errors import BusyError, ConfigError, InputError, LimitError
@@ -24,8 +34,10 @@ from trainer.answer_files import FileWork, _held
 from trainer.attention import use_plain_attention
 from trainer.generate import generate_file, run_generate
 from trainer.load_trained import choose, load_for_generation
+from trainer.model import outdated_names_allowed
 from trainer.prompts import encode_prompt, printable
 from trainer.train import train
+from trainer.virtual_tokens import generated_positions
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = ["red", "the cat runs near", "", "0123 blue blue green", "far a far a far a far a", "dog", "cat red"]
@@ -247,6 +259,51 @@ def test_before_and_after_stand_side_by_side(
     assert capsys.readouterr().out == f"red\n  before: {before}\n  after:  {after}\n"
     with pytest.raises(ConfigError, match="is the base model"):
         run_generate(trained_run, Sampling(6), prompts=["red"], adapter="none", before_after=True)
+
+
+OTHERS: dict[str, Any] = {
+    "prefix": PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prompt": PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+    "llama-adapter": AdaptionPromptConfig(adapter_len=5, adapter_layers=2, task_type="CAUSAL_LM"),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_of_every_kind_say_in_a_file_what_plain_peft_says_to_each_prompt(
+    trained_run: PipelineConfig, tmp_path: Path, kind: str
+) -> None:
+    assert trained_run.model is not None
+    base = AutoModelForCausalLM.from_pretrained(trained_run.model.path)
+    with outdated_names_allowed():
+        model: Any = get_peft_model(base, copy.deepcopy(OTHERS[kind]), autocast_adapter_dtype=False)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=float(kind == "ia3"), std=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    write_prompts(tmp_path, [*WORDS, "cat", "red red"])
+    generate_file(
+        trained_run,
+        work_of(trained_run, tmp_path, adapter=str(tmp_path / "adapter"), before_after=True),
+    )
+    tokenizer = tiny_tokenizer()
+    with outdated_names_allowed():
+        fresh = AutoModelForCausalLM.from_pretrained(trained_run.model.path)
+        judge: Any = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    differing = 0
+    for record, text in zip(records(tmp_path), [*WORDS, "cat", "red red"], strict=True):
+        prompt = torch.tensor([encode_prompt(tokenizer, question(text))])
+        with generated_positions():
+            found = judge.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
+            )
+        expected = tokenizer.decode(found[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert record["after"]["text"] == expected
+        assert record["before"]["text"] == said(trained_run, text, adapter="none")
+        differing += record["before"]["text"] != expected
+    assert differing > 3
 
 
 def test_whole_models_are_compared_with_the_base_too(trained_run: PipelineConfig, tmp_path: Path) -> None:

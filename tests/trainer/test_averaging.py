@@ -114,7 +114,7 @@ FULL: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "low_rank": {"r
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_bf16": ("bfloat16", FULL),
     "adamw_8bit": ("float32", FULL),
-    "lion": ("bfloat16", {"lora": {"dropout": 0.1}, "learning_rate": 1e-3}),
+    "lion": ("bfloat16", {"neftune_alpha": 5.0, "label_smoothing": 0.1, "learning_rate": 1e-3}),
     "schedule_free": ("bfloat16", {"schedule": "constant"}),
     "muon": ("float32", FULL | {"ema_decay": 0.9}),
     "galore": ("float32", FULL),

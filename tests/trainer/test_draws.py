@@ -11,7 +11,7 @@ from tests.trainer.tiny_models import tiny_model, tiny_run
 from trainer.draws import BinDropout, drawing_for, use_bin_dropout
 from trainer.job import plan_job
 from trainer.stepping import run_step
-from trainer.train import apply_method, build_optimizer, load_model, place
+from trainer.train import apply_method, build_optimizer, load_model, place, use_draws
 
 BINS = ((11, 7), (12, 5), (13, 9))
 
@@ -61,10 +61,10 @@ def test_every_dropout_of_a_model_is_replaced() -> None:
 
 def gradients(folder: Path, **train: Any) -> tuple[float, np.ndarray]:
     """Loss and gradient of the first step."""
-    settings = {"bins_per_step": 4, "lora": {"dropout": 0.3}, **train}
+    settings = {"bins_per_step": 4, **train}
     job = plan_job(tiny_run(folder, train=settings))
     model = apply_method(job, load_model(job))
-    use_bin_dropout(model)
+    use_draws(job, model)
     model = place(job, model)
     optimizer: Any = build_optimizer(job, model)
     found = {}
@@ -76,11 +76,14 @@ def gradients(folder: Path, **train: Any) -> tuple[float, np.ndarray]:
     return outcome.loss, torch.cat([grad.flatten() for grad in found.values()]).numpy()
 
 
-def test_neither_the_cut_of_a_step_nor_recomputing_changes_its_gradient(tmp_path: Path) -> None:
-    loss, gradient = gradients(tmp_path)
+@pytest.mark.parametrize("draws", [{"lora": {"dropout": 0.3}}, {"neftune_alpha": 20.0}], ids=str)
+def test_neither_the_cut_of_a_step_nor_recomputing_changes_its_gradient(
+    tmp_path: Path, draws: dict[str, Any]
+) -> None:
+    loss, gradient = gradients(tmp_path, **draws)
     for other in ({"bins_per_micro_step": 2}, {"bins_per_micro_step": 4}, {"gradient_checkpointing": True}):
-        other_loss, other_gradient = gradients(tmp_path, **other)
+        other_loss, other_gradient = gradients(tmp_path, **draws, **other)
         assert other_loss == pytest.approx(loss, abs=1e-5), other
         np.testing.assert_allclose(other_gradient, gradient, atol=1e-5, err_msg=str(other))
-    without = gradients(tmp_path, lora={"dropout": 0.0})[1]
-    assert not np.allclose(without, gradient, atol=1e-3), "dropout says something"
+    without = gradients(tmp_path)[1]
+    assert not np.allclose(without, gradient, atol=1e-3), "what is drawn says something"

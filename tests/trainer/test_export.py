@@ -18,7 +18,7 @@ from pipelines import storage
 from schemas.errors import ConfigError, InputError, LimitError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS
-from tests.trainer.tiny_models import tiny_run
+from tests.trainer.tiny_models import tiny_run, write_model
 from trainer.answer import Sampling, answer
 from trainer.data_summary import DataSummary, SourceSummary, source_license, summarise
 from trainer.evaluation import evaluate
@@ -152,6 +152,21 @@ def test_an_adapter_over_four_bits_is_exported_with_the_numbers_that_they_stand_
     assert not torch.allclose(
         logits(AutoModelForCausalLM.from_pretrained(naive)), logits(loaded.model), atol=1e-2
     )
+
+
+def test_new_tokens_and_longer_positions_are_part_of_a_merged_model(tmp_path: Path) -> None:
+    """The comparison with base and adapter is made inside; here the folder is loaded by transformers alone."""
+    changes = {"new_tokens": ["<|tool|>"], "rope_scaling": {"type": "linear", "factor": 4}}
+    write_model(tmp_path / "model-llama", vocab_size=300)
+    config = tiny_run(tmp_path, model=changes)
+    train(config)
+    out = export(config, tmp_path / "merged", form="merged", adapter="current")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.get_input_embeddings().weight.shape[0] > AutoTokenizer.from_pretrained(
+        out
+    ).convert_tokens_to_ids("<|tool|>")
+    loaded = load_for_generation(config, "current")
+    torch.testing.assert_close(logits(model), logits(loaded.model), rtol=0, atol=1e-4)
 
 
 def test_what_can_not_be_exported_is_refused_and_leaves_nothing(

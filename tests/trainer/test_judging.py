@@ -164,8 +164,8 @@ def plant_spikes(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, at: tu
     seeds = {stepping.draw_seed(0, number, steps[number].first_bin) for number in at}
     original = stepping.summed_loss
 
-    def spiky(model: Any, batch: Any) -> torch.Tensor:
-        return original(model, batch) * (100 if torch.initial_seed() in seeds else 1)
+    def spiky(model: Any, batch: Any, **options: Any) -> torch.Tensor:
+        return original(model, batch, **options) * (100 if torch.initial_seed() in seeds else 1)
 
     monkeypatch.setattr(stepping, "summed_loss", spiky)
 

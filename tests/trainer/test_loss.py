@@ -20,12 +20,19 @@ from tests.trainer.tiny_models import (
 from trainer import loss
 from trainer.attention import use_packed_attention
 from trainer.data import collate, read_plan
-from trainer.loss import head_losses, split_loss, summed_loss, token_losses
+from trainer.loss import head_outcomes, split_loss, summed_loss, token_losses
 from trainer.shard_reader import ShardReader
 
 
-def whole_logits(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(model.get_output_embeddings()(hidden).float(), targets, reduction="none")
+def whole_logits(
+    model: Any, hidden: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    logits = model.get_output_embeddings()(hidden).float()
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def head_losses(model: Any, *inputs: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    return head_outcomes(model, *inputs, label_smoothing=label_smoothing).losses
 
 
 def draws(num_rows: int = 50) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -38,8 +45,9 @@ def draws(num_rows: int = 50) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 50, 64])
 @pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_losses_and_gradients_are_torchs_for_any_chunk_size(
-    rows_per_chunk: int, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
+    rows_per_chunk: int, is_frozen: bool, label_smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", rows_per_chunk * 320)
     model = tiny_model().requires_grad_(not is_frozen)
@@ -48,7 +56,7 @@ def test_losses_and_gradients_are_torchs_for_any_chunk_size(
     for losses_of in (head_losses, whole_logits):
         hidden, targets, weights = draws()
         hidden.requires_grad_()
-        losses = losses_of(model, hidden, targets)
+        losses = losses_of(model, hidden, targets, label_smoothing=label_smoothing)
         (losses * weights).sum().backward()
         found.append((losses.detach(), hidden.grad, head.weight.grad))
         model.zero_grad()
@@ -60,6 +68,22 @@ def test_losses_and_gradients_are_torchs_for_any_chunk_size(
         assert expected_head_grad is None
     else:
         torch.testing.assert_close(head_grad, expected_head_grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_token_is_right_where_its_logit_is_the_largest(
+    is_frozen: bool, has_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 7 * 320)
+    model = tiny_model().requires_grad_(not is_frozen)
+    hidden, targets, _ = draws()
+    most_likely = model.get_output_embeddings()(hidden).argmax(dim=-1)
+    targets[::3] = most_likely[::3]
+    with torch.set_grad_enabled(has_gradients):
+        found = head_outcomes(model, hidden.requires_grad_(has_gradients), targets, label_smoothing=0.1)
+    assert torch.equal(found.is_right, (most_likely == targets).float())
+    assert 17 <= int(found.is_right.sum()) < 50
 
 
 def test_a_frozen_head_keeps_nothing_of_vocabulary_size() -> None:

@@ -44,12 +44,12 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tried: list[int] = []
     original = stepping.summed_loss
 
-    def with_little_memory(model: Any, batch: Any) -> torch.Tensor:
+    def with_little_memory(model: Any, batch: Any, **options: Any) -> torch.Tensor:
         tried.append(batch.num_tokens)
         if batch.num_tokens > 64:
             first = next(p for p in model.parameters() if p.requires_grad)
             hook = first.register_hook(lambda _: fail(hook))
-        return original(model, batch)
+        return original(model, batch, **options)
 
     def fail(hook: Any) -> None:
         hook.remove()
@@ -94,7 +94,7 @@ def test_other_micro_steps_are_the_same_training(tmp_path: Path) -> None:
 def test_when_even_one_bin_does_not_fit_the_cure_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> torch.Tensor:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
             "allocate 8 bytes. Error code 12 (Cannot allocate memory)"
@@ -126,7 +126,7 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.M
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(TrainingError("nothing is trainable"))
     assert is_out_of_memory(MemoryError())
-    monkeypatch.setattr(stepping, "summed_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(stepping, "summed_loss", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(run_of(tmp_path / "run"))
 

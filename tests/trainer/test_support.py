@@ -118,6 +118,9 @@ BROKEN: dict[str, dict[str, Any]] = {
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
     "early-stopping": {"train": {"early_stopping_evaluations": 2}},
     "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},
+    "layers": {"train": {"kernels": "layers", "strategy": "zero2"}},
+    "offload-checkpoints": {"train": {"offload_checkpoints": True}},
+    "compile-bits": {"train": {"compile": True, "base": "int8"}},
     "unpacked-strategy": {"train": {"batches": "unpacked", "strategy": "zero2"}},
     "unpacked-compile": {"train": {"method": "prompt", "compile": True}},
     "virtual-tokens-packed": {"train": {"method": "p_tuning", "batches": "packed"}},
@@ -138,9 +141,10 @@ BROKEN: dict[str, dict[str, Any]] = {
         "architecture": {**LLAMA, "num_hidden_layers": 2},
         "train": {"method": "llama_adapter", "virtual_tokens": {"layers": 3}},
     },
-    "compile-bits": {"train": {"compile": True, "base": "nf4"}},
     "compile-strategy": {"train": {"compile": True, "strategy": "zero3"}},
-    "compile-checkpointing": {"train": {"compile": True, "gradient_checkpointing": True}},
+    "compile-checkpointing": {
+        "train": {"compile": True, "gradient_checkpointing": True, "strategy": "zero2"}
+    },
     "compile-dropout": {"train": {"compile": True, "lora": {"dropout": 0.1}}},
     "compiler": {"train": {"compile": True}},
     "optimizer-strategy": {"train": {"optimizer": "lion", "strategy": "fsdp2"}},

@@ -279,8 +279,8 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_in_the_end_too_many(
     original = stepping.summed_loss
     poisoned = {3, 5}
 
-    def poison(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        loss = original(model, batch)
+    def poison(model: torch.nn.Module, batch: Any, **options: Any) -> torch.Tensor:
+        loss = original(model, batch, **options)
         return loss * math.nan if torch.initial_seed() in bad_seeds else loss
 
     config = tiny_run(tmp_path, train={"max_steps": 8, "max_nonfinite_steps": 2})

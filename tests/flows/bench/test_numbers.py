@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 
 from flows.bench.chart import read_group, svg, write_chart
-from flows.bench.contest import Entry, variants_in
-from flows.bench.contestants import contestants_of
+from flows.bench.contest import Entry, entry_of, variants_in
+from flows.bench.contestants import PEERS, PEERS_FOLDER, contestants_of
 from flows.bench.options import BenchOptions, check_options, checkpointing_setting, config_of, pythons_of
 from flows.bench.results import Run, Summary, check_counts, run_of
-from flows.bench.search import Tried, first_of, search
+from flows.bench.search import Tried, search
 from flows.bench.table import markdown, record
 from schemas.errors import ConfigError, InputError, IntegrityError
 
@@ -76,7 +77,7 @@ def test_a_step_that_counts_padding_is_refused() -> None:
 
 
 def entries() -> list[Entry]:
-    ours, trl, padded = (Entry(found, first_of(found.dimensions)) for found in contestants_of(OPTIONS))
+    ours, trl, padded = (entry_of(found) for found in contestants_of(OPTIONS))
     ours.runs = [run(0.5), run(0.25, is_cold=False), run(1.0, is_cold=False)]
     trl.runs = [run(1.0, first_loss=6.001), run(2.0, first_loss=6.001)]
     trl.tried = [Tried(trl.variant, 99.0)]
@@ -169,6 +170,35 @@ def test_summaries_leave_out_what_is_not_known() -> None:
 def test_numbers_that_can_not_be_meant_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_options(dataclasses.replace(OPTIONS, **changes))
+
+
+def test_a_peer_is_asked_for_its_modules_in_its_own_interpreter() -> None:
+    bare = str(Path(sys.base_prefix) / "bin" / "python3")
+    options = dataclasses.replace(OPTIONS, peer_pythons={"trl": bare})
+    _, trl, padded = contestants_of(options)
+    assert trl.command == (bare, str(PEERS_FOLDER / "run_trl.py"))
+    assert entry_of(trl).problem == "trl, peft is not installed"
+    assert trl.not_tried == ("flash_attn", "liger_kernel")
+    assert trl.dimensions["attention"] == ("sdpa", "varlen")
+    assert trl.dimensions["liger"] == (False,)
+    assert (padded.command[0], entry_of(padded).problem) == (sys.executable, "")
+
+
+@pytest.mark.parametrize(
+    ("ours", "trl", "unsloth"),
+    [
+        ("none", ("full", "none"), ("unsloth", "none")),
+        ("auto", ("full", "none"), ("unsloth", "none")),
+        ("selective", ("full", "selective"), ("unsloth",)),
+        ("full", ("full",), ("unsloth",)),
+    ],
+)
+def test_a_peer_may_use_as_much_memory_as_ours(
+    ours: Any, trl: tuple[str, ...], unsloth: tuple[str, ...]
+) -> None:
+    options = dataclasses.replace(OPTIONS, checkpointing=ours)
+    assert PEERS["trl"](options)["checkpointing"] == trl
+    assert PEERS["unsloth"](options)["checkpointing"] == unsloth
 
 
 def test_unknown_peers_and_interpreters_are_refused() -> None:

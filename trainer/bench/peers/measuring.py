@@ -1,12 +1,11 @@
 """What every contestant does alike: read the request, hold memory to a cap, note each step, leave a result.
 
-A result is {"steps": [...], "first_loss": ..., "kernel": ..., ...}, or {"left_out": why} of a contestant that is not
-installed or can't run here. All else is counted by the one who asked, from the steps, in the same way for all.
+A result is {"steps": [...], "first_loss": ..., "kernel": ..., ...}, or {"left_out": why} of a contestant that can't do
+what is asked for. All else is counted by the one who asked, from the steps, in the same way for all.
 """
 
 import ctypes
 import importlib.metadata
-import importlib.util
 import json
 import os
 import resource
@@ -66,10 +65,6 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
-
-
-def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def installed_versions() -> dict[str, str]:

@@ -14,7 +14,6 @@ from measuring import (
     Steps,
     device_of,
     forward_loss,
-    is_installed,
     moved,
     padded_batch,
     run,
@@ -25,8 +24,6 @@ RANK, ALPHA, TARGETS = 8, 16, ["q_proj", "v_proj"]
 
 
 def train(request: Request) -> Result:
-    if not is_installed("peft"):
-        return {"left_out": "peft is not installed"}
     if request["method"] != "lora":
         return {"left_out": f"the recipe is of LoRA, asked for is {request['method']}"}
     device = device_of(request)

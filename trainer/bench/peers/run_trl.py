@@ -15,7 +15,6 @@ from measuring import (
     Steps,
     device_of,
     forward_loss,
-    is_installed,
     quiet,
     run,
 )
@@ -48,18 +47,11 @@ def train(request: Request) -> Result:
 
 
 def cannot_run(request: Request) -> str | None:
-    """Why this variant is not possible here; None where it is."""
+    """Why what is asked for is not possible; None where it is."""
     variant = request["variant"]
-    if not is_installed("trl") or not is_installed("peft"):
-        return f"{'peft' if is_installed('trl') else 'trl'} is not installed"
     if request["method"] not in ("lora", "full"):
         return f"its benchmark knows lora and full, asked for is {request['method']}"
-    if variant["liger"] and not is_installed("liger_kernel"):
-        return "liger-kernel is not installed"
-    if variant["attention"] == "flash_attention_2" and not is_installed("flash_attn"):
-        return "flash-attn is not installed"
-    on_gpu = device_of(request).type == "cuda"
-    if not on_gpu and (variant["liger"] or variant["attention"] != "sdpa"):
+    if device_of(request).type != "cuda" and (variant["liger"] or variant["attention"] != "sdpa"):
         return "needs a GPU"
     return None
 
@@ -148,16 +140,17 @@ def varlen_attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """One row of documents: [1, heads, tokens, head] each. TRL's collator tells the borders."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
-    known = inspect.signature(varlen_attn).parameters
+    kernel: Any = varlen.varlen_attn  # its parameters have changed from version to version
+    known = inspect.signature(kernel).parameters
     flags: dict[str, Any] = {"window_size": (-1, 0), "is_causal": True, "scale": scaling, "enable_gqa": True}
     if "window_size" in known:
         del flags["is_causal"]  # torch 2.10 has the one, later ones have the other
     flags = {name: value for name, value in flags.items() if name in known}
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     borders, longest = cu_seq_lens_q, max_length_q
-    attended = varlen_attn(query, key, value, borders, borders, longest, longest, **flags)
+    attended = kernel(query, key, value, borders, borders, longest, longest, **flags)
     return attended[None], None
 
 
@@ -170,7 +163,8 @@ def make_trainer(request: Request, model: Any, documents: Documents, steps: Step
 
     class InOrder(SFTTrainer):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-            return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+            rows: Any = self.train_dataset if train_dataset is None else train_dataset
+            return torch.utils.data.SequentialSampler(rows)
 
     trainer = InOrder(
         model=model,

@@ -6,7 +6,7 @@ It packs the documents of ours by itself, so a step holds other documents; they 
 import os
 from typing import Any
 
-from measuring import Documents, Request, Result, Steps, device_of, forward_loss, is_installed, quiet, run
+from measuring import Documents, Request, Result, Steps, device_of, forward_loss, quiet, run
 from run_trl import LOGGED_EVERY, PADDED_ROWS, callback, counting
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -15,8 +15,6 @@ CHECKPOINTING = {"none": False, "unsloth": "unsloth", "full": True}
 
 def train(request: Request) -> Result:
     quiet()
-    if not is_installed("unsloth"):
-        return {"left_out": "unsloth is not installed"}
     if device_of(request).type != "cuda":
         return {"left_out": "needs a GPU"}
     if request["method"] != "lora":
