@@ -17,8 +17,8 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGE_FOLDERS
 from schemas.source_config import SourceConfig
 from trainer.memory import (
-    CHECKPOINT_BYTES_PER_WEIGHT,
     WHOLE_MODEL_METHODS,
+    checkpoint_bytes_per_weight,
     num_saved_weights,
     num_trained_weights,
     read_shapes,
@@ -114,7 +114,7 @@ def _spool_need(needs: Sequence[Need], spooled: int) -> Need:
 def _training_needs(config: PipelineConfig, model: Path) -> Iterator[Need]:
     shapes = read_shapes(model)
     num_trained = num_trained_weights(shapes, config.train)
-    checkpoint = CHECKPOINT_BYTES_PER_WEIGHT * num_trained
+    checkpoint = round(checkpoint_bytes_per_weight(config.train, shapes) * num_trained)
     # One more than are kept lies there while it is written.
     most = config.train.keep_checkpoints + config.train.keep_best + 1
     yield Need("checkpoints", checkpoint, most * checkpoint)

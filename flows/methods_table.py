@@ -73,9 +73,9 @@ def _not_with(
         for value in _values(found, axis):
             changed = [_changed(one, row, axis, value) for one in going]
             if changed and all(one.verdict == "refused" for one in changed):
-                reasons = dict.fromkeys(reason for one in changed for reason in one.reasons)
+                given = {reason for one in changed for reason in one.reasons}
                 name = str(value) if axis == "dtype" else axis
-                yield f"{name} {' '.join(notes[reason] for reason in reasons)}"
+                yield f"{name} {' '.join(mark for reason, mark in notes.items() if reason in given)}"
 
 
 def _changed(one: Answer, row: Sequence[Answer], axis: str, value: Any) -> Answer:

@@ -15,6 +15,7 @@ Method = Literal[
     "prompt",
     "p_tuning",
     "llama_adapter",
+    "ia3",
 ]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "pipeline"]
 BaseForm = Literal["plain", "int8", "int8_rows", "nf4"]
@@ -30,6 +31,7 @@ OptimizerName = Literal[
     "apollo",
 ]
 Tracker = Literal["tensorboard", "wandb"]
+LoraInit = Literal["default", "pissa", "olora", "eva", "loftq"]
 
 _BOOLS_OF_CHECKPOINTING = {"none": False, "full": True}
 
@@ -98,13 +100,35 @@ class LoraConfig(_Section):
     """Inner size of the two matrices beside each layer: more learn more and take more memory."""
     alpha: float = Field(default=32, gt=0)
     """What the matrices add is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that a high rank learns as fast as a low one."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the inputs of the matrices that is dropped in training."""
     targets: str | list[str] = "all-linear"
-    """'all-linear', or names of modules."""
+    """'all-linear' (all but the head), a list of ends of modules' names, or a regular expression for whole names."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA). Slower: fused layers don't compute
+    it."""
+    init: LoraInit = "default"
+    """What the matrices begin with. default: the first random, the second 0; pissa: the leading part of the weight's
+    singular values, olora: of its QR decomposition, both taken out of the base meanwhile; eva: the leading directions of
+    what flows into the layer; loftq: what a quantised base has lost."""
+    eva_bins: int = Field(default=16, gt=0)
+    """init eva: so many bins of the training side are looked at."""
+    eva_rho: float = Field(default=2.0, ge=1)
+    """init eva: a layer may get up to so many times the rank, where others get less; 1: all get the same."""
+    learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """LoRA+: the second matrix learns so many times as fast as the first one; 16 is usual, 1 is off."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules that are trained whole beside the matrices and saved with them, by the end of their names: lm_head,
     embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
+
+
+class Ia3Config(_Section):
+    targets: list[str] = Field(default_factory=list)
+    """Layers whose outputs are scaled, by the ends of their names; none: those of keys and values."""
+    feedforward_targets: list[str] = Field(default_factory=list)
+    """Layers whose inputs are scaled; none: the last one of each MLP."""
 
 
 class LionConfig(_Section):
@@ -165,12 +189,14 @@ class TrainConfig(_Section):
     """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
     expand: layers that are added, and change nothing at first; and virtual tokens before each document, prefix: as keys
     and values of each layer, prompt: as embeddings, p_tuning: as embeddings out of a small network, llama_adapter:
-    beside the attention of each layer, behind a gate."""
+    beside the attention of each layer, behind a gate; ia3: vectors that scale keys, values and what the MLPs compute."""
     lora: LoraConfig = LoraConfig()
     freeze: FreezeConfig = FreezeConfig()
     """method freeze: what is trained, all of these together."""
     expand: ExpandConfig = ExpandConfig()
     """method expand."""
+    ia3: Ia3Config = Ia3Config()
+    """method ia3."""
     virtual_tokens: VirtualTokensConfig = VirtualTokensConfig()
     """methods prefix, prompt, p_tuning and llama_adapter."""
     batches: Literal["auto", "packed", "unpacked"] = "auto"

@@ -34,6 +34,11 @@ def _lora_with_dropout(config: PipelineConfig, architecture: dict[str, Any]) -> 
     return f"train.lora.dropout is {train.lora.dropout}"
 
 
+def _dora(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
+    train = config.train
+    return "train.lora.dora is true" if train.method == "lora" and train.lora.dora else None
+
+
 def _half_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     return "model.dtype is float16" if config.model and config.model.dtype == "float16" else None
 
@@ -44,7 +49,7 @@ def _wide_floats(config: PipelineConfig, architecture: dict[str, Any]) -> str | 
 
 
 def _compiled(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    is_so = config.train.compile and not takes_layers(config.train)
+    is_so = config.train.compile and not takes_layers(config.train) and not is_unpacked(config.train)
     return "train.compile is true" if is_so else None
 
 
@@ -69,6 +74,13 @@ ADAPTATIONS = (
         _lora_with_dropout,
         "LoRA layers compute PEFT's own way, one product after the other",
         "the fused pass gives both products the same input, and dropout changes that of one",
+    ),
+    Adaptation(
+        "dora",
+        _dora,
+        "LoRA layers compute PEFT's own way; magnitudes and lengths of weights are fp32 whatever model.dtype says",
+        "the fused pass knows no magnitudes, and in 16 bits their updates are lost",
+        links=("huggingface/trl#7268",),
     ),
     Adaptation(
         "attention-by-document",

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from multiprocessing.connection import Connection, wait
@@ -63,11 +63,18 @@ def answer_share(config: PipelineConfig, work: FileWork, pending: Pending, *, to
         return
     with new_share(work.folder) as append:
         for side, lines, loaded in _models(config, work, pending):
-            if side == BEFORE and loaded.has_adapter:
-                with loaded.without_adapter() as base:
-                    _Answering(config, work, side, base, loaded.tokenizer, append, told).answer(lines)
-            else:
-                _Answering(config, work, side, loaded.model, loaded.tokenizer, append, told).answer(lines)
+            with _side_of(loaded, side) as model:
+                _Answering(config, work, side, model, loaded.tokenizer, append, told).answer(lines)
+            del loaded, model  # else a whole model would stay while the next one is loaded
+
+
+@contextmanager
+def _side_of(loaded: LoadedModel, side: str) -> Iterator[torch.nn.Module]:
+    if side == BEFORE and loaded.has_adapter:
+        with loaded.without_adapter() as base:
+            yield base
+    else:
+        yield loaded.model
 
 
 def _models(

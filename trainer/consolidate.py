@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER
+from trainer import initial_adapter
 from trainer.checkpoint import BEST_NAME, LATEST_NAME, Checkpoint, read_checkpoint, step_folders
 from trainer.folders import built_aside
 from trainer.methods import METHODS
@@ -35,11 +37,12 @@ def consolidate(config: PipelineConfig, *, checkpoint: str = LATEST_NAME, out: P
     found = _read(folder)
     dtype: torch.dtype = getattr(torch, str(found.facts["dtype"]))
     method = METHODS[config.train.method]
-    model = _model(config, dtype)
+    model = _model(config, dtype, folder.parent)
     names = method.saved_names(model)
     check_shapes(found.shapes, _trained_shapes(model))
     with built_aside(out) as temporary:
         method.save(model, temporary, needed_model(config), _weights(found, model, names, dtype))
+        initial_adapter.complete(temporary, config.train, folder.parent)
         load_tokenizer(config).save_pretrained(temporary)
     return out
 
@@ -76,7 +79,7 @@ def _read(folder: Path) -> Checkpoint:
         raise InputError(f"{folder} can't be used: {' '.join(str(error).split())}") from error
 
 
-def _model(config: PipelineConfig, dtype: torch.dtype) -> Any:
+def _model(config: PipelineConfig, dtype: torch.dtype, training_folder: Path) -> Any:
     """Names and shapes of what is trained; in what form the frozen weights were held plays no part.
 
     Its other weights come along where the method saves them too.
@@ -84,11 +87,19 @@ def _model(config: PipelineConfig, dtype: torch.dtype) -> Any:
     settings, method = needed_model(config), METHODS[config.train.method]
     if not getattr(method, "NEEDS_WEIGHTS", False) and not settings.new_tokens:
         base = model_without_weights(settings, dtype=dtype)
-        model = method.apply(base, config.train) if base is not None else None
+        model = _applied(base, config, training_folder) if base is not None else None
         if model is not None and set(method.saved_names(model)) <= _trained_shapes(model).keys():
             return model
     base = load_base_model(settings, device=torch.device("cpu"), dtype=dtype)
-    return method.apply(base, config.train)
+    return _applied(base, config, training_folder)
+
+
+def _applied(base: PreTrainedModel, config: PipelineConfig, training_folder: Path) -> torch.nn.Module:
+    train = config.train
+    if initial_adapter.is_needed(train):
+        return initial_adapter.wrapped_in(base, train, training_folder / initial_adapter.FOLDER_NAME)
+    model: torch.nn.Module = METHODS[train.method].apply(base, train)
+    return model
 
 
 def _trained_shapes(model: torch.nn.Module) -> Shapes:

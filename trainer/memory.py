@@ -28,7 +28,11 @@ METHODS_IN_PLACE = ("full", "freeze")
 WHOLE_MODEL_METHODS = (*METHODS_IN_PLACE, "expand")
 """What they leave is a model, not an adapter."""
 MASTER_BYTES, MOMENTS_BYTES, GRADIENT_BYTES = 4, 8, 4
-CHECKPOINT_BYTES_PER_WEIGHT = MASTER_BYTES + MOMENTS_BYTES
+STATE_BYTES = {"adamw": MOMENTS_BYTES, "adamw_bf16": 6, "lion": 4, "schedule_free": 8}
+"""What optimisers keep beside a weight and its master, whatever its shape; of others it hangs on that."""
+AVERAGE_BYTES = 4
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
+BLOCK_SIZE_OF_8_BITS, FEWEST_NUMBERS_IN_8_BITS = 256, 4096
 LOGITS_BYTES = 512 * 2**20
 """trainer/loss.py computes the head in chunks: this is the most that a chunk and its gradient take."""
 CUDA_CONTEXT_BYTES = 600 * 2**20
@@ -37,6 +41,9 @@ _QUANTISATION = re.compile(r"\.weight\.(absmax|quant_map|nested_\w+|quant_state\
 """What bitsandbytes writes beside a weight that it has quantised; the state holds the weight's own shape."""
 _STATE = ".quant_state.bitsandbytes__"
 _NOT_LINEAR = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|norm|rotary")
+IA3_KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj")
+IA3_LAST_OF_MLP = ("down_proj",)
+"""What method ia3 scales where the config names nothing, by the last parts of names."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -84,8 +91,8 @@ def memory_need(
         weights += num_trained * bytes_per_weight - in_place
     if train.strategy == "zero3":
         weights = math.ceil(weights / num_processes)
-    states = num_trained * _state_bytes(train, bytes_per_weight, num_processes)
-    return MemoryNeed(weights, int(states), _activation_bytes(config, architecture, bytes_per_weight))
+    states = num_trained * _state_bytes(train, shapes, bytes_per_weight, num_processes)
+    return MemoryNeed(weights, round(states), _activation_bytes(config, architecture, bytes_per_weight))
 
 
 def _weights_under_fsdp2(train: TrainConfig, weights: int, num_processes: int) -> int:
@@ -106,9 +113,11 @@ def on_gpu(need: MemoryNeed, train: TrainConfig) -> MemoryNeed:
     )
 
 
-def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) -> float:
+def _state_bytes(train: TrainConfig, shapes: Shapes, bytes_per_weight: int, num_processes: int) -> float:
     """Of one trained weight in one process. The master of an fp32 weight is the weight itself."""
-    optimizer = MOMENTS_BYTES + (MASTER_BYTES if bytes_per_weight < MASTER_BYTES else 0)
+    has_master = bytes_per_weight < MASTER_BYTES or train.optimizer == "schedule_free"
+    master = MASTER_BYTES if has_master and train.optimizer != "adamw_bf16" else 0
+    optimizer = optimizer_bytes_per_weight(train, shapes) + master
     if train.strategy == "fsdp2":
         kept = {"none": MASTER_BYTES + MOMENTS_BYTES, "optimizer": MASTER_BYTES, "all": 0}[train.offload]
         return (kept + GRADIENT_BYTES) / num_processes
@@ -119,8 +128,34 @@ def _state_bytes(train: TrainConfig, bytes_per_weight: int, num_processes: int) 
     return optimizer + GRADIENT_BYTES
 
 
+def checkpoint_bytes_per_weight(train: TrainConfig, shapes: Shapes) -> float:
+    weight = 2 if train.optimizer == "adamw_bf16" else MASTER_BYTES
+    return weight + optimizer_bytes_per_weight(train, shapes)
+
+
+def optimizer_bytes_per_weight(train: TrainConfig, shapes: Shapes) -> float:
+    """Beside a weight and its master, its average counted; where it hangs on shapes, on average over the model's."""
+    average = AVERAGE_BYTES if train.ema_decay else 0
+    if train.optimizer in STATE_BYTES:
+        return STATE_BYTES[train.optimizer] + average
+    in_all = sum(_optimizer_bytes(train, name, shape) for name, shape in shapes.items())
+    return in_all / max(_num_weights(shapes, shapes), 1) + average
+
+
+def _optimizer_bytes(train: TrainConfig, name: str, shape: tuple[int, ...]) -> int:
+    size = math.prod(shape)
+    if train.optimizer in BITSANDBYTES_OPTIMIZERS and is_in_8_bits(name, size):
+        return 2 * size + 2 * 4 * math.ceil(size / BLOCK_SIZE_OF_8_BITS)
+    if train.optimizer == "muon" and is_linear(name, shape):
+        return 4 * size
+    if train.optimizer in ("galore", "apollo") and is_projected(name, shape, train):
+        projection = min(shape) * train.low_rank.rank if train.optimizer == "galore" else 1
+        return 4 * (projection + 2 * train.low_rank.rank * max(shape))
+    return MOMENTS_BYTES * size
+
+
 def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
-    """Of LoRA: rank x (in + out) of each linear layer that it wraps."""
+    """Of LoRA: rank x (in + out) of each linear layer that it wraps, with DoRA a magnitude an output."""
     if train.method == "full":
         return _num_weights(shapes, shapes)
     if train.method == "freeze":
@@ -129,11 +164,22 @@ def num_trained_weights(shapes: Shapes, train: TrainConfig) -> int:
         return _num_in_new_layers(shapes, train.expand.new_layers)
     if train.method in VIRTUAL_TOKEN_METHODS:
         return num_virtual_weights(shapes, train)
+    if train.method == "ia3":
+        return _num_ia3_weights(shapes, train)
     whole = _in_whole_modules(shapes, train.lora.modules_to_save)
     return _num_weights(shapes, whole) + sum(
-        train.lora.rank * sum(shape)
+        train.lora.rank * sum(shape) + train.lora.dora * shape[0]
         for name, shape in shapes.items()
         if is_linear(name, shape) and _is_target(name.removesuffix(".weight"), train.lora.targets)
+    )
+
+
+def _num_ia3_weights(shapes: Shapes, train: TrainConfig) -> int:
+    outputs = train.ia3.targets or list(IA3_KEYS_AND_VALUES)
+    inputs = train.ia3.feedforward_targets or list(IA3_LAST_OF_MLP)
+    sizes = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if is_linear(name, shape)}
+    return sum(shape[0] for name, shape in sizes.items() if _is_target(name, outputs)) + sum(
+        shape[1] for name, shape in sizes.items() if _is_target(name, inputs)
     )
 
 
@@ -174,6 +220,11 @@ def _num_weights(shapes: Shapes, names: Collection[str]) -> int:
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer; embeddings and the head are none here."""
     return len(shape) == 2 and name.endswith(".weight") and _NOT_LINEAR.search(name) is None
+
+
+def is_in_8_bits(name: str, size: int) -> bool:
+    """Whether an 8-bit optimiser keeps a weight's moments so."""
+    return size >= FEWEST_NUMBERS_IN_8_BITS and "embed" not in name
 
 
 def is_projected(name: str, shape: tuple[int, ...], train: TrainConfig) -> bool:

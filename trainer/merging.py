@@ -75,7 +75,7 @@ def write_merged(
             weight = files.read(tied.get(name, name), 0, math.prod(stored.shape)).view(stored.shape)
             return as_trained(weight, forms.get(name, "plain"), trained_dtype)
 
-        layers = _Layers(load_adapter(base, folder).float(), read)
+        layers = _Layers(load_adapter(base, folder), read)
         apart = [alias for alias, first in tied.items() if not layers.are_equal(alias, first)]
         shapes = {name: layers.shape(name) for name in names if name not in tied or name in apart}
         write_sharded(out, shapes, layers.merged, dtype=dtype, max_shard_bytes=max_shard_bytes)

@@ -96,8 +96,8 @@ def _with_new_rows(loaded: PreTrainedModel, model: ModelConfig) -> PreTrainedMod
         tokenizer = _read_tokenizer(model)
         num_known = len(tokenizer)
         add_new_tokens(tokenizer, model)
-        ids = tokenizer.convert_tokens_to_ids(model.new_tokens)
-        add_rows(loaded, ids, num_known=num_known)
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in model.new_tokens]
+        add_rows(loaded, ids, num_known=num_known)  # type: ignore[arg-type]  # each is one token
     return loaded
 
 
@@ -126,11 +126,15 @@ def _device_map(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, base: BaseForm, lay_out: LayOut | None
 ) -> dict[str, torch.device] | None:
     if lay_out is not None:
-        config = read_config(model)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return lay_out(empty, device, base)
+        return lay_out(empty_model(model, dtype), device, base)
     return {"": device} if device.type != "cpu" or base != "plain" else None
+
+
+def empty_model(model: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Names and shapes of a model, on the meta device: no weight is read, and none takes memory."""
+    with torch.device("meta"):
+        empty: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(model), dtype=dtype)
+    return empty
 
 
 def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
@@ -172,9 +176,13 @@ def _is_own_dtype(model: Any, name: str) -> bool:
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
-    return name.endswith((".packed", ".absmax", ".rows", ".scales")) or any(
-        part in in_fp32 for part in name.split(".")
-    )
+    is_own = name.endswith((".packed", ".absmax", ".rows", ".scales")) or is_scale_vector(name)
+    return is_own or any(part in in_fp32 for part in name.split("."))
+
+
+def is_scale_vector(name: str) -> bool:
+    """A parameter of IA3 or a magnitude of DoRA, held in fp32: near 1, bf16 knows steps of 1/128 alone."""
+    return ".ia3_l." in name or ".lora_magnitude_vector." in name
 
 
 @contextmanager
@@ -200,7 +208,13 @@ def without_outliers(model: torch.nn.Module) -> Iterator[None]:
 
 def as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
     """A whole model in `folder`, taken as it is: what the settings change in the base stands in its own files."""
-    own = {"path": str(folder), "revision": None, "init": "files", "rope_scaling": None, "new_tokens": []}
+    own: dict[str, Any] = {
+        "path": str(folder),
+        "revision": None,
+        "init": "files",
+        "rope_scaling": None,
+        "new_tokens": [],
+    }
     return model.model_copy(update=own)
 
 
@@ -208,12 +222,20 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
     """A trained adapter over a loaded base model, for evaluation: nothing is trainable."""
     from peft import PeftModel
 
+    from trainer.dora import compute_in_float32
+
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not an adapter: {name} is missing; train first")
-    # Upcast adapters would compute in fp32 what was trained in the model's own dtype.
+    before = {id(parameter) for parameter in model.parameters()}
     with outdated_names_allowed():
-        return PeftModel.from_pretrained(model, folder, is_trainable=False, autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    # PEFT upcasts what it adds: it would compute in fp32 what was trained in the model's own dtype.
+    for name, parameter in adapted.named_parameters():
+        if id(parameter) not in before and not is_scale_vector(name):
+            parameter.data = parameter.data.to(model.dtype)
+    compute_in_float32(adapted)
+    return adapted
 
 
 @contextmanager

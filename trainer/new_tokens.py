@@ -22,7 +22,7 @@ def add_rows(model: PreTrainedModel, ids: Sequence[int], *, num_known: int) -> N
     """Make room for ids up to the largest one, and let those that are not of the first `num_known` begin as the mean
     of these.
     """
-    num_rows = model.get_input_embeddings().weight.shape[0]
+    num_rows = len(model.get_input_embeddings().get_parameter("weight"))
     num_wanted = max(num_rows, *(number + 1 for number in ids))
     if num_wanted > num_rows:
         model.resize_token_embeddings(num_wanted, mean_resizing=False)

@@ -6,21 +6,14 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.memory import WHOLE_MODEL_METHODS
 from trainer.rules import Rule
 
-WHOLE_STATE_STRATEGIES = ("single", "ddp", "pipeline")
-"""A process holds all that is trained, in one piece."""
-SAME_DEVICE_STRATEGIES = ("single", "ddp")
+WHOLE_STATE_STRATEGIES = ("single", "ddp")
+"""A device holds all that is trained, in one piece."""
 WHOLE_MATRIX_OPTIMIZERS = ("muon", "galore", "apollo")
-BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 
 
 def _optimizer_in_shards(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
-    allowed = (
-        WHOLE_STATE_STRATEGIES
-        if train.optimizer not in (*BITSANDBYTES_OPTIMIZERS, *WHOLE_MATRIX_OPTIMIZERS)
-        else SAME_DEVICE_STRATEGIES
-    )
-    if train.optimizer == "adamw" or train.strategy in allowed:
+    if train.optimizer == "adamw" or train.strategy in WHOLE_STATE_STRATEGIES:
         return None
     return f"train.optimizer is {train.optimizer}, train.strategy {train.strategy}"
 

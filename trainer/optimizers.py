@@ -283,8 +283,13 @@ def trained_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Param
 
 
 def _weight(name: str, number: int, master: torch.nn.Parameter, train: TrainConfig) -> Weight:
-    """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation."""
-    return Weight(name, number, master, decay=train.weight_decay if master.dim() >= 2 else 0.0)
+    """Matrices decay; norms and biases don't: pulling a scale towards 0 is no regularisation.
+
+    The second matrix of LoRA may learn faster. Source: Hayou et al., LoRA+ (2024).
+    """
+    decay = train.weight_decay if master.dim() >= 2 else 0.0
+    rate_factor = train.lora.learning_rate_ratio if ".lora_B." in name else 1.0
+    return Weight(name, number, master, decay, rate_factor)
 
 
 def _master(parameter: torch.nn.Parameter, kind: Kind) -> torch.nn.Parameter:

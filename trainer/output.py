@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from pipelines import storage
 from schemas.run import FileEntry
 from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
+from trainer import initial_adapter
 from trainer.checkpoint import Progress
 from trainer.folders import built_aside
 from trainer.job import Job
+from trainer.memory import BITSANDBYTES_OPTIMIZERS
 from trainer.methods import METHODS
-from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS
 from trainer.strategies import STRATEGIES
 from trainer.weights import whole_shape
 
@@ -38,6 +39,7 @@ def write_output(job: Job, model: torch.nn.Module, tokenizer: PreTrainedTokenize
         return final
     with built_aside(final) as temporary:
         method.save(model, temporary, job.model, weights)
+        initial_adapter.complete(temporary, job.config.train, job.folder)
         tokenizer.save_pretrained(temporary)
     return final
 

@@ -57,7 +57,8 @@ def fill_randomly(model: PreTrainedModel, device: torch.device, dtype: torch.dty
         return numbers.view(parameter.shape).to(device, dtype)
 
     change_parameters(model, drawn)
-    model.to(device)  # its buffers
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
 
 
 def _fill_in_4_bits(layer: NF4Linear, name: str, weights: RandomWeights, device: torch.device) -> None:

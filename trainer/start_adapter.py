@@ -85,6 +85,8 @@ def contradiction(settings: Mapping[str, Any], lora: LoraConfig) -> str | None:
         "alpha": settings.get("lora_alpha"),
         "targets": settings.get("target_modules"),
         "modules_to_save": settings.get("modules_to_save") or [],
+        "rslora": bool(settings.get("use_rslora")),
+        "dora": bool(settings.get("use_dora")),
     }
     for name, found in theirs.items():
         ours = getattr(lora, name)
@@ -171,17 +173,20 @@ def merge_into(model: "torch.nn.Module", folder: Path) -> None:
             weight.copy_((weight.float() + scaling * (up @ down)).to(weight.dtype))
 
 
-def combined(new: Tensors, new_settings: dict[str, Any], folder: Path) -> tuple[Tensors, dict[str, Any]]:
+def combined(
+    new: Tensors, new_settings: dict[str, Any], folder: Path, *, factor: float = 1.0
+) -> tuple[Tensors, dict[str, Any]]:
     """The adapter that was merged and the one that was trained over it, as one: [A1; A2] and [s1 B1, s2 B2].
 
-    What one of the two leaves alone is 0 in its half. Tensors of modules_to_save pass through.
+    What one of the two leaves alone is 0 in its half. Tensors of modules_to_save pass through. With factor -1 the
+    one in the folder is taken away from the new one.
     """
     old, old_settings = adapter_tensors(folder), adapter_settings(folder)
     rank = int(old_settings["r"]) + int(new_settings["r"])
     modules = sorted({*_modules(old), *_modules(new)})
     tensors = {key: tensor for key, tensor in new.items() if ".lora_" not in key}
     for name in modules:
-        tensors |= _stacked(name, [(old, old_settings), (new, new_settings)])
+        tensors |= _stacked(name, [(old, old_settings, factor), (new, new_settings, 1.0)])
     settings = new_settings | {
         "r": rank,
         "lora_alpha": rank,
@@ -191,16 +196,16 @@ def combined(new: Tensors, new_settings: dict[str, Any], folder: Path) -> tuple[
     return tensors, settings
 
 
-def _stacked(name: str, halves: list[tuple[Tensors, dict[str, Any]]]) -> Tensors:
+def _stacked(name: str, halves: list[tuple[Tensors, dict[str, Any], float]]) -> Tensors:
     import torch
 
     down_key, up_key = _keys(name)
-    like = next(tensors for tensors, _ in reversed(halves) if down_key in tensors)
+    like = next(tensors for tensors, _, _ in reversed(halves) if down_key in tensors)
     downs, ups = [], []
-    for tensors, settings in halves:
+    for tensors, settings, factor in halves:
         if down_key in tensors:
             downs.append(tensors[down_key].float())
-            ups.append(tensors[up_key].float() * _scaling(settings))
+            ups.append(tensors[up_key].float() * (factor * _scaling(settings)))
         else:
             downs.append(torch.zeros(int(settings["r"]), like[down_key].shape[1]))
             ups.append(torch.zeros(like[up_key].shape[0], int(settings["r"])))

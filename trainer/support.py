@@ -12,8 +12,10 @@ from typing import Any
 from pipelines.hub_cache import model_folder
 from schemas.errors import InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
+from trainer.lora_rules import LORA_RULES
+from trainer.memory import BITSANDBYTES_OPTIMIZERS
 from trainer.model_rules import SECTION_MODEL_RULES
-from trainer.optimizer_rules import BITSANDBYTES_OPTIMIZERS, OPTIMIZER_RULES
+from trainer.optimizer_rules import OPTIMIZER_RULES
 from trainer.rules import MODEL_RULES, Rule
 from trainer.setting_rules import SETTING_RULES
 from trainer.virtual_rules import UNPACKED_RULES, VIRTUAL_TOKEN_RULES
@@ -192,6 +194,7 @@ RULES = (
     *MODEL_RULES,
     *SECTION_MODEL_RULES,
     *SETTING_RULES,
+    *LORA_RULES,
     *UNPACKED_RULES,
     *VIRTUAL_TOKEN_RULES,
     *OPTIMIZER_RULES,

@@ -29,6 +29,11 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in _choices(TrainConfig, "method")},
     "freeze": {"method": "freeze", "freeze": {"last_layers": 1}},
     "expand": {"method": "expand", "expand": {"new_layers": 1}},
+    "dora": {"method": "lora", "lora": {"dora": True}},
+    "pissa": {"method": "lora", "lora": {"init": "pissa"}},
+    "olora": {"method": "lora", "lora": {"init": "olora"}},
+    "eva": {"method": "lora", "lora": {"init": "eva"}},
+    "loftq": {"method": "lora", "lora": {"init": "loftq"}},
 }
 """A name for each method, and its settings in the section train."""
 

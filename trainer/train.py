@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 from schemas.training_result import TrainingResult
-from trainer import checkpoint, judging
+from trainer import checkpoint, initial_adapter, judging
 from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
 from trainer.checkpoint import Progress
 from trainer.checkpoint_writer import CheckpointWriter
@@ -39,6 +39,7 @@ from trainer.metrics import Metrics, NoMetrics, report
 from trainer.model import (
     check_dtypes,
     check_model_folder,
+    empty_model,
     enable_gradient_checkpointing,
     load_base_model,
     load_tokenizer,
@@ -90,6 +91,7 @@ def train_job(job: Job) -> TrainingResult:
         make_deterministic(job)
         keep_programs(job.config.train.compile_cache)
         tokenizer = load_tokenizer(job.config)
+        check_method(job)
         with memory_explained(job):
             model = apply_method(job, load_model(job))
             use_draws(job, model)
@@ -117,6 +119,14 @@ def make_deterministic(job: Job) -> None:
     if job.config.train.deterministic and job.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def check_method(job: Job) -> None:
+    """Targets, ranks and the like against names and shapes, before weights are read."""
+    check = getattr(METHODS[job.config.train.method], "check", None)
+    is_given = job.model.adapter is not None and job.model.adapter_use == "continue"
+    if check is not None and not is_given:
+        check(empty_model(job.model), job.config.train)
 
 
 def load_model(job: Job) -> torch.nn.Module:
@@ -155,6 +165,8 @@ def apply_method(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     trained: torch.nn.Module
     if job.model.adapter is not None and job.model.adapter_use == "continue":
         trained = lora.apply_existing(unwrapped(model), job.config.train, adapter_folder(job.model))
+    elif initial_adapter.is_needed(job.config.train):
+        trained = initial_adapter.apply(job, model)
     else:
         trained = METHODS[job.config.train.method].apply(model, job.config.train)
     check_dtypes(trained, job.dtype)

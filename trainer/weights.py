@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -49,6 +50,13 @@ class StoredTensor:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+class WeightSource(Protocol):
+    """Numbers of a model's weights, by their names in its files, in parts."""
+
+    def read(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Elements [start, end) of the flattened tensor, on the CPU."""
 
 
 class WeightFiles:

@@ -43,7 +43,7 @@ class Attempt:
 
     @property
     def folder(self) -> Path:
-        return self.options.folder / "runs" / f"{self.label}-{self.contestant.name}"
+        return self.options.runs_folder / f"{self.label}-{self.contestant.name}"
 
     def config(self) -> PipelineConfig:
         return config_of(self.options, max_steps=self.max_steps, checkpointing=self.variant["checkpointing"])
@@ -80,7 +80,7 @@ def request_of(attempt: Attempt) -> dict[str, Any]:
     options = attempt.options
     request = {
         "documents": str(documents_of(options)),
-        "model": str(options.folder / f"model-{options.shape}"),
+        "model": str(options.model_folder),
         "method": options.method,
         "base": options.base,
         "rank": options.rank,

@@ -9,7 +9,8 @@ from typing import Any
 
 from schemas.errors import InputError
 
-WIDTH, BAR_HEIGHT, GAP, LABEL_WIDTH, NUMBER_WIDTH, HEAD_HEIGHT = 760, 22, 8, 190, 150, 34
+WIDTH, BAR_HEIGHT, GAP, LABEL_WIDTH, NUMBER_WIDTH, HEAD_HEIGHT = 760, 22, 8, 160, 190, 34
+LABELS = {"ours": "sft-pipeline", "trl": "TRL", "unsloth": "Unsloth", "padded": "padded, as in 2023"}
 COLOURS = {"ours": "#1f6feb"}
 OTHER_COLOUR = "#8b949e"
 TEXT = 'font-family="sans-serif" font-size="13" fill="#6e7681"'
@@ -58,7 +59,7 @@ def _bar(entry: Mapping[str, Any]) -> Bar:
     reserved = [run["reserved_gib"] for run in entry["runs"] if run["reserved_gib"] is not None]
     note = f", {max(reserved):.0f} GiB" if reserved else ""
     version = entry["runs"][0]["versions"].get(entry["name"], "")
-    label = " ".join(filter(None, ("sft-pipeline" if entry["name"] == "ours" else entry["name"], version)))
+    label = f"{LABELS.get(entry['name'], entry['name'])} {version}".strip()
     return Bar(label, entry["tokens_per_second"], note, COLOURS.get(entry["name"], OTHER_COLOUR))
 
 

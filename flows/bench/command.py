@@ -35,6 +35,7 @@ def train(
     sweep: bool = True,
     variants_of: Path | None = None,
     folder: Path = Path("runs/bench-train"),
+    make_only: Flag = False,
     resume: Flag = False,
     timeout_seconds: float = 1800.0,
     json: Path | None = None,
@@ -86,7 +87,9 @@ def train(
     variants_of
         Take what an earlier --json file found fastest, in place of a search.
     folder
-        Where the model, the data and the logs go.
+        Where models, data and logs go; one for several benchmarks.
+    make_only
+        Make the data, no weights, and stop: to carry them to a machine that lacks what the data stages need.
     resume
         Take over processes that an earlier, cut-off call of the same options has finished.
     timeout_seconds
@@ -95,12 +98,13 @@ def train(
         Write all numbers of all runs into this file.
     """
     from flows.bench.contest import run_bench
-    from flows.bench.options import BenchOptions, pythons_of
+    from flows.bench.making import make
+    from flows.bench.options import BenchOptions, check_options, pythons_of
     from flows.bench.table import markdown, record
     from pipelines.storage import write_json
 
     options = BenchOptions(
-        folder=folder,
+        folder=folder.resolve(),
         shape=shape,
         method=method,
         base=base,
@@ -125,6 +129,11 @@ def train(
         timeout_seconds=timeout_seconds,
         overrides=overrides,
     )
+    check_options(options)
+    if make_only:
+        make(options, weights=False)
+        print(options.data_folder)
+        return
     entries = run_bench(options)
     if json is not None:
         write_json(json, record(options, entries))

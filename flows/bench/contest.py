@@ -1,6 +1,5 @@
 """The whole benchmark: things are made once, each contestant finds its best way, then all take turns."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from flows.bench.results import Run, Summary
 from flows.bench.search import Tried, first_of, say, search
 from schemas.errors import InputError, TrainingError
 
-SEARCH_STEPS, SEARCH_WARM_UP_STEPS, SEARCH_TIMEOUT_SECONDS = 8, 3, 420.0
+SEARCH_STEPS, SEARCH_WARM_UP_STEPS, SEARCH_TIMEOUT_SECONDS = 8, 3, 240.0
 
 Counts = Sequence[Mapping[str, int]]
 
@@ -41,10 +40,9 @@ class Entry:
 def run_bench(options: BenchOptions) -> list[Entry]:
     """Ours first. Raises ConfigError, and TrainingError where ours did not come to its end."""
     check_options(options)
-    options = dataclasses.replace(options, folder=options.folder.resolve())
     entries = [entry_of(found) for found in contestants_of(options)]
     if not options.resume:
-        shutil.rmtree(options.folder / "runs", ignore_errors=True)
+        shutil.rmtree(options.runs_folder, ignore_errors=True)
     counts = make(options)
     for entry in entries:
         if not entry.problem:
@@ -82,8 +80,10 @@ def chosen_variant(entry: Entry, options: BenchOptions, counts: Counts) -> Varia
             timeout_seconds=SEARCH_TIMEOUT_SECONDS,
         )
         found = run_attempt(attempt)
-        failed = isinstance(found, str)
-        entry.tried.append(Tried(variant, None, found) if failed else Tried(variant, found.tokens_per_second))
+        if isinstance(found, Run):
+            entry.tried.append(Tried(variant, found.tokens_per_second))
+        else:
+            entry.tried.append(Tried(variant, None, found))
         return entry.tried[-1]
 
     return search(entry.contestant.dimensions, measure)

@@ -88,9 +88,9 @@ def trl_dimensions(options: BenchOptions) -> Dimensions:
         "attention": ("sdpa", "varlen", "flash_attention_2"),
         "liger": (False, True),
         "adapters": ("float32", "bfloat16") if options.method == "lora" else ("float32",),
-        "compile": (False, True),
         "packing": (True, False),
         "micro_steps": (1, options.bins_per_step) if options.bins_per_step > 1 else (1,),
+        "compile": (False, True),
     }
 
 

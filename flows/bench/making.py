@@ -1,4 +1,4 @@
-"""Weights, chats, shards and documents: made once for a folder, in a process of its own, so the GPU is free after."""
+"""Weights, chats, shards and documents: made once, in a process of its own, so that the GPU is free after it."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.bench.options import BenchOptions, config_of
-from flows.bench.processes import REQUEST_NAME, RESULT_NAME, run_process
+from flows.bench.processes import run_process
 from flows.bench.search import say
 from flows.packages import OUR_FOLDER
 from schemas.errors import InputError
@@ -15,19 +15,19 @@ SPARE_STEPS = 2
 """Of made chats, so that the last step is full."""
 
 
-def make(options: BenchOptions) -> list[dict[str, int]]:
+def make(options: BenchOptions, *, weights: bool = True) -> list[dict[str, int]]:
     """Tokens and trained tokens of each step, by the plan. What lies there already, of the same numbers, is taken.
 
-    Raises InputError where nothing could be made, or too little.
+    Without weights all else is made: a machine with a GPU may lack what the data stages need. Raises InputError where
+    nothing could be made, or too little.
     """
-    folder = options.folder / "prepare"
-    request = _request(options, folder)
-    if not (options.resume and _is_made(folder, request)):
-        say("making weights, chats and shards")
-        command = (sys.executable, str(OUR_FOLDER / "flows" / "child.py"), "trainer.bench.prepare")
-        outcome = run_process(command, request, folder, timeout_seconds=options.timeout_seconds)
-        if outcome.raw is None:
-            raise InputError(f"nothing to train on could be made: {outcome.problem}; see {folder}")
+    folder = options.data_folder / "making"
+    request = _request(options, folder) | {"weights": weights}
+    say("making weights, chats and shards" if weights else "making chats and shards")
+    command = (sys.executable, str(OUR_FOLDER / "flows" / "child.py"), "trainer.bench.prepare")
+    outcome = run_process(command, request, folder, timeout_seconds=options.timeout_seconds)
+    if outcome.raw is None:
+        raise InputError(f"nothing to train on could be made: {outcome.problem}; see {folder}")
     found: list[dict[str, int]] = json.loads(documents_of(options).with_suffix(".json").read_bytes())
     if options.max_steps is not None and len(found) < options.max_steps:
         raise InputError(
@@ -39,7 +39,7 @@ def make(options: BenchOptions) -> list[dict[str, int]]:
 
 def documents_of(options: BenchOptions) -> Path:
     """The tokens of all steps, for the peers; beside it in JSON how many each step has."""
-    return options.folder / "documents.safetensors"
+    return options.data_folder / "documents.safetensors"
 
 
 def _request(options: BenchOptions, folder: Path) -> dict[str, Any]:
@@ -57,14 +57,4 @@ def _request(options: BenchOptions, folder: Path) -> dict[str, Any]:
             "num_chats": options.num_chats,
             "longest": options.capacity,
         },
-        "settings": config.model_dump(mode="json"),
     }
-
-
-def _is_made(folder: Path, request: dict[str, Any]) -> bool:
-    """Whether an earlier call came to its end with the same request: its result is there."""
-    paths = folder / REQUEST_NAME, folder / RESULT_NAME
-    if not all(path.is_file() for path in paths):
-        return False
-    known: dict[str, Any] = json.loads(paths[0].read_bytes())
-    return {name: known.get(name) for name in request} == request

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.storage import json_digest
 from schemas.config_file import load_config
 from schemas.errors import ConfigError
 from schemas.pipeline_config import PipelineConfig
@@ -14,6 +15,12 @@ from schemas.training_config import TrainConfig
 Data = Literal["alpaca", "long"]
 Checkpointing = Literal["none", "selective", "full", "auto"]
 CHECKPOINTING_FIELD = "gradient_checkpointing"
+
+
+SHAPING = (
+    *("shape", "method", "base", "rank", "data", "tokens_per_step", "capacity", "num_chats", "checkpointing"),
+    *("compile", "num_steps", "num_warm_up", "memory_cap_gib", "device", "dtype", "overrides"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,24 @@ class BenchOptions:
     def max_steps(self) -> int | None:
         return self.num_warm_up + self.num_steps if self.num_steps else None
 
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / f"model-{self.shape}"
+
+    @property
+    def data_folder(self) -> Path:
+        """Chats, run root and documents: one for all benchmarks that train on the same."""
+        length = self.max_steps if self.max_steps is not None else f"{self.num_chats}-chats"
+        return (
+            self.folder / "data" / f"{self.data}-{self.shape}-{self.bins_per_step}x{self.capacity}-{length}"
+        )
+
+    @property
+    def runs_folder(self) -> Path:
+        """Processes of this benchmark, told from others in the same folder by all that shapes their numbers."""
+        facts = {name: str(getattr(self, name)) for name in SHAPING}
+        return self.folder / "runs" / json_digest(facts)[:12]
+
     def python_of(self, name: str) -> str | None:
         return (self.peer_pythons or {}).get(name)
 
@@ -83,7 +108,7 @@ def check_options(options: BenchOptions) -> None:
 
 def config_of(options: BenchOptions, *, max_steps: int | None, checkpointing: str) -> PipelineConfig:
     """The config of ours, read as a user's would be, from a file in the folder."""
-    path = options.folder / "bench.yaml"
+    path = options.data_folder / "bench.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_document(options, max_steps, checkpointing), indent=1))  # JSON is YAML, too
     return load_config(path, options.overrides)
@@ -91,7 +116,7 @@ def config_of(options: BenchOptions, *, max_steps: int | None, checkpointing: st
 
 def cache_of(options: BenchOptions, name: str) -> Path:
     """Where a contestant's compiled programs are kept from process to process."""
-    return options.folder / "cache" / name
+    return options.runs_folder / "cache" / name
 
 
 def learning_rate(options: BenchOptions) -> float:
@@ -104,7 +129,7 @@ def _document(options: BenchOptions, max_steps: int | None, checkpointing: str) 
         "sources": [{"name": "made", "path": "made.jsonl", "format": "messages"}],
         "holdout": {"validation": 0, "test": 0},
         "split": {"max_tokens": options.capacity},
-        "model": {"path": f"model-{options.shape}", "dtype": options.dtype, "device": options.device},
+        "model": {"path": str(options.model_folder), "dtype": options.dtype, "device": options.device},
         "train": {
             "method": options.method,
             "base": options.base,

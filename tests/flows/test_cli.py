@@ -15,7 +15,10 @@ from schemas.run import STAGE_FOLDERS, STAGES
 from tests.integration import toy
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = "init run step train evaluate promote rollback consolidate generate chat show doctor schema deploy bench".split()
+COMMANDS = (
+    "init run step train evaluate promote rollback consolidate generate chat export harness show doctor schema "
+    "deploy bench"
+).split()
 CONFIG = """\
 run_root: run
 sources:
@@ -86,6 +89,10 @@ def test_version_is_printed() -> None:
         (["train", "{config}"], "model.path"),
         (["run", "{config}", "--dry-run", "--set", "filter.max_turns=many"], "many"),
         (["run", "{config}"], "model.path"),
+        (["generate", "{config}", "x", "--device", "tpu"], "--device"),
+        (["export", "{config}"], "--out"),
+        (["export", "{config}", "--out", "x", "--form", "whole"], "--form"),
+        (["harness"], "CONFIG"),
     ],
 )
 def test_wrong_usage_is_told_on_one_line_with_exit_code_2(

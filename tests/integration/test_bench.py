@@ -44,7 +44,8 @@ def check_agreement(folder: Path, *names: str) -> dict[str, Any]:
     """Each ran as many steps of as many tokens, and began with the loss of ours."""
     found = json.loads((folder / "bench.json").read_bytes())
     by_name = {entry["name"]: entry for entry in found["contestants"]}
-    counts = json.loads((folder / "bench" / "documents.json").read_bytes())
+    (path,) = (folder / "bench" / "data").glob("*/documents.json")
+    counts = json.loads(path.read_bytes())
     for name in names:
         (run,) = by_name[name]["runs"]
         assert by_name[name]["first_loss_difference"] < 1e-5, name

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +38,17 @@ Load = Callable[[Path, Path], torch.nn.Module]
 def with_peft(base: Path, output: Path) -> torch.nn.Module:
     """The base model's folder and the adapter's, by plain PEFT."""
     return PeftModel.from_pretrained(plain_model(base, base), output)
+
+
+@torch.no_grad()
+def with_peft_over_nf4(base: Path, output: Path) -> torch.nn.Module:
+    """The same over weights that bitsandbytes has packed into 4 bits and unpacked."""
+    model: Any = plain_model(base, base)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            packed, state = functional.quantize_4bit(layer.weight, blocksize=64, quant_type="nf4")
+            layer.weight.copy_(functional.dequantize_4bit(packed, state))
+    return PeftModel.from_pretrained(model, output)
 
 
 def plain_model(base: Path, output: Path) -> torch.nn.Module:
@@ -73,8 +85,10 @@ class Case:
     min_fall: float = 0.1
 
 
+LORA_MATRICES = r".*\.lora_[AB]\.default\.weight"
+
 CASES: dict[str, Case] = {
-    "lora": Case({"method": "lora", "lora": {"rank": 4}}, r".*\.lora_[AB]\.default\.weight", with_peft),
+    "lora": Case({"method": "lora", "lora": {"rank": 4}}, LORA_MATRICES, with_peft),
     "full": Case({"method": "full", "learning_rate": 1e-3}, r".*", plain_model),
     "freeze layers": Case(
         {"method": "freeze", "freeze": {"last_layers": 1}, "learning_rate": 3e-3},
@@ -103,6 +117,35 @@ CASES: dict[str, Case] = {
         r"model\.layers\.[13]\..*",
         plain_model,
     ),
+    "rslora": Case(
+        {
+            "method": "lora",
+            "lora": {"rank": 4, "alpha": 6, "rslora": True, "targets": r".*\.(mlp|self_attn)\..*"},
+        },
+        LORA_MATRICES,
+        with_peft,
+    ),
+    "dora": Case(
+        {"method": "lora", "lora": {"rank": 4, "dora": True}},
+        r".*\.lora_([AB]|magnitude_vector)\.default\.weight",
+        with_peft,
+    ),
+    "pissa": Case({"method": "lora", "lora": {"rank": 4, "init": "pissa"}}, LORA_MATRICES, with_peft),
+    "olora": Case(
+        {"method": "lora", "lora": {"rank": 4, "init": "olora"}, "learning_rate": 1e-3},
+        LORA_MATRICES,
+        with_peft,
+    ),
+    "lora plus": Case(
+        {"method": "lora", "lora": {"rank": 4, "learning_rate_ratio": 4}}, LORA_MATRICES, with_peft
+    ),
+    "eva": Case({"method": "lora", "lora": {"rank": 4, "init": "eva"}}, LORA_MATRICES, with_peft),
+    "loftq": Case(
+        {"method": "lora", "lora": {"rank": 4, "init": "loftq"}, "base": "nf4"},
+        LORA_MATRICES,
+        with_peft_over_nf4,
+    ),
+    "ia3": Case({"method": "ia3", "learning_rate": 0.1}, r".*\.ia3_l\.default", with_peft),
     "prefix": Case(
         {"method": "prefix", "virtual_tokens": {"count": 8}, "learning_rate": 0.3},
         r"prompt_encoder\.default\..*",

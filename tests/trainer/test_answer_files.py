@@ -64,7 +64,14 @@ def alone(model: Any, tokenizer: Any, prompt: list[int], *, num_new: int, **sett
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "mistral"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "gemma3_text",
+        *(pytest.param(name, marks=pytest.mark.stress) for name in ("qwen3", "mistral")),
+    ],
+)
 def test_a_batch_says_token_by_token_what_transformers_says_to_each_prompt_alone(
     model_type: str, settings: dict[str, int]
 ) -> None:
@@ -270,7 +277,9 @@ OTHERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("prefix", "ia3") else pytest.mark.stress) for k in OTHERS]
+)
 def test_adapters_of_every_kind_say_in_a_file_what_plain_peft_says_to_each_prompt(
     trained_run: PipelineConfig, tmp_path: Path, kind: str
 ) -> None:

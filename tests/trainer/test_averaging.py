@@ -122,7 +122,13 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("schedule_free", "adamw_8bit") else pytest.mark.stress)
+        for name in RESUMED
+    ],
+)
 def test_a_run_that_ended_in_the_middle_goes_on_to_the_same_bytes(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

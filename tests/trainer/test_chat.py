@@ -80,6 +80,18 @@ def test_the_adapter_goes_off_and_on_in_the_same_chat(trained_run: PipelineConfi
     assert found == lines_of(first, "adapter off: the base model answers", second, "adapter on", third)
 
 
+@pytest.mark.stress
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_the_adapter_is_switched_over_a_base_of_few_bits_too(trained_run: PipelineConfig, base: str) -> None:
+    train_settings = trained_run.train.model_copy(update={"base": base})
+    config = trained_run.model_copy(update={"train": train_settings})
+    with_adapter, without = (load_for_generation(config, name) for name in ("current", "none"))
+    first = said(with_adapter, ("user", "red"))
+    second = said(without, ("user", "red"), ("assistant", first), ("user", "red"))
+    found = chat_output(config, ["red", "/adapter off", "red"])
+    assert found == lines_of(first, "adapter off: the base model answers", second)
+
+
 def test_a_system_prompt_is_set_changed_and_taken_away(trained_run: PipelineConfig) -> None:
     loaded = load_for_generation(trained_run, "current")
     with_blue = said(loaded, ("system", "blue"), ("user", "red"))

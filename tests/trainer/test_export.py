@@ -133,12 +133,14 @@ def test_a_model_that_was_trained_whole_is_exported_as_it_is(tmp_path: Path) -> 
     assert not (best / ".checkpoint").exists()
 
 
+@pytest.mark.stress
 def test_a_checkpoint_is_merged_as_well(lora_run: PipelineConfig, tmp_path: Path) -> None:
     out = export(lora_run, tmp_path / "step", form="merged", checkpoint="latest")
     expected = logits(plain_adapter(lora_run, trained_folder(lora_run)))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.stress
 def test_an_adapter_over_four_bits_is_exported_with_the_numbers_that_they_stand_for(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, train={"base": "nf4"})
     train(config)
@@ -154,6 +156,7 @@ def test_an_adapter_over_four_bits_is_exported_with_the_numbers_that_they_stand_
     )
 
 
+@pytest.mark.stress
 def test_new_tokens_and_longer_positions_are_part_of_a_merged_model(tmp_path: Path) -> None:
     """The comparison with base and adapter is made inside; here the folder is loaded by transformers alone."""
     changes = {"new_tokens": ["<|tool|>"], "rope_scaling": {"type": "linear", "factor": 4}}
@@ -186,6 +189,7 @@ def test_what_can_not_be_exported_is_refused_and_leaves_nothing(
         export(lora_run, out, adapter="current")
 
 
+@pytest.mark.stress
 def test_equal_work_gives_equal_bytes(lora_run: PipelineConfig, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     folders = [
@@ -297,6 +301,7 @@ def write_task(folder: Path) -> None:
 
 
 @needs_harness
+@pytest.mark.stress
 @pytest.mark.filterwarnings("ignore")
 def test_a_local_task_is_measured_offline_and_stands_in_the_card(
     lora_run: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -170,7 +170,10 @@ def test_several_files_hold_the_same_model_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
-@pytest.mark.parametrize("model_type", ["mixtral", "phi3", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["mixtral", "gemma3_text", *(pytest.param(name, marks=pytest.mark.stress) for name in ("phi3", "qwen3"))],
+)
 def test_families_are_merged_whose_weights_the_library_puts_together_too(
     tmp_path: Path, model_type: str
 ) -> None:
@@ -184,8 +187,16 @@ def test_families_are_merged_whose_weights_the_library_puts_together_too(
 # Quantised bases --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("nf4", "float32"),
+        *(
+            pytest.param(*names, marks=pytest.mark.stress)
+            for names in (("nf4", "bfloat16"), ("int8", "float32"), ("int8", "bfloat16"))
+        ),
+    ],
+)
 def test_an_adapter_over_few_bits_is_merged_into_what_the_bits_stand_for(
     tmp_path: Path, form: str, dtype: str
 ) -> None:

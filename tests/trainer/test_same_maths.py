@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
 }
 LORA: dict[str, Any] = {"lora": {"dropout": 0.1}}
 FULL: dict[str, Any] = {"method": "full", "weight_decay": 0.1, "learning_rate": 1e-3}
+LOW_RANK: dict[str, Any] = {"low_rank": {"rank": 8, "every_updates": 7}}
 WHOLE_EPOCHS: dict[str, Any] = {"bins_per_step": 1000}
 
 
@@ -76,6 +77,19 @@ CASES = {
         {"base": "nf4", "seed": ranks_program.MEASURED_SEED}, dtype="bfloat16", limit=2e-2, weights_limit=0.1
     ),
     "measured full": Case(FULL | {"seed": ranks_program.MEASURED_SEED}),
+    # The last bit of a gradient turns signs of Lion, codes of 8 bits, and singular vectors.
+    "adamw_8bit": Case(FULL | {"optimizer": "adamw_8bit"}, limit=1e-3, weights_limit=1e-2),
+    "adamw_bf16": Case(FULL | {"optimizer": "adamw_bf16"}, dtype="bfloat16", limit=2e-2, weights_limit=0.1),
+    "lion": Case(LORA | {"optimizer": "lion", "learning_rate": 1e-4}, limit=1e-3, weights_limit=1e-2),
+    "schedule_free": Case(
+        LORA | {"optimizer": "schedule_free", "schedule": "constant", "neftune_alpha": 5.0}
+    ),
+    "muon": Case(
+        FULL | {"optimizer": "muon", "ema_decay": 0.9, "label_smoothing": 0.1}, limit=1e-3, weights_limit=1e-2
+    ),
+    "galore": Case(FULL | LOW_RANK | {"optimizer": "galore"}, limit=1e-3, weights_limit=1e-2),
+    "apollo": Case(FULL | LOW_RANK | {"optimizer": "apollo"}),
+    "smoothed": Case(FULL | {"label_smoothing": 0.1, "neftune_alpha": 5.0}),
     "poisoned": Case({"seed": ranks_program.POISONED_SEED}),
     "unpacked": Case(LORA | {"batches": "unpacked"}),
     "prefix": Case({"method": "prefix", "learning_rate": 0.1}),
@@ -95,11 +109,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp2, all on CPU": {"strategy": "fsdp2", "offload": "all"},
     "zero3": {"strategy": "zero3"},  # by default in test_zero3.py
 }
+OPTIMIZERS = [case for case, what in CASES.items() if "optimizer" in what.train]
 RESUMED = "resumed"
 """A variant goes on after step 10 of strategy single's LoRA."""
 IMPOSSIBLE = {
     ("int8", variant) for variant, settings in VARIANTS.items() if settings["strategy"] in ("fsdp2", "zero3")
 } | {("experts", "zero3")}
+IMPOSSIBLE |= {(case, v) for case in OPTIMIZERS for v, what in VARIANTS.items() if what["strategy"] != "ddp"}
 PADDED = ("unpacked", "prefix", "p_tuning", "llama_adapter")
 IMPOSSIBLE |= {(case, variant) for case in PADDED for variant in VARIANTS if variant != "ddp"}
 MEASURED = [case for case in CASES if case.startswith("measured")]
@@ -114,6 +130,8 @@ SHORT = [
     ("int8", "zero2"),
     ("packing", "ddp"),
     *((case, "ddp") for case in ("unpacked", "prefix", "llama_adapter")),
+    ("smoothed", "fsdp2"),
+    ("schedule_free", "ddp"),
 ]
 BASIC = [
     (case, variant)
@@ -261,6 +279,8 @@ def test_every_step_has_the_loss_and_gradient_norm_of_one_process(
         np.testing.assert_allclose(found, right, rtol=limits.limit, err_msg=name)
     assert ours.result.validation_loss == pytest.approx(expected.result.validation_loss, rel=limits.limit)
     assert ours.result.num_updates == expected.result.num_updates
+    accuracies = (run.numbers("token_accuracy") for run in (ours, expected))
+    np.testing.assert_allclose(*accuracies, atol=limits.limit + 0.01)
     if limits.capacity is None and limits.bins_per_micro_step is None:
         assert ours.result.key == expected.result.key
 

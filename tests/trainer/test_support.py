@@ -74,6 +74,7 @@ def test_defaults_are_supported(tmp_path: Path) -> None:
 
 
 MERGE = {"adapter_use": "merge"}
+DORA = {"dora": True}
 YARN = {"rope_scaling": {"type": "yarn", "factor": 4}}
 TOKENS = {"new_tokens": ["<|tool|>"]}
 DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 4}}
@@ -115,6 +116,25 @@ BROKEN: dict[str, dict[str, Any]] = {
     "adapter-sharded": {"adapter": {}, "model_settings": MERGE, "train": {"strategy": "fsdp2"}},
     "whole-modules-sharded": {"train": {"strategy": "fsdp2", "lora": {"modules_to_save": ["norm"]}}},
     "saved-target": {"train": {"lora": {"targets": ["lm_head"], "modules_to_save": ["lm_head"]}}},
+    "dora-strategy": {"train": {"strategy": "zero2", "lora": DORA}},
+    "dora-compile": {"train": {"compile": True, "lora": DORA}},
+    "dora-int8": {"train": {"base": "int8", "lora": DORA}},
+    "dora-adapter": {"adapter": {}, "model_settings": MERGE, "train": {"lora": DORA}},
+    "ia3-strategy": {"train": {"method": "ia3", "strategy": "fsdp2"}},
+    "ia3-int8": {"train": {"method": "ia3", "base": "int8"}},
+    "ia3-adapter": {"adapter": {}, "model_settings": MERGE, "train": {"method": "ia3"}},
+    "lora-init-strategy": {"train": {"strategy": "fsdp2", "lora": {"init": "eva"}}},
+    "lora-init-bits": {"train": {"base": "nf4", "lora": {"init": "pissa"}}},
+    "lora-init-dora": {"train": {"lora": {"init": "olora", **DORA}}},
+    "lora-plus-strategy": {"train": {"strategy": "zero2", "lora": {"learning_rate_ratio": 16}}},
+    "lora-init-tokens": {"model_settings": TOKENS, "train": {"lora": {"init": "eva"}}},
+    "lora-init-adapter": {"adapter": {}, "train": {"lora": {"init": "pissa"}}},
+    "lora-init-rows": {"train": {"base": "int8_rows", "lora": {"init": "eva"}}},
+    "loftq-plain": {"train": {"lora": {"init": "loftq"}}},
+    "loftq-quantised": {
+        "architecture": {**LLAMA, "quantization_config": NF4},
+        "train": {"base": "nf4", "lora": {"init": "loftq"}},
+    },
     "offload": {"train": {"offload": "all", "strategy": "zero2"}},
     "early-stopping": {"train": {"early_stopping_evaluations": 2}},
     "spikes-zero": {"train": {"max_loss_spike": 3.0, "strategy": "zero2"}},

@@ -57,7 +57,8 @@ def gradient(step: int, name: str) -> torch.Tensor:
 
 
 def rate(step: int) -> float:
-    return 1e-2 / (step + 1)
+    """It rises over three steps, and falls."""
+    return 1e-2 * min((step + 1) / 3, 3 / (step + 1))
 
 
 def optimizer_of(name: str, parameters: dict[str, torch.nn.Parameter], **settings: Any) -> MasterOptimizer:

@@ -10,6 +10,7 @@ and may have:
 
 NEEDS_WEIGHTS                       True: apply reads the model's weights, so under a strategy that reads them in parts
                                     each process loads the whole model first
+check(model, train) -> None         of a model on the meta device: do names and shapes have what the settings ask for
 """
 
 from types import ModuleType
@@ -18,6 +19,7 @@ from trainer.methods import (
     expand,
     freeze,
     full,
+    ia3,
     llama_adapter,
     lora,
     p_tuning,
@@ -34,4 +36,5 @@ METHODS: dict[str, ModuleType] = {
     "prompt": prompt,
     "p_tuning": p_tuning,
     "llama_adapter": llama_adapter,
+    "ia3": ia3,
 }

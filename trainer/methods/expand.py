@@ -85,7 +85,7 @@ def _set_number(layer: torch.nn.Module, number: int) -> None:
     """Caches go by it."""
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = number
+            vars(module)["layer_idx"] = number
 
 
 def _extend_config(config: Any, copied: list[int]) -> None:

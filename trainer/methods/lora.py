@@ -3,9 +3,7 @@
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021).
 """
 
-import difflib
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,9 @@ from transformers import PreTrainedModel
 from pipelines import storage
 from schemas.errors import ConfigError, InputError
 from schemas.training_config import ModelConfig, TrainConfig
-from trainer.model import outdated_names_allowed
+from trainer.dora import begin_at_own_length, compute_in_float32
+from trainer.lora_targets import check_targets, targets_for_peft
+from trainer.model import is_scale_vector, outdated_names_allowed
 from trainer.new_tokens import compute_rows_apart, trained_rows
 from trainer.start_adapter import adapter_folder, adapter_settings, adapter_tensors, combined
 from trainer.weights import check_weights, whole_shape
@@ -26,22 +26,40 @@ OUTPUT_FOLDER = "adapter"
 ADAPTER_NAME = "default"
 
 
+def check(model: PreTrainedModel, train: TrainConfig) -> None:
+    check_targets(model, train.lora)
+
+
 def apply(model: PreTrainedModel, train: TrainConfig) -> PeftModel:
     """Wrap the model. Adapters get the base's dtype: PEFT's default, fp32, makes it copy every activation to
     fp32 (10.8 k in place of 15.9 k tokens/s, 8 B shape, H100); their fp32 masters stand in the optimiser.
 
     Raises ConfigError when a target matches nothing.
     """
-    _check_targets(model, train.lora.targets)
-    _check_saved_modules(model, train.lora.modules_to_save)
+    check_targets(model, train.lora)
+    return apply_with_ranks(model, train, {})
+
+
+def apply_with_ranks(model: PreTrainedModel, train: TrainConfig, ranks: Mapping[str, int]) -> PeftModel:
+    """The same with another rank, or none, for some layers; by what their matrices are scaled stays the same."""
+    lora = train.lora
+    _check_whole_modules(model, lora.modules_to_save)
+    power = 0.5 if lora.rslora else 1.0
+    ranks = {name: rank for name, rank in ranks.items() if rank != lora.rank}
+    left_out = [name for name, rank in ranks.items() if rank == 0]
     settings = LoraConfig(
-        r=train.lora.rank,
-        lora_alpha=train.lora.alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
-        lora_dropout=train.lora.dropout,
-        target_modules=train.lora.targets,
-        modules_to_save=list(train.lora.modules_to_save) or None,  # PEFT adds to it what is tied
-        ensure_weight_tying=_trains_tied_weights(model, train.lora.modules_to_save),
-        trainable_token_indices=trained_rows(model, train.lora.modules_to_save),
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        target_modules=targets_for_peft(model, lora.targets),
+        exclude_modules=left_out or None,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank},
+        alpha_pattern={n: lora.alpha * (rank / lora.rank) ** power for n, rank in ranks.items() if rank},
+        modules_to_save=list(lora.modules_to_save) or None,  # PEFT adds to it what is tied
+        ensure_weight_tying=_trains_tied_weights(model, lora.modules_to_save),
+        trainable_token_indices=trained_rows(model, lora.modules_to_save),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(train.seed)
@@ -60,6 +78,7 @@ def apply_existing(model: PreTrainedModel, train: TrainConfig, folder: Path) -> 
         lora_alpha=found["lora_alpha"],
         lora_dropout=train.lora.dropout,
         target_modules=found["target_modules"],
+        exclude_modules=found.get("exclude_modules"),
         rank_pattern=found.get("rank_pattern") or {},
         alpha_pattern=found.get("alpha_pattern") or {},
         use_rslora=bool(found.get("use_rslora")),
@@ -94,9 +113,12 @@ def _wrapped(model: PreTrainedModel, settings: LoraConfig) -> PeftModel:
         wrapped = get_peft_model(model, settings, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     assert isinstance(wrapped, PeftModel)
     compute_rows_apart(wrapped)
-    for parameter in wrapped.parameters():
+    for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:  # beside 8-bit layers PEFT knows no dtype and takes fp32
-            parameter.data = parameter.data.to(model.dtype)
+            dtype = torch.float32 if is_scale_vector(name) else model.dtype
+            parameter.data = parameter.data.to(dtype)
+    compute_in_float32(wrapped)
+    begin_at_own_length(wrapped)
     return wrapped
 
 
@@ -153,7 +175,8 @@ def _expected_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
 
 def _saved_name(name: str) -> str:
     """The name of a trained parameter in the file."""
-    return name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}", "")
+    short = name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}", "")
+    return short.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def _aliases(model: PeftModel) -> dict[str, str]:
@@ -169,22 +192,16 @@ def _aliases(model: PeftModel) -> dict[str, str]:
 # Modules that are trained whole -----------------------------------------------------------------------------
 
 
-def _check_saved_modules(model: PreTrainedModel, names: list[str]) -> None:
-    modules = {name: module for name, module in model.named_modules() if name}
-    for wanted in names:
-        # PEFT's own reading, and it says nothing where none matches.
-        found = {name: module for name, module in modules.items() if name.endswith(wanted)}
-        if not found:
+def _check_whole_modules(model: PreTrainedModel, names: list[str]) -> None:
+    for name, module in model.named_modules():
+        if not name.endswith(tuple(names)):
+            continue
+        if not all(parameter.is_floating_point() for parameter in module.parameters()):
+            wanted = next(end for end in names if name.endswith(end))
             raise ConfigError(
-                f"train.lora.modules_to_save: {wanted!r} is the end of no module's name; "
-                f"{_nearest(wanted, list(modules))}"
+                f"train.lora.modules_to_save: {name} is quantised and has no gradient; leave {wanted!r} out, "
+                "or set train.base to plain"
             )
-        for name, module in found.items():
-            if not all(parameter.is_floating_point() for parameter in module.parameters()):
-                raise ConfigError(
-                    f"train.lora.modules_to_save: {name} is quantised and has no gradient; leave {wanted!r} out, "
-                    "or set train.base to plain"
-                )
 
 
 def _trains_tied_weights(model: PreTrainedModel, names: list[str]) -> bool:
@@ -194,31 +211,3 @@ def _trains_tied_weights(model: PreTrainedModel, names: list[str]) -> bool:
         return False
     tied = [name for name, module in model.named_modules() if module is head or module is embedding]
     return any(name.endswith(wanted) for name in tied for wanted in names)
-
-
-# Targets ----------------------------------------------------------------------------------------------------
-
-
-def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
-    if targets == "all-linear":
-        return
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    patterns = [targets] if isinstance(targets, str) else targets
-    for pattern in patterns:
-        if not any(_matches(name, pattern, is_pattern=isinstance(targets, str)) for name in names):
-            raise ConfigError(
-                f"train.lora.targets: {pattern!r} matches no linear layer; {_nearest(pattern, names)}"
-            )
-
-
-def _matches(name: str, target: str, *, is_pattern: bool) -> bool:
-    # PEFT's own reading: a string is a pattern for the whole name, names in a list match its last parts.
-    if is_pattern:
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")
-
-
-def _nearest(target: str, names: list[str]) -> str:
-    known = sorted({name.rpartition(".")[2] for name in names})
-    close = difflib.get_close_matches(target, known, n=3, cutoff=0.4)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"

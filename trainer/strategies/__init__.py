@@ -13,7 +13,7 @@ from trainer.model import LayOut
 from trainer.optimizers import Optimizer
 from trainer.ranks import Ranks
 from trainer.strategies import ddp, fsdp2, pipeline, single, zero, zero3
-from trainer.weights import WeightFiles
+from trainer.weights import WeightSource
 
 
 class Strategy(NamedTuple):
@@ -29,7 +29,7 @@ class Strategy(NamedTuple):
     place: Callable[[torch.nn.Module, torch.device, Ranks, TrainConfig], torch.nn.Module]
     build_optimizer: Callable[[torch.nn.Module, TrainConfig, Ranks], Optimizer]
     full_weights: Callable[[torch.nn.Module, Iterable[str]], Iterator[tuple[str, torch.Tensor]]]
-    fill: Callable[[torch.nn.Module, WeightFiles, Ranks], None] | None = None
+    fill: Callable[[torch.nn.Module, WeightSource, Ranks], None] | None = None
     lay_out: LayOut | None = None
     can_redo_step: bool = False
     """Ranks exchange nothing before a step's update: one that runs out of memory can begin its part again."""

@@ -35,7 +35,7 @@ from trainer.optimizers import trained_parameters
 from trainer.ranks import Ranks
 from trainer.stand_ins import change_parameters, is_stand_in
 from trainer.strategies.shards import ShardedAdamW, element_range
-from trainer.weights import WeightFiles, name_in_files
+from trainer.weights import WeightSource, name_in_files
 
 WHOLE_BASE_SHARE = 0.5
 """Of the memory that is free on the fullest device: a frozen base that takes more is cut. The rest is for
@@ -246,7 +246,7 @@ class _BorrowingHead(torch.nn.Linear):
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
+def fill(model: torch.nn.Module, files: WeightSource, ranks: Ranks) -> None:
     """Read what this rank keeps. Of weights that all keep whole each reads a share and sends it to the others."""
     parameters = dict(model.named_parameters())
     for name in [name for name, parameter in parameters.items() if hasattr(parameter, UNFILLED)]:
@@ -260,14 +260,14 @@ def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
             _fill_in_4_bits(model, files, layer_name, layer, ranks)
 
 
-def _read(model: torch.nn.Module, files: WeightFiles, name: str, start: int, end: int) -> torch.Tensor:
+def _read(model: torch.nn.Module, files: WeightSource, name: str, start: int, end: int) -> torch.Tensor:
     """Numbers of a weight as it computes."""
     found = files.read(name_in_files(name), start, end)
     return found.to(compute_dtype(model)) if found.is_floating_point() else found
 
 
 def _fill_in_4_bits(
-    model: torch.nn.Module, files: WeightFiles, name: str, layer: NF4Linear, ranks: Ranks
+    model: torch.nn.Module, files: WeightSource, name: str, layer: NF4Linear, ranks: Ranks
 ) -> None:
     size = layer.packed.itemsize
     first_byte, end_byte = (element * size for element in _own_range(layer.packed, ranks))

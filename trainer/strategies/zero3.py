@@ -21,7 +21,7 @@ from trainer.ranks import Ranks
 from trainer.stand_ins import is_stand_in
 from trainer.strategies.deepspeed_engine import engine_settings, import_deepspeed, start_engine
 from trainer.strategies.zero import Fragment, Parameters, Shards, ZeroAdamW
-from trainer.weights import WeightFiles, name_in_files
+from trainer.weights import WeightSource, name_in_files
 
 
 class Placed(NamedTuple):
@@ -64,7 +64,7 @@ def _cut(model: torch.nn.Module, device: torch.device, ranks: Ranks, settings: d
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, files: WeightFiles, ranks: Ranks) -> None:
+def fill(model: torch.nn.Module, files: WeightSource, ranks: Ranks) -> None:
     """Read this rank's parts of the weights that came without numbers."""
     placed: Placed = vars(model)["zero3"]
     for name in placed.to_be_filled:

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from schemas.training_config import TrainConfig
+from trainer.memory import BLOCK_SIZE_OF_8_BITS, FEWEST_NUMBERS_IN_8_BITS, is_in_8_bits
 from trainer.ranks import Ranks
 from trainer.updates import adamw
 from trainer.updates.parts import BySeveral, ByTorch, State, Weight, groups
 
-BLOCK_SIZE = 256
-FEWEST_NUMBERS = 4096
 KEYS = {
     "exp_avg_codes": "state1",
     "exp_avg_sq_codes": "state2",
@@ -39,14 +38,10 @@ def build_paged(weights: Sequence[Weight], train: TrainConfig, ranks: Ranks) -> 
 def _build(weights: Sequence[Weight], train: TrainConfig, ranks: Ranks, *, is_paged: bool) -> BySeveral:
     return BySeveral(
         weights,
-        is_in_8_bits,
+        lambda weight: is_in_8_bits(weight.name, weight.parameter.numel()),
         lambda own: _in_8_bits(own, train, is_paged=is_paged),
         lambda others: adamw.build(others, train, ranks),
     )
-
-
-def is_in_8_bits(weight: Weight) -> bool:
-    return weight.parameter.numel() >= FEWEST_NUMBERS and "embed" not in weight.name
 
 
 def _in_8_bits(weights: Sequence[Weight], train: TrainConfig, *, is_paged: bool) -> ByTorch:
@@ -57,7 +52,7 @@ def _in_8_bits(weights: Sequence[Weight], train: TrainConfig, *, is_paged: bool)
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
-        min_8bit_size=FEWEST_NUMBERS,
+        min_8bit_size=FEWEST_NUMBERS_IN_8_BITS,
         is_paged=is_paged,
     )
     return ByTorch(optimizer, KEYS, empty=_empty, begin=partial(_begin, optimizer))
@@ -65,7 +60,7 @@ def _in_8_bits(weights: Sequence[Weight], train: TrainConfig, *, is_paged: bool)
 
 def _empty(weight: torch.Tensor) -> State:
     codes = torch.zeros_like(weight, dtype=torch.uint8)
-    scales = torch.zeros(-(-weight.numel() // BLOCK_SIZE), device=weight.device)
+    scales = torch.zeros(-(-weight.numel() // BLOCK_SIZE_OF_8_BITS), device=weight.device)
     return {
         "exp_avg_codes": codes,
         "exp_avg_sq_codes": torch.zeros_like(codes),

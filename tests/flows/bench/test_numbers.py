@@ -117,7 +117,7 @@ def test_a_record_is_json_from_which_variants_and_a_chart_are_read(tmp_path: Pat
     group = read_group(path)
     assert [(bar.label, bar.tokens_per_second) for bar in group.bars] == [
         ("sft-pipeline", 200.0),
-        ("trl", 75.0),
+        ("TRL", 75.0),
     ]
     write_chart([path, path], tmp_path / "bench.svg")
     drawn = ElementTree.parse(tmp_path / "bench.svg").getroot()
@@ -218,6 +218,6 @@ def test_checkpointing_is_written_as_this_version_writes_it(kind: str, setting: 
     config = config_of(options, max_steps=7, checkpointing=kind)
     assert config.train.gradient_checkpointing in (setting, kind)
     assert (config.train.seed, config.train.max_steps) == (3, 7)
-    assert config.run_root == tmp_path / "run"
+    assert config.run_root == options.data_folder / "run"
     with pytest.raises(ConfigError, match="--checkpointing half"):
         checkpointing_setting("half")
