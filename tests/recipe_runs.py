@@ -27,7 +27,8 @@ SIZE: dict[str, Any] = {
     "holdout.validation": 0.05,
     "holdout.test": 0.05,
     "train.max_steps": NUM_STEPS,
-    "train.bins_per_step": 2,
+    "train.epochs": 4,
+    "train.bins_per_step": 1,
     "train.bins_per_micro_step": 1,
     "train.learning_rate": 1e-2,
     "train.warmup_steps": 2,
@@ -37,25 +38,30 @@ SIZE: dict[str, Any] = {
     "engine.min_free_gib": 0.1,
 }
 """Of every recipe. What it trains, how, and on what kind of data stays as it is."""
+VIRTUAL_TOKENS = {"train.virtual_tokens.count": 8, "train.learning_rate": 0.1}
+METHOD_SIZE: dict[str, dict[str, Any]] = {
+    "freeze": {"train.freeze.last_layers": 1},
+    "prefix": {**VIRTUAL_TOKENS, "train.virtual_tokens.inner_size": 16},
+    "p_tuning": {**VIRTUAL_TOKENS, "train.virtual_tokens.inner_size": 16, "train.learning_rate": 1e-2},
+    "prompt": VIRTUAL_TOKENS,
+    "llama_adapter": {**VIRTUAL_TOKENS, "train.virtual_tokens.layers": 1},
+}
+"""Of those of a method, for a model of two layers."""
 
 
-def toy_recipe(folder: Path, name: str, overrides: Mapping[str, Any]) -> PipelineConfig:
+def toy_recipe(folder: Path, name: str, overrides: Mapping[str, Any] | None = None) -> PipelineConfig:
     """The recipe's own file beside toy data and a toy model, with sizes changed as by --set."""
     path = folder / f"{name}.yaml"
     shutil.copyfile(RECIPES_FOLDER / path.name, path)
     as_written = load_config(path)
     assert as_written.model is not None
     write_sources(folder, as_written)
-    size = SIZE | {"model.path": str(toy_model(folder)), **overrides}
+    size = SIZE | {"model.path": str(toy_model(folder))} | dict(overrides or {})
+    if as_written.model.dtype == "auto":
+        size["model.dtype"] = "float32"
     if as_written.pack.documents == "window":
         size["pack.window_tokens"] = 32
-    config = load_config(path, size)
-    return load_config(path, size | {"train.epochs": epochs_for(config)})
-
-
-def epochs_for(config: PipelineConfig) -> int:
-    """Passes that give enough steps, roughly: short documents make many bins."""
-    return 8 if config.train.bins_per_step > 1 else 4
+    return load_config(path, size | METHOD_SIZE.get(as_written.train.method, {}))
 
 
 def run_stages(config: PipelineConfig) -> None:
@@ -151,6 +157,10 @@ def _papers(path: Path, found: list[dict[str, str]]) -> None:
     _write_lines(path, ({"text": text} for text in texts))
 
 
+def _questions(path: Path, found: list[dict[str, str]]) -> None:
+    _write_lines(path, found)
+
+
 def _grammar(path: Path, found: list[dict[str, str]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -170,6 +180,7 @@ KINDS: dict[str, Write] = {
     "sharegpt": _sharegpt,
     "papers": _papers,
     "medqa": _papers,
+    "medqa_chats": _questions,
     "grammar": _grammar,
     "quotes": _quotes,
 }

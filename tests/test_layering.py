@@ -78,6 +78,11 @@ def test_nothing_reads_or_writes_pickle() -> None:
         for path in python_files(room):
             assert imported_modules(path).isdisjoint({"pickle", "cloudpickle", "dill", "marshal"}), path
             text = path.read_text()
+            if (
+                path.name == "meta_weights.py"
+            ):  # Meta gave its weights away as pickles: tensors alone come out of them
+                assert text.count("torch.load(") == text.count("weights_only=True") == 1
+                text = text.replace("torch.load(", "")
             for call in ("torch.load(", "torch.save(", "trust_remote_code=True"):
                 assert call not in text, f"{path}: {call}"
 

@@ -12,9 +12,14 @@ from flows.recipe import RECIPES_FOLDER, recipe_names, recipe_text, summary
 from schemas.config_file import load_config
 from schemas.errors import ConfigError
 from schemas.pipeline_config import PipelineConfig
+from tests import recipe_runs
 from tests.integration import toy
+from tests.trainer.matrix_rows import read_losses
+from tests.trainer.rank_groups import train_with_two_processes
+from trainer.job import plan_job
 from trainer.memory import CUDA_CONTEXT_BYTES, memory_need, on_gpu
-from trainer.support import refusals
+from trainer.support import ONE_PROCESS, refusals
+from trainer.train import train_job
 
 ROOT = Path(__file__).parent.parent
 NAMES = recipe_names()
@@ -156,3 +161,76 @@ def test_init_takes_a_recipe_as_it_is(tmp_path: Path) -> None:
     assert out.read_text() == recipe_text(NAMES[0])
     with pytest.raises(ConfigError, match="name a folder of dumps, a recipe with --recipe, or both"):
         run_command(["init", "--out", str(tmp_path / "other.yaml")])
+
+
+# At toy size ----------------------------------------------------------------------------------------------------
+
+
+def without_its_size(name: str) -> str:
+    """What a recipe sets, but for the model's size: those of 7, 13 and 30 billion weights are one at toy size."""
+    lines = [line for line in recipe_text(name).splitlines() if line and not line.startswith("#")]
+    return re.sub(r"llama-\d+b|\d+x\d+x\d+gb|\d+x\d+gb", "", "\n".join(lines))
+
+
+DIFFERENT = list({without_its_size(name): name for name in reversed(NAMES)}.values())[::-1]
+IN_ONE_PROCESS = [name for name in DIFFERENT if as_written(name).train.strategy in ONE_PROCESS]
+IN_SEVERAL = [name for name in DIFFERENT if name not in IN_ONE_PROCESS]
+OF_EACH_STRATEGY = ["lora-llama-13b-8x11gb", "int8-lora-vicuna-7b-zero2-2x16gb", "lora-llama-7b-zero3-8x11gb"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipes' data and their model, made once."""
+    return tmp_path_factory.mktemp("recipes")
+
+
+def check_learned(config: PipelineConfig) -> None:
+    losses = read_losses(config)
+    assert len(losses) == recipe_runs.NUM_STEPS
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-5:]) / 5 < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_ONE_PROCESS)
+def test_a_recipe_of_one_process_learns_in_50_steps(folder: Path, name: str) -> None:
+    """All stages on data of the kind that it names, then 50 steps."""
+    config = recipe_runs.toy_recipe(folder, name)
+    recipe_runs.run_stages(config)
+    train_job(plan_job(config))
+    check_learned(config)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", IN_SEVERAL)
+def test_a_recipe_of_several_processes_learns_in_one_too(folder: Path, name: str) -> None:
+    config = recipe_runs.toy_recipe(
+        folder,
+        name,
+        {"train.strategy": "single", "train.offload": "none", "run_root": str(folder / "one" / name)},
+    )
+    recipe_runs.run_stages(config)
+    train_job(plan_job(config))
+    check_learned(config)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(OF_EACH_STRATEGY, marks=pytest.mark.stress, id="of each strategy"),
+        pytest.param(IN_SEVERAL, marks=pytest.mark.hard, id="all"),
+    ],
+)
+def test_recipes_of_several_processes_learn_in_50_steps_on_two(folder: Path, names: list[str]) -> None:
+    """Under their own strategies. fp16 is fp16 here too, under fsdp2; DeepSpeed computes in fp32, as on cards without
+    bf16: its accelerator for CPUs has no fp16."""
+    two = {"train.num_processes": 2, "train.bins_per_step": 2}
+    configs = {
+        name: recipe_runs.toy_recipe(folder, name, two | {"run_root": str(folder / f"{len(names)}" / name)})
+        for name in names
+    }
+    for config in configs.values():
+        recipe_runs.run_stages(config)
+    train_with_two_processes(configs, folder / "extensions")
+    for config in configs.values():
+        check_learned(config)

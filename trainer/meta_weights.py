@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -39,6 +38,8 @@ LAYER_MATRICES = {
 LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 COMPUTED = "rope.freqs"
 """Lies in their files and follows from params.json."""
+UNREADABLE = (torch.serialization.pickle.UnpicklingError, RuntimeError, OSError, EOFError)  # type: ignore[attr-defined]
+"""torch says in the words of the module that it reads with that a file holds more than tensors."""
 Shard = Mapping[str, torch.Tensor]
 
 
@@ -123,7 +124,7 @@ def read_shards(folder: Path) -> list[Shard]:
 def _read_shard(path: Path) -> Shard:
     try:
         found: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path} is no file of tensors alone, or is damaged ({reason}); nothing else is read out of a pickle: "
