@@ -28,11 +28,11 @@ from schemas.training_result import TrainingResult
 from tests.trainer import shards_program
 from tests.trainer.tiny_models import tiny_lora, tiny_model, tiny_run, write_model
 from trainer import nf4
-from trainer.answer import load_with_adapter
 from trainer.attention import use_plain_attention
 from trainer.data import micro_batch
 from trainer.job import plan_job
 from trainer.kernels import use_fast_kernels
+from trainer.load_trained import load_with_adapter
 from trainer.memory import memory_need, num_trained_weights, read_shapes
 from trainer.methods import lora
 from trainer.model import check_dtypes, load_base_model
