@@ -1,8 +1,8 @@
 """Every strategy trains what one process trains: losses, gradient norms and weights, on 1, 2 and 4 processes.
 
 A table: CASES are what is trained, VARIANTS how it is laid over processes. SHORT are the pairs that run by default,
-on two processes; `make stress` runs the rest of BASIC and OTHERS on 2, and BASIC on 1 and 4. One group of processes
-runs all pairs of its size. Judges: strategy single, plain transformers and PEFT.
+on two processes; `make stress` runs the rest of BASIC and OTHERS on 2, BASIC on 4 and its LoRA on 1. One group of
+processes runs all pairs of its size. Judges: strategy single, plain transformers and PEFT.
 """
 
 import functools
@@ -139,7 +139,7 @@ BASIC = [
     for variant in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2 whole base")
     if (case, variant) not in IMPOSSIBLE
 ]
-"""On 1, 2 and 4 processes."""
+"""On 2 and 4 processes, LoRA on 1 too."""
 OTHERS = [
     *(
         (case, variant)
@@ -150,7 +150,8 @@ OTHERS = [
     *((case, v) for case in ("lora", "full", "bfloat16") for v in VARIANTS if v.endswith("on CPU")),
 ]
 """On 2 processes."""
-WHOLE = {1: BASIC, 2: [pair for pair in BASIC + OTHERS if pair not in SHORT], 4: BASIC}
+ON_ONE = [pair for pair in BASIC if pair[0] == "lora"]
+WHOLE = {1: ON_ONE, 2: [pair for pair in BASIC + OTHERS if pair not in SHORT], 4: BASIC}
 
 
 # Trainings --------------------------------------------------------------------------------------------------
