@@ -54,7 +54,8 @@ class CleanConfig(Section):
     chinese: Literal["keep", "simplified"] = "keep"
     """simplified: traditional characters of Chinese text, outside code, become simplified ones; needs the extra `text`."""
     redact: list[Literal["email", "phone", "ip", "card", "iban", "key"]] = Field(default_factory=list)
-    """Personal data and secrets to replace, outside code: [EMAIL_1] is the same address throughout a chat."""
+    """Personal data and secrets to replace, outside code, also in reasoning and tool calls: [EMAIL_1] is the same address
+    throughout a chat."""
     redact_code: bool = False
     """Replace them in code too; without it, API keys that stay in code are counted as api_keys_kept."""
     max_message_bytes: int = Field(default=2 * 2**20, gt=0)
