@@ -51,7 +51,8 @@ def test_each_line_of_a_training_says_how_fast_and_how_long_still(tmp_path: Path
     validations = [line for line in lines if "validation_loss" in line]
     assert len(validations) > 1
     for line in validations:
-        whole = {"loss": line["validation_loss"], "bits_per_byte": line["validation_bits_per_byte"]}
+        names = ("loss", "bits_per_byte", "token_accuracy")
+        whole = {name: line[f"validation_{name}"] for name in names}
         assert line["validation_by_source"] == {"tiny": whole}
         assert line["validation_by_language"] == {"en": whole}
     assert list((folder / "tensorboard").iterdir())

@@ -331,7 +331,7 @@ def test_a_step_without_trained_tokens_changes_nothing(tmp_path: Path) -> None:
 def test_a_target_that_matches_nothing_is_refused_with_the_nearest_names(
     tmp_path: Path, targets: Any, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(RefusedError, match=message):
         train(tiny_run(tmp_path, train={"lora": {"targets": targets}}))
 
 
