@@ -231,6 +231,7 @@ def steps_of(run_root: Path) -> list[dict[str, Any]]:
         "seconds",
         "seconds_left",
         "unix_time",
+        "checkpoint_seconds",
         "tokens_per_second",
         "teraflops_per_second",
         "memory_gib",
