@@ -119,7 +119,7 @@ def test_without_a_number_a_cpu_gets_one_process(
 # Real ranks, really killed ----------------------------------------------------------------------------------
 
 
-def run_of(folder: Path, *, targets: Any = "all-linear") -> PipelineConfig:
+def run_of(folder: Path, **lora: Any) -> PipelineConfig:
     """Long enough to be met in the middle."""
     model = folder.parent / "model"
     if not model.exists():
@@ -129,7 +129,7 @@ def run_of(folder: Path, *, targets: Any = "all-linear") -> PipelineConfig:
         "strategy": "zero2",
         "num_processes": 2,
         "bins_per_step": 3,
-        "lora": {"dropout": 0.1, "targets": targets},
+        "lora": {"dropout": 0.1, **lora},
         "checkpoint_every_steps": 7,
     }
     config = tiny_run(folder, epochs=20, train=settings, model={"path": str(model)})
@@ -249,11 +249,11 @@ def test_ranks_that_are_stopped_and_killed_go_on_to_the_same_bytes(tmp_path: Pat
 
 @pytest.mark.stress
 def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
-    config = run_of(tmp_path / "run", targets=["q_prj"])
+    config = run_of(tmp_path / "run", modules_to_save=["q_prj"])
     with launched(config) as training:
         assert training.end() == 2
     assert training.words().splitlines() == [
-        "error: train.lora.targets: 'q_prj' matches no linear layer; nearest: q_proj, v_proj, o_proj"
+        "error: train.lora.modules_to_save: 'q_prj' is the end of no module's name; nearest: q_proj, v_proj, o_proj"
     ]
 
 
