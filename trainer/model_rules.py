@@ -7,9 +7,6 @@ from schemas.training_config import RopeScalingConfig
 from trainer.rope import rope_types
 from trainer.rules import Rule
 
-TYPES_OF_PHI3 = ("linear", "dynamic")
-"""transformers reads its others as longrope, which needs a factor for each angle."""
-
 
 def _scaling(config: PipelineConfig) -> RopeScalingConfig | None:
     return config.model.rope_scaling if config.model is not None else None
@@ -24,7 +21,7 @@ def _scaled_twice(config: PipelineConfig, architecture: dict[str, Any]) -> str |
 
 def _scaling_of_phi3(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     scaling = _scaling(config)
-    if scaling is None or architecture.get("model_type") != "phi3" or scaling.type in TYPES_OF_PHI3:
+    if scaling is None or architecture.get("model_type") != "phi3":
         return None
     return f"model.rope_scaling is {scaling.type}, model type 'phi3'"
 
@@ -97,8 +94,8 @@ SECTION_MODEL_RULES = (
     Rule(
         "rope-phi3",
         _scaling_of_phi3,
-        "transformers would read it as longrope, which needs a factor for each angle",
-        "set model.rope_scaling.type to linear",
+        "transformers builds this family with longrope alone, which needs a factor for each angle",
+        "leave model.rope_scaling out, or use a model of the family that was trained with more positions",
     ),
     Rule(
         "rope-row",
