@@ -27,6 +27,8 @@ class Outcome:
     started_at: float
     ended_at: float
     nvml_gib: float | None
+    is_cut_off: bool = False
+    """Time ran out: with more of it another end is possible."""
 
 
 def run_process(
@@ -51,7 +53,8 @@ def run_process(
     problem = (
         "" if raw is not None and "left_out" not in raw else _problem(raw, code, folder, timeout_seconds)
     )
-    return Outcome(raw if not problem else None, problem, started_at, ended_at, memory.peak_gib)
+    result_or_none = raw if not problem else None
+    return Outcome(result_or_none, problem, started_at, ended_at, memory.peak_gib, is_cut_off=code is None)
 
 
 def _run(

@@ -21,6 +21,8 @@ import torch
 
 IGNORED = -100
 GIB = 2**30
+EIGHT_BITS = ("int8", "int8_rows")
+"""What ours calls a base in 8 bits: bitsandbytes' LLM.int8, which is the peers' own way, or int8 rows."""
 CAP_MARGIN_BYTES = 400 * 2**20
 """Kernels are loaded when they are first called, outside of the allocator."""
 LIBRARIES = (
@@ -89,7 +91,7 @@ def quantisation(request: Request) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
-    if request["base"] == "int8":
+    if request["base"] in EIGHT_BITS:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     dtype = getattr(torch, request["dtype"])
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
