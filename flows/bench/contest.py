@@ -69,13 +69,24 @@ def run_bench(options: BenchOptions, note: Callable[[Sequence[Entry]], None] | N
     for entry in entries:
         if not entry.problem:
             entry.variant = chosen_variant(entry, options, counts, clock)
+    take_turns(entries, options, counts, clock, note)
+    return entries
+
+
+def take_turns(
+    entries: Sequence[Entry],
+    options: BenchOptions,
+    counts: Counts,
+    clock: Clock,
+    note: Callable[[Sequence[Entry]], None] | None = None,
+) -> None:
+    """Every second round goes backwards: what heats up or fills a cache falls on all alike."""
     for number in range(1, options.num_rounds + 1):
         for entry in entries if number % 2 else reversed(entries):
             if not entry.problem and number <= options.num_rounds_of(entry.name):
                 run_round(entry, options, counts, number, clock)
                 if note is not None:
                     note(entries)
-    return entries
 
 
 def entry_of(contestant: Contestant) -> Entry:
