@@ -43,7 +43,7 @@ def run_process(
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / RESULT_NAME
     result.unlink(missing_ok=True)
-    whole = {**request, "result": str(result), "folder": str(folder)}
+    whole = {**request, "result": str(result), "folder": str(folder), "parent": os.getpid()}
     (folder / REQUEST_NAME).write_text(json.dumps(whole, indent=1))
     started_at = time.time()
     with GpuMemory() as memory:
