@@ -22,6 +22,7 @@ from trainer.compiling import compiler_backend
 from trainer.fast import pointwise
 from trainer.fast.layer import Manner
 from trainer.fast.offload import CheckpointOffload
+from trainer.fast.pointwise import Pointwise, has_triton
 from trainer.fast.products import member_of
 from trainer.fast.taking import Taken, take_over
 from trainer.int8_rows import Int8RowsLinear, dequantised
@@ -66,12 +67,20 @@ def use_fast_layers(model: torch.nn.Module, train: TrainConfig, *, device: torch
     if not takes_layers(train):
         return None
     manner = Manner(
-        pointwise=pointwise.compiled(compiler_backend()) if train.compile else pointwise.PLAIN,
+        pointwise=_pointwise(train, device),
         keep=train.gradient_checkpointing,
         mlp_tokens=train.mlp_tokens_at_once,
         offload=CheckpointOffload(device) if train.offload_checkpoints else None,
     )
     return take_over(model, manner)
+
+
+def _pointwise(train: TrainConfig, device: torch.device) -> Pointwise:
+    if has_triton(device):
+        from trainer.fast.triton_pointwise import ON_GPU
+
+        return ON_GPU
+    return pointwise.compiled(compiler_backend()) if train.compile else pointwise.PLAIN
 
 
 # LoRA -------------------------------------------------------------------------------------------------------
