@@ -306,7 +306,7 @@ class TrainConfig(Section):
     """Stop after so many validations in a row that are no better than the best one; 0: never."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Loss on the validation side every so many steps; 0: only at the end."""
-    trackers: list[Tracker] = ["tensorboard"]
+    trackers: list[Tracker] = Field(default=["tensorboard"])
     """Where the numbers of each step go beside metrics.jsonl. wandb: a folder for `wandb sync`, never a network."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
     """Skipped steps (loss or gradient not finite) before training gives up."""
