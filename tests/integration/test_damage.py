@@ -301,8 +301,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
     config: PipelineConfig, number: int, name: str
 ) -> None:
     from trainer.checkpoint import read_newest, step_folders
-    from trainer.job import plan_job
-    from trainer.train import facts
+    from trainer.job import facts, plan_job
 
     job = plan_job(config)
     newest, before = step_folders(job.folder)[:2]
