@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines import storage
-from pipelines.parts import read_sidecar, write_sidecar
+from pipelines.part_files import read_sidecar, write_sidecar
 from pipelines.stage import run_stage
 from schemas.config_file import load_config
 from schemas.errors import InputError, IntegrityError
