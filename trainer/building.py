@@ -10,17 +10,13 @@ from trainer import initial_adapter
 from trainer.attention import unwrapped, use_packed_attention, use_plain_attention
 from trainer.compiling import compile_layers
 from trainer.draws import use_bin_dropout
+from trainer.dtypes import check_dtypes
 from trainer.fast.check import keep_if_right
 from trainer.job import Job, tell
 from trainer.kernels import use_fast_kernels, use_fast_layers
 from trainer.methods import METHODS, lora
-from trainer.model import (
-    check_dtypes,
-    check_model_folder,
-    empty_model,
-    enable_gradient_checkpointing,
-    load_base_model,
-)
+from trainer.model import empty_model, enable_gradient_checkpointing, load_base_model
+from trainer.model_files import check_model_folder
 from trainer.noise import use_noise
 from trainer.optimizers import Optimizer
 from trainer.probe import check_packing

@@ -16,13 +16,10 @@ from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
 from schemas.training_config import ModelConfig
 from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
 from trainer.data import Plan, check_plan, read_plan
+from trainer.dtypes import resolve_dtype
 from trainer.metrics import report
-from trainer.model import (
-    base_digest,
-    needed_model,
-    resolve_device,
-    resolve_dtype,
-)
+from trainer.model import needed_model, resolve_device
+from trainer.model_files import base_digest
 from trainer.ranks import ALONE, Ranks
 from trainer.service import TRAINING_CURE
 from trainer.setting_rules import FLOAT16_STRATEGIES

@@ -1,7 +1,7 @@
 """Rules that look into the headers of the model's and the adapter's files: names and shapes, and no weight is loaded.
 
 What does not fit is refused here, before the first stage, in place of an hour later with the weights in memory.
-Light: no torch, but where an adapter of ours says over which base it was trained.
+Light: no torch.
 """
 
 import difflib
@@ -18,6 +18,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
 from trainer.experts import has_experts
 from trainer.memory import Shapes, is_linear, read_shapes, shapes_in
+from trainer.model_files import check_model_folder, model_digest
 from trainer.rules import Rule
 from trainer.start_adapter import TENSORS_NAME, adapter_folder, check_base_of
 from trainer.tensor_headers import same_bytes
@@ -145,8 +146,6 @@ def _adapter_of_another_base(config: PipelineConfig, architecture: dict[str, Any
     if folder is None or config.model is None or not _shapes(config):
         return None
     if (folder.parent / "training.json").is_file():
-        from trainer.model import check_model_folder, model_digest  # it brings torch
-
         try:
             check_base_of(folder, model_digest(check_model_folder(config.model)))
         except InputError as error:
