@@ -20,6 +20,7 @@ TopK = Annotated[int, Parameter(help="Draw from so many of the likeliest tokens;
 TopP = Annotated[
     float, Parameter(help="Draw from the likeliest tokens that have this share of the probability together.")
 ]
+Beams = Annotated[int, Parameter(help="Beam search over so many; 1 is none.")]
 Adapter = Annotated[
     str,
     Parameter(
@@ -41,7 +42,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
-    beams: int = 1,
+    beams: Beams = 1,
     seed: int = 0,
     batch_size: int = 16,
     device: AnsweringDevice = "auto",
@@ -62,8 +63,6 @@ def generate(
         The base model answers too, side by side.
     max_new_tokens
         Default: evaluate.max_new_tokens.
-    beams
-        Beam search over so many; 1 is none.
     seed
         Of the draws; a line's answer hangs on it and on the line's number alone.
     batch_size
@@ -71,9 +70,7 @@ def generate(
     processes
         Each takes a share of the lines; default: one for each GPU.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.answer import Sampling
     from trainer.generate import run_generate
 
@@ -116,9 +113,7 @@ def chat(
     seed
         Of the draws.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.answer import Sampling
     from trainer.chat import chat as talk
 
@@ -163,9 +158,7 @@ def export(
     device
         Where they are compared.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.export import MergeSettings, run_export
 
     merge = MergeSettings(dtype, int(max_shard_gb * 10**9), max_difference, check, device)
@@ -209,13 +202,18 @@ def harness(
     seed
         Of the choice of solved examples.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.harness import HarnessSettings, run_harness
 
     settings = HarnessSettings(task_folder, limit, fewshot, batch_size, chat_template, seed)
     run_harness(_settings(config, overrides, base), tasks, settings, adapter=adapter, device=device)
+
+
+def _prepare_libraries() -> None:
+    """Before any of them is imported."""
+    from trainer.launch import prepare_libraries
+
+    prepare_libraries()
 
 
 def _settings(config: Path, overrides: tuple[str, ...], base: BaseForm | None) -> "PipelineConfig":
