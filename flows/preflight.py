@@ -102,7 +102,7 @@ def stage_number(name: str) -> int:
 
 def check_before_start(config: PipelineConfig, stages: Sequence[str]) -> None:
     """Refuse now what would fail hours later: no tokenizer, no torch, settings that can't go together, no disk."""
-    from pipelines.parts import check_free_disk
+    from pipelines.limits import check_free_disk
 
     check_settings(config, stages)
     check_free_disk(config)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 from pipelines.corpus_stages import run_dedup, run_holdout
-from pipelines.parts import PartsToRun, Progress, StageResult, StageRun, remove_temporary_files
+from pipelines.part_files import remove_temporary_files
+from pipelines.parts import PartsToRun, Progress, StageResult, StageRun
 from pipelines.row_stages import run_merge, run_row_step
 from pipelines.shard_stages import run_pack, run_split
 from schemas.errors import InputError

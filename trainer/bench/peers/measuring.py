@@ -83,6 +83,19 @@ def device_of(request: Request) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
+def quantisation(request: Request) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold the base in 8 or 4 bits."""
+    if request["base"] == "plain":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if request["base"] == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    dtype = getattr(torch, request["dtype"])
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": four_bits}
+
+
 # Memory -----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from measuring import (
     forward_loss,
     moved,
     padded_batch,
+    quantisation,
     run,
 )
 
@@ -75,18 +76,6 @@ def load_model(request: Request, device: torch.device) -> Any:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(model, lora).train()
-
-
-def quantisation(request: Request) -> dict[str, Any]:
-    if request["base"] == "plain":
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    if request["base"] == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    dtype = getattr(torch, request["dtype"])
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": four_bits}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from measuring import (
     Steps,
     device_of,
     forward_loss,
+    quantisation,
     quiet,
     run,
 )
@@ -105,18 +106,6 @@ def with_adapters(request: Request, model: Any) -> Any:
     )
     in_float32 = request["variant"]["adapters"] == "float32"
     return get_peft_model(model, lora, autocast_adapter_dtype=in_float32)
-
-
-def quantisation(request: Request) -> dict[str, Any]:
-    if request["base"] == "plain":
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    if request["base"] == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    dtype = getattr(torch, request["dtype"])
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": four_bits}
 
 
 def register_varlen() -> None:
