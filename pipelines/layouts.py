@@ -59,7 +59,7 @@ def spool_lines(
         "text_lines": _documents,
     }
     broken: dict[int, tuple[str, str]] = {}
-    written = spool.write(lambda file: _noted(converters[layout](file), broken), plain, target)
+    written = spool.write(lambda file: noted_lines(converters[layout](file), broken), plain, target)
     return Lines(written.path, written.damage, broken)
 
 
@@ -99,7 +99,8 @@ def _json_layout(head: bytes, *, may_be_keyed: bool = False) -> Layout:
     return "values" if newline and not rest.startswith(b'{"') else "lines"
 
 
-def _noted(lines: Iterator[Line], broken: dict[int, tuple[str, str]]) -> Iterator[bytes]:
+def noted_lines(lines: Iterator[Line], broken: dict[int, tuple[str, str]]) -> Iterator[bytes]:
+    """The lines to write; where one that can't be read will begin, and why, goes to `broken`."""
     num_bytes = 0
     for line in lines:
         if isinstance(line, BrokenRow):

@@ -4,9 +4,10 @@ A record that can't be read becomes a Conversation without messages, with its fi
 Drop that says why; a record of several chats becomes several rows: records + further chats = rows out + drops.
 """
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from pipelines import containers, executors
 from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
 from pipelines.identity import FILE_NAME, write_identity
+from pipelines.message_trees import group_messages, holds_message_rows
 from pipelines.part_ranges import PartRange
 from pipelines.records import read_rows
 from pipelines.sources import find_files
@@ -23,7 +25,7 @@ from schemas.errors import InputError
 from schemas.pipeline_config import MergeConfig, PipelineConfig
 from schemas.source_config import SourceConfig
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
@@ -87,20 +89,49 @@ def plan_sources(
 def iter_parts(
     sources: Sequence[SourceConfig], *, config: PipelineConfig, spool_folder: Path
 ) -> Iterator[PartRange]:
-    """As plan_sources, the parts alone; those of a single file while it is being scanned."""
+    """As plan_sources, the parts alone, rows of messages put into trees; those of one file while it is scanned."""
     if len(sources) == 1:
         files, _ = _files(sources[0], Path(), spool_folder)
         if len(files) == 1:
             task = _file_task(sources[0], *files[0], spool_folder, config.merge)
-            is_empty = True
-            for part in _iter_file(task, []):
-                is_empty = False
-                yield part
-            if is_empty:
+            coming = _iter_file(task, [])
+            if (first := next(coming, None)) is None:
                 raise _no_records(sources[0], len(files))
+            yield from with_trees(itertools.chain([first], coming), [first], sources[0], config, spool_folder)
             return
-    for plan in plan_sources(sources, config=config, spool_folder=spool_folder):
-        yield from plan.parts
+    for source, plan in zip(
+        sources, plan_sources(sources, config=config, spool_folder=spool_folder), strict=True
+    ):
+        firsts = [next(of_file) for _, of_file in itertools.groupby(plan.parts, key=lambda part: part.file)]
+        yield from with_trees(plan.parts, firsts, source, config, spool_folder)
+
+
+def with_trees(
+    parts: Iterable[PartRange],
+    first_parts: Sequence[PartRange],
+    source: SourceConfig,
+    config: PipelineConfig,
+    spool_folder: Path,
+) -> Iterator[PartRange]:
+    """The parts of a source in the order of its files; those of files of messages, row by row, become trees.
+
+    `first_parts`: the first of each file. A tree may lie in several files, and takes the place of its first message.
+    """
+    of_rows = {part.file for part in first_parts if holds_message_rows([part], source)}
+    if not of_rows:
+        yield from parts
+        return
+    parts = list(parts)
+    spool_path = spool_folder / f"{source.name}-trees"
+    rows = [part for part in parts if part.file in of_rows]
+    trees = group_messages(rows, source=source, config=config.merge, spool_path=spool_path)
+    others = [part for part in parts if part.file not in of_rows]
+    yield from sorted([*others, *trees], key=_place_of_files(parts))
+
+
+def _place_of_files(parts: Sequence[PartRange]) -> Callable[[PartRange], int]:
+    places = {file: place for place, file in enumerate(dict.fromkeys(part.file for part in parts))}
+    return lambda part: places[part.file]
 
 
 class _FileTask(NamedTuple):
