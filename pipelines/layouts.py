@@ -53,7 +53,7 @@ def spool_lines(
     """The records of such a file as JSON Lines in `target`. `limit` is merge.max_record_bytes."""
     converters: dict[str, Callable[[BinaryIO], Iterator[Line]]] = {
         "arrow": arrow_lines,
-        "csv": lambda file: csv_lines(file, max_record_bytes=limit),
+        "csv": lambda file: csv_lines(file, max_record_bytes=limit, columns=source.columns),
         "keyed": lambda file: keyed_lines(file, text_start(file), max_record_bytes=limit),
         "text": lambda file: _document(file, limit),
         "text_lines": _documents,
