@@ -16,6 +16,7 @@ from typing import NamedTuple
 from pipelines import containers, executors
 from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
 from pipelines.identity import FILE_NAME, write_identity
+from pipelines.kept_downloads import KeptDownloads
 from pipelines.message_trees import group_messages, holds_message_rows
 from pipelines.part_ranges import PartRange
 from pipelines.records import read_rows
@@ -67,11 +68,15 @@ def plan_sources(
     config: PipelineConfig,
     spool_folder: Path,
     base_folder: Path = Path(),
+    kept: KeptDownloads | None = None,
 ) -> list[SourcePlan]:
-    """As plan_source for each. Where there is much to read, files are planned side by side by the workers."""
+    """As plan_source for each. Where there is much to read, files are planned side by side by the workers.
+
+    `kept`: where copies of files behind URLs may stay; without it they go to `spool_folder`.
+    """
     listed = [_files(source, base_folder, spool_folder) for source in sources]
     tasks = [
-        _file_task(source, label, file, spool_folder, config.merge)
+        _file_task(source, label, file, spool_folder, config.merge, kept)
         for source, (files, _) in zip(sources, listed, strict=True)
         for label, file in files
     ]
@@ -87,21 +92,24 @@ def plan_sources(
 
 
 def iter_parts(
-    sources: Sequence[SourceConfig], *, config: PipelineConfig, spool_folder: Path
+    sources: Sequence[SourceConfig],
+    *,
+    config: PipelineConfig,
+    spool_folder: Path,
+    kept: KeptDownloads | None = None,
 ) -> Iterator[PartRange]:
     """As plan_sources, the parts alone, rows of messages put into trees; those of one file while it is scanned."""
     if len(sources) == 1:
         files, _ = _files(sources[0], Path(), spool_folder)
         if len(files) == 1:
-            task = _file_task(sources[0], *files[0], spool_folder, config.merge)
+            task = _file_task(sources[0], *files[0], spool_folder, config.merge, kept)
             coming = _iter_file(task, [])
             if (first := next(coming, None)) is None:
                 raise _no_records(sources[0], len(files))
             yield from with_trees(itertools.chain([first], coming), [first], sources[0], config, spool_folder)
             return
-    for source, plan in zip(
-        sources, plan_sources(sources, config=config, spool_folder=spool_folder), strict=True
-    ):
+    plans = plan_sources(sources, config=config, spool_folder=spool_folder, kept=kept)
+    for source, plan in zip(sources, plans, strict=True):
         firsts = [next(of_file) for _, of_file in itertools.groupby(plan.parts, key=lambda part: part.file)]
         yield from with_trees(plan.parts, firsts, source, config, spool_folder)
 
@@ -211,10 +219,15 @@ def _no_records(source: SourceConfig, num_files: int) -> InputError:
 
 
 def _file_task(
-    source: SourceConfig, label: str, file: Path | RemoteFile, spool_folder: Path, config: MergeConfig
+    source: SourceConfig,
+    label: str,
+    file: Path | RemoteFile,
+    spool_folder: Path,
+    config: MergeConfig,
+    kept: KeptDownloads | None,
 ) -> _FileTask:
     spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
-    return _FileTask(source, label, _local(file, spool_path, source), spool_path, config)
+    return _FileTask(source, label, _local(file, spool_path, source, kept), spool_path, config)
 
 
 def _files(
@@ -230,10 +243,14 @@ def _files(
     return [(file.label, file) for file in files], notes
 
 
-def _local(file: Path | RemoteFile, spool_path: Path, source: SourceConfig) -> Path:
+def _local(
+    file: Path | RemoteFile, spool_path: Path, source: SourceConfig, kept: KeptDownloads | None
+) -> Path:
     if isinstance(file, Path):
         return file
     copy = Path(f"{spool_path}.download")
+    if kept is not None:
+        return kept.fetch(file, copy, source)
     download(file, copy, source)
     return copy
 
