@@ -7,7 +7,7 @@ Drop that says why; a record of several chats becomes several rows: records + fu
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipelines import containers, executors
 from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
 from pipelines.identity import FILE_NAME, write_identity
 from pipelines.kept_downloads import KeptDownloads
-from pipelines.message_trees import group_messages, holds_message_rows
+from pipelines.message_trees import with_trees
 from pipelines.part_ranges import PartRange
 from pipelines.records import read_rows
 from pipelines.sources import find_files
@@ -106,40 +106,14 @@ def iter_parts(
             coming = _iter_file(task, [])
             if (first := next(coming, None)) is None:
                 raise _no_records(sources[0], len(files))
-            yield from with_trees(itertools.chain([first], coming), [first], sources[0], config, spool_folder)
+            yield from with_trees(
+                itertools.chain([first], coming), [first], sources[0], config.merge, spool_folder
+            )
             return
     plans = plan_sources(sources, config=config, spool_folder=spool_folder, kept=kept)
     for source, plan in zip(sources, plans, strict=True):
         firsts = [next(of_file) for _, of_file in itertools.groupby(plan.parts, key=lambda part: part.file)]
-        yield from with_trees(plan.parts, firsts, source, config, spool_folder)
-
-
-def with_trees(
-    parts: Iterable[PartRange],
-    first_parts: Sequence[PartRange],
-    source: SourceConfig,
-    config: PipelineConfig,
-    spool_folder: Path,
-) -> Iterator[PartRange]:
-    """The parts of a source in the order of its files; those of files of messages, row by row, become trees.
-
-    `first_parts`: the first of each file. A tree may lie in several files, and takes the place of its first message.
-    """
-    of_rows = {part.file for part in first_parts if holds_message_rows([part], source)}
-    if not of_rows:
-        yield from parts
-        return
-    parts = list(parts)
-    spool_path = spool_folder / f"{source.name}-trees"
-    rows = [part for part in parts if part.file in of_rows]
-    trees = group_messages(rows, source=source, config=config.merge, spool_path=spool_path)
-    others = [part for part in parts if part.file not in of_rows]
-    yield from sorted([*others, *trees], key=_place_of_files(parts))
-
-
-def _place_of_files(parts: Sequence[PartRange]) -> Callable[[PartRange], int]:
-    places = {file: place for place, file in enumerate(dict.fromkeys(part.file for part in parts))}
-    return lambda part: places[part.file]
+        yield from with_trees(plan.parts, firsts, source, config.merge, spool_folder)
 
 
 class _FileTask(NamedTuple):

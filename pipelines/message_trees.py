@@ -6,11 +6,13 @@ file of the spool, their bytes beside it, so memory does not grow with rows, fil
 
 import itertools
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
+
+import pyarrow.parquet as pq
 
 from pipelines.containers import RawRecord, plan_lines, read_range
 from pipelines.formats.message_rows import ROWS, UNPLACED, is_rows_of_a_tree, parent_id
@@ -60,17 +62,48 @@ ORDER BY position
 _OF_TREE = "SELECT start, size FROM record WHERE root = ? ORDER BY position"
 
 
-def holds_message_rows(parts: Sequence[PartRange], source: SourceConfig) -> bool:
-    """Whether a file, named by its first parts, is one of rows: told by its first records."""
-    if source.format not in ("auto", "oasst") or not parts:
+def with_trees(
+    parts: Iterable[PartRange],
+    first_parts: Sequence[PartRange],
+    source: SourceConfig,
+    config: MergeConfig,
+    spool_folder: Path,
+) -> Iterator[PartRange]:
+    """The parts of a source in the order of its files; those of files of messages, row by row, become trees.
+
+    `first_parts`: the first of each file. A tree may lie in several files, and takes the place of its first message.
+    """
+    of_rows = {part.file for part in first_parts if _holds_message_rows(part, source)}
+    if not of_rows:
+        yield from parts
+        return
+    parts = list(parts)
+    spool_path = spool_folder / f"{source.name}-trees"
+    rows = [part for part in parts if part.file in of_rows]
+    trees = _grouped(rows, source=source, config=config, spool_path=spool_path)
+    others = [part for part in parts if part.file not in of_rows]
+    yield from sorted([*others, *trees], key=_place_of_files(parts))
+
+
+def _place_of_files(parts: Sequence[PartRange]) -> Callable[[PartRange], int]:
+    places = {file: place for place, file in enumerate(dict.fromkeys(part.file for part in parts))}
+    return lambda part: places[part.file]
+
+
+def _holds_message_rows(part: PartRange, source: SourceConfig) -> bool:
+    """Whether a file is one of rows: told by the first records of its first part."""
+    if source.format not in ("auto", "oasst"):
         return False
-    first = [record.raw for record in itertools.islice(read_range(parts[0]), _NUM_LOOKED_AT)]
+    # Whoever reads rows of Parquet checks the bytes of their whole row group before: not for a look.
+    if part.container == "parquet" and "message_id" not in pq.read_schema(part.path).names:
+        return False
+    first = [record.raw for record in itertools.islice(read_range(part), _NUM_LOOKED_AT)]
     # Where the source says so, a file without whole trees is one of rows, whatever it begins with.
     is_told = source.format == "oasst" and not any(b'"replies"' in raw for raw in first)
     return is_told or any(_row_of(raw) is not None for raw in first)
 
 
-def group_messages(
+def _grouped(
     parts: Iterable[PartRange], *, source: SourceConfig, config: MergeConfig, spool_path: Path
 ) -> list[PartRange]:
     """The parts of the files that stand for those of `parts`, all of one source. Writes beside `spool_path`.
