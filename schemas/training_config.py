@@ -277,8 +277,8 @@ class TrainConfig(Section):
     mlp_tokens_at_once: int | None = Field(default=None, gt=0)
     """Compute the MLP of a layer over so many tokens at a time, and again in the backward pass: for very long rows."""
     kernels: Literal["auto", "layers", "plain"] = "auto"
-    """layers: decoder layers with LoRA computed as one, of the families and settings that can be; auto: this with
-    compile, or where memory settings need it, else LoRA layers fused and, on CUDA with liger-kernel installed, its
+    """layers: decoder layers with LoRA computed as one, of the families and settings that can be; auto: this on GPUs,
+    with compile, or where memory settings need it, else LoRA layers fused and, on CUDA with liger-kernel installed, its
     kernels; plain: the libraries' own."""
     attention: Literal["auto", "by_document"] = "auto"
     """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and

@@ -27,7 +27,7 @@ from trainer.fast.products import member_of
 from trainer.fast.taking import Taken, take_over
 from trainer.int8_rows import Int8RowsLinear, dequantised
 from trainer.nf4 import NF4Linear, unpacked
-from trainer.setting_rules import takes_layers
+from trainer.setting_rules import can_take_layers, takes_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,11 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
 
 
 def use_fast_layers(model: torch.nn.Module, train: TrainConfig, *, device: torch.device) -> Taken | None:
-    """Compute decoder layers as one where the settings want it and their family can be; None where they don't.
+    """Compute decoder layers as one where their family can be, and the settings ask for it or it is faster; else None.
 
     For a model that has its weights and lies on its device: they move.
     """
-    if not takes_layers(train):
+    if not takes_layers(train) and not (can_take_layers(train) and has_triton(device)):
         return None
     manner = Manner(
         pointwise=_pointwise(train, device),
