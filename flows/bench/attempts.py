@@ -19,7 +19,7 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.run import CHECKPOINTS_FOLDER
 from trainer.program_cache import VARIABLES
 
-KERNEL_LINE = "computing with "
+KERNEL_SIGNS = ("computing with ", "decoder layers compute", "layers are compiled", "nothing is compiled")
 OUTCOME_NAME, CONFIG_NAME = "outcome.json", "config.json"
 
 
@@ -71,7 +71,8 @@ def run_attempt(attempt: Attempt) -> Run | str:
         environment=caches,
     )
     found = judged(attempt, outcome)
-    _note(attempt, request, found)
+    if not outcome.is_cut_off:
+        _note(attempt, request, found)
     return found
 
 
@@ -128,11 +129,11 @@ def _makes_our_steps(attempt: Attempt) -> bool:
 
 
 def _kernel_of_ours(attempt: Attempt) -> str:
-    """As the training itself said it."""
-    said = [line for line in log_lines(attempt.folder) if line.startswith(KERNEL_LINE)]
-    kernels = said[0].removeprefix(KERNEL_LINE) if said else "not said"
-    compiled = ["compiled"] * attempt.options.compile
-    return ", ".join([kernels, *compiled, f"checkpointing {attempt.variant['checkpointing']}"])
+    """As the training itself said it, in its order."""
+    said = [line for line in log_lines(attempt.folder) if any(sign in line for sign in KERNEL_SIGNS)]
+    kernels = [line.removeprefix(KERNEL_SIGNS[0]) for line in said] or ["not said"]
+    compiled = ["compiled"] * attempt.config().train.compile
+    return ", ".join([*kernels, *compiled, f"checkpointing {attempt.variant['checkpointing']}"])
 
 
 def _begin_anew(attempt: Attempt) -> None:

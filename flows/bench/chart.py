@@ -41,7 +41,7 @@ def write_chart(paths: Sequence[Path], out: Path) -> None:
 def read_group(path: Path) -> Group:
     try:
         found = json.loads(path.read_bytes())
-        finished = [entry for entry in found["contestants"] if not entry["left_out"]]
+        finished = [entry for entry in found["contestants"] if entry["runs"]]
         return Group(_title(found["options"], finished[0]), tuple(_bar(entry) for entry in finished))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(

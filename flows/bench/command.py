@@ -19,19 +19,22 @@ def train(
     *,
     shape: Literal["8b", "7b", "32b", "toy"] = "8b",
     method: str = "lora",
-    base: Literal["plain", "nf4", "int8"] = "plain",
+    base: Literal["plain", "nf4", "int8", "int8_rows"] = "plain",
     rank: int = 16,
-    data: Literal["alpaca", "long"] = "alpaca",
+    data: Literal["alpaca", "long", "whole"] = "alpaca",
     tokens_per_step: int = 8192,
     capacity: int | None = None,
     chats: int = 0,
     checkpointing: Literal["none", "selective", "full", "auto"] = "none",
-    compile: Flag = False,
+    compile: bool | None = None,
     peer: Several = (),
     peer_python: Several = (),
     steps: int = 50,
     warm_up: int = 10,
     rounds: int = 3,
+    peer_steps: Several = (),
+    peer_rounds: Several = (),
+    limit_seconds: float | None = None,
     memory_cap: float | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
@@ -58,11 +61,12 @@ def train(
     method
         As train.method.
     base
-        As train.base.
+        As train.base; peers that are asked for int8_rows hold theirs in LLM.int8.
     rank
         Of LoRA, on all linear layers; alpha is twice as much.
     data
-        Lengths like Alpaca's, 110 tokens on average, or long chats of 1,100 on average and up to 16,384.
+        Lengths like Alpaca's, 110 tokens on average; long: chats of 1,100 on average and up to 16,384; whole: a chat
+        as long as a bin.
     tokens_per_step
         Tokens of one optimiser step.
     capacity
@@ -72,7 +76,7 @@ def train(
     checkpointing
         Of ours, and the least that peers may take; auto: the faster of full and none that runs.
     compile
-        Ours with train.compile.
+        Ours with train.compile, or without; default: as train.compile is where a config says nothing.
     peer
         trl, unsloth or padded (batches of 32, r8 on queries and values, as written in 2023); repeatable.
     peer_python
@@ -83,6 +87,12 @@ def train(
         Steps before them.
     rounds
         Processes of each contestant.
+    peer_steps
+        NAME=NUMBER: timed steps of a slow peer, fewer than --steps; repeatable.
+    peer_rounds
+        NAME=NUMBER: processes of a peer, fewer than --rounds; repeatable.
+    limit_seconds
+        Start no process that would not end by then, and end what still runs: results so far are shown.
     memory_cap
         GiB that the whole GPU's use must stay below: the allocator is capped.
     sweep
@@ -98,9 +108,10 @@ def train(
     timeout_seconds
         Of one process.
     json
-        Write all numbers of all runs into this file.
+        Write all numbers of all runs into this file, anew after each process.
     """
-    from flows.bench.options import BenchOptions, check_options, pythons_of
+    from flows.bench.options import BenchOptions, check_options, numbers_of, pythons_of
+
 
     options = BenchOptions(
         folder=folder.resolve(),
@@ -119,6 +130,9 @@ def train(
         num_steps=steps,
         num_warm_up=warm_up,
         num_rounds=rounds,
+        steps_of=numbers_of(peer_steps, "--peer-steps"),
+        rounds_of=numbers_of(peer_rounds, "--peer-rounds"),
+        limit_seconds=limit_seconds,
         memory_cap_gib=memory_cap,
         device=device,
         dtype=dtype,
@@ -146,11 +160,13 @@ def _measure(options: "BenchOptions", json: Path | None) -> None:
     from flows.bench.contest import run_bench
     from flows.bench.table import markdown, record
     from pipelines.storage import write_json
+    from schemas.errors import TrainingError
 
-    entries = run_bench(options)
-    if json is not None:
-        write_json(json, record(options, entries))
+    note = None if json is None else lambda found: write_json(json, record(options, found))
+    entries = run_bench(options, note)
     print(markdown(options, entries), end="")
+    if not entries[0].runs:
+        raise TrainingError(f"ours: {entries[0].problem}")
 
 
 @bench.command

@@ -36,7 +36,8 @@ class Contestant:
 
 def contestants_of(options: BenchOptions) -> list[Contestant]:
     """Ours first. Raises ConfigError for a peer that nobody knows."""
-    unknown = sorted((set(options.peers) | set(options.peer_pythons or {})) - PEERS.keys())
+    told = (options.peers, options.peer_pythons or {}, options.steps_of or {}, options.rounds_of or {})
+    unknown = sorted(set().union(*told) - PEERS.keys())
     if unknown:
         raise ConfigError(f"peer {unknown[0]!r} is not known, expected one of {', '.join(sorted(PEERS))}")
     return [ours(options), *(peer(name, options) for name in dict.fromkeys(options.peers))]

@@ -12,7 +12,7 @@ from schemas.errors import ConfigError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import TrainConfig
 
-Data = Literal["alpaca", "long"]
+Data = Literal["alpaca", "long", "whole"]
 Checkpointing = Literal["none", "selective", "full", "auto"]
 CHECKPOINTING_FIELD = "gradient_checkpointing"
 
@@ -37,12 +37,17 @@ class BenchOptions:
     capacity: int = 8192
     num_chats: int = 0
     checkpointing: Checkpointing = "none"
-    compile: bool = False
+    compile: bool | None = None
+    """None: as ours does where nothing is said."""
     peers: tuple[str, ...] = ()
     peer_pythons: Mapping[str, str] | None = None
     num_steps: int = 50
     num_warm_up: int = 10
     num_rounds: int = 3
+    steps_of: Mapping[str, int] | None = None
+    """Timed steps of single peers, fewer than ours."""
+    rounds_of: Mapping[str, int] | None = None
+    limit_seconds: float | None = None
     memory_cap_gib: float | None = None
     device: str = "auto"
     dtype: str = "bfloat16"
@@ -58,7 +63,15 @@ class BenchOptions:
 
     @property
     def max_steps(self) -> int | None:
-        return self.num_warm_up + self.num_steps if self.num_steps else None
+        return self.max_steps_of("")
+
+    def max_steps_of(self, name: str) -> int | None:
+        """Of a contestant; None where it trains an epoch."""
+        num_steps = (self.steps_of or {}).get(name, self.num_steps)
+        return self.num_warm_up + num_steps if num_steps else None
+
+    def num_rounds_of(self, name: str) -> int:
+        return min(self.num_rounds, (self.rounds_of or {}).get(name, self.num_rounds))
 
     @property
     def model_folder(self) -> Path:
@@ -91,6 +104,17 @@ def pythons_of(pairs: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def numbers_of(pairs: Sequence[str], flag: str) -> dict[str, int]:
+    """From NAME=NUMBER to a dict. Raises ConfigError."""
+    found = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        if not name or not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"{flag} {pair}: expected NAME=NUMBER, such as padded=10")
+        found[name] = int(number)
+    return found
+
+
 def check_options(options: BenchOptions) -> None:
     """Raises ConfigError where numbers can't be meant."""
     if options.tokens_per_step % options.capacity:
@@ -102,6 +126,11 @@ def check_options(options: BenchOptions) -> None:
             f"--warm-up is {options.num_warm_up}, --rounds {options.num_rounds}, --steps {options.num_steps}: "
             "expected 1 or more, and for --steps 0 or more"
         )
+    for name, num_steps in (options.steps_of or {}).items():
+        if options.num_steps and num_steps > options.num_steps:
+            raise ConfigError(
+                f"--peer-steps {name}={num_steps}: expected at most --steps, {options.num_steps}"
+            )
     if options.num_steps == 0 and options.num_chats == 0:
         raise ConfigError("--steps 0 trains all of an epoch: say with --chats how many chats it has")
 
@@ -140,7 +169,7 @@ def _document(options: BenchOptions, max_steps: int | None, checkpointing: str) 
             "schedule": "constant",
             "warmup_steps": 0,
             "max_steps": max_steps,
-            "compile": options.compile,
+            **({} if options.compile is None else {"compile": options.compile}),
             "compile_cache": str(cache_of(options, "ours")),
             "checkpoint_every_steps": max(options.num_steps // 2, 1),
             **checkpointing_setting(checkpointing),

@@ -27,6 +27,8 @@ class Outcome:
     started_at: float
     ended_at: float
     nvml_gib: float | None
+    is_cut_off: bool = False
+    """Time ran out: with more of it another end is possible."""
 
 
 def run_process(
@@ -41,7 +43,7 @@ def run_process(
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / RESULT_NAME
     result.unlink(missing_ok=True)
-    whole = {**request, "result": str(result), "folder": str(folder)}
+    whole = {**request, "result": str(result), "folder": str(folder), "parent": os.getpid()}
     (folder / REQUEST_NAME).write_text(json.dumps(whole, indent=1))
     started_at = time.time()
     with GpuMemory() as memory:
@@ -51,7 +53,8 @@ def run_process(
     problem = (
         "" if raw is not None and "left_out" not in raw else _problem(raw, code, folder, timeout_seconds)
     )
-    return Outcome(raw if not problem else None, problem, started_at, ended_at, memory.peak_gib)
+    result_or_none = raw if not problem else None
+    return Outcome(result_or_none, problem, started_at, ended_at, memory.peak_gib, is_cut_off=code is None)
 
 
 def _run(

@@ -21,6 +21,7 @@ class Run:
     num_tokens: int
     """Of the timed steps, trained and context; padding is none."""
     num_trained_tokens: int
+    num_timed_steps: int
     seconds: float
     seconds_to_first_step: float
     """From the start of the process to the end of its first step."""
@@ -64,6 +65,7 @@ def run_of(
         tokens_per_second=num_tokens / seconds,
         num_tokens=num_tokens,
         num_trained_tokens=sum(step["num_trained_tokens"] for step in timed),
+        num_timed_steps=len(timed),
         seconds=seconds,
         seconds_to_first_step=steps[0]["unix_time"] - started_at,
         process_seconds=ended_at - started_at,

@@ -19,14 +19,18 @@ HEAD = (
 
 def markdown(options: BenchOptions, entries: Sequence[Entry]) -> str:
     """Numbers, then how each was run, then who is missing and why."""
-    ours = entries[0].summary()
-    finished = [entry for entry in entries if not entry.problem]
-    lines = [title(options, ours.runs[0]), "", HEAD, "|" + "---|" * HEAD.count(" |")]
-    lines += [row(entry.summary(), ours) for entry in finished]
-    lines += ["", *(f"- {entry.name}: {entry.runs[0].kernel}{_not_tried(entry)}." for entry in finished)]
-    lines += [f"- {entry.name} is left out: {entry.problem}." for entry in entries if entry.problem]
-    lines += cap_lines(options, ours)
-    return "\n".join([*lines, versions_line(ours.runs[0])]) + "\n"
+    ours = entries[0].summary() if entries[0].runs else None
+    finished = [entry for entry in entries if entry.runs]
+    lines = []
+    if finished:
+        lines += [title(options, finished[0].runs[0]), "", HEAD, "|" + "---|" * HEAD.count(" |")]
+        lines += [row(entry.summary(), ours) for entry in finished]
+        lines += ["", *(_how(entry) for entry in finished)]
+    lines += [_absence(entry) for entry in entries if entry.problem]
+    if ours is not None:
+        lines += cap_lines(options, ours)
+    lines += [versions_line(entry) for entry in finished]
+    return "\n".join(lines) + "\n"
 
 
 def title(options: BenchOptions, run: Run) -> str:
@@ -42,22 +46,34 @@ def title(options: BenchOptions, run: Run) -> str:
     )
 
 
+def _how(entry: Entry) -> str:
+    first = entry.runs[0]
+    number = f"{len(entry.runs)} process" + "es" * (len(entry.runs) > 1)
+    return f"- {entry.name}: {first.kernel}; {number} of {first.num_timed_steps} steps{_not_tried(entry)}."
+
+
+def _absence(entry: Entry) -> str:
+    what = "was in no more rounds" if entry.runs else "is left out"
+    return f"- {entry.name} {what}: {entry.problem}."
+
+
 def _not_tried(entry: Entry) -> str:
     absent = ", ".join(entry.contestant.not_tried)
     return f"; not tried, since not installed: {absent}" if absent else ""
 
 
-def row(found: Summary, ours: Summary) -> str:
+def row(found: Summary, ours: Summary | None) -> str:
     least, most = found.spread
+    beside = None if ours is None or ours.name == found.name else ours
     first, last = found.runs[0].grad_norms
     cold, warm = (found.seconds_to_first_step(cold=cold) for cold in (True, False))
     cells = (
         found.name,
         f"{found.tokens_per_second:,.0f} ({least:,.0f} to {most:,.0f})",
-        "" if found.name == ours.name else f"{ours.tokens_per_second / found.tokens_per_second:.2f} x",
+        "" if beside is None else f"{beside.tokens_per_second / found.tokens_per_second:.2f} x",
         _gib(found.most("reserved_gib")),
         _gib(found.most("nvml_gib")),
-        f"{found.runs[0].first_loss:.4f}{_agreement(found, ours)}",
+        f"{found.runs[0].first_loss:.4f}{_agreement(found, beside)}",
         f"{found.runs[0].last_loss:.4f}",
         f"{first:.3f}, {last:.3f}",
         f"{found.trained_share:.1%}",
@@ -66,8 +82,8 @@ def row(found: Summary, ours: Summary) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _agreement(found: Summary, ours: Summary) -> str:
-    if found.name == ours.name:
+def _agreement(found: Summary, ours: Summary | None) -> str:
+    if ours is None:
         return ""
     difference = loss_difference(ours, found)
     return f", agrees ({difference:.2%})" if difference <= AGREES_WITHIN else f", differs by {difference:.1%}"
@@ -86,8 +102,9 @@ def cap_lines(options: BenchOptions, ours: Summary) -> list[str]:
     ]
 
 
-def versions_line(run: Run) -> str:
-    return "- " + ", ".join(f"{name} {version}" for name, version in run.versions.items()) + "."
+def versions_line(entry: Entry) -> str:
+    versions = entry.runs[0].versions.items()
+    return f"- {entry.name} with " + ", ".join(f"{name} {version}" for name, version in versions) + "."
 
 
 def record(options: BenchOptions, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -108,10 +125,10 @@ def _contestant(entry: Entry, ours: Entry) -> Mapping[str, Any]:
         "tried": [dataclasses.asdict(tried) for tried in entry.tried],
         "runs": [dataclasses.asdict(run) for run in entry.runs],
     }
-    if not entry.problem:
-        summary = entry.summary()
-        found["tokens_per_second"] = summary.tokens_per_second
-        found["first_loss_difference"] = loss_difference(ours.summary(), summary)
+    if entry.runs:
+        found["tokens_per_second"] = entry.summary().tokens_per_second
+    if entry.runs and ours.runs:
+        found["first_loss_difference"] = loss_difference(ours.summary(), entry.summary())
     return found
 
 

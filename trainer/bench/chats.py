@@ -30,6 +30,7 @@ LENGTHS: Mapping[str, Lengths] = MappingProxyType(
     {
         "alpaca": Lengths(4.55, 0.55, 512),  # 110 tokens on average
         "long": Lengths(6.6, 0.9, 16384),  # 1,100
+        "whole": Lengths(40.0, 0.0, 2**40),  # always as long as a bin
     }
 )
 

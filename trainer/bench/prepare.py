@@ -19,8 +19,8 @@ Request = Mapping[str, Any]
 
 def main(path: Path) -> None:
     """What is there already, and of the same numbers, is taken as it is."""
-    end_with_parent()
     request: Request = json.loads(path.read_bytes())
+    end_with_parent(request["parent"])
     config = PipelineConfig.model_validate_json(Path(request["config"]).read_bytes())
     shape, model = SHAPES[request["shape"]], config.model
     assert model is not None, "the benchmark's own config names one"

@@ -1,6 +1,8 @@
 """What all contestants share: documents as rows and bins, losses over targets alone, steps' times, the memory cap."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -126,9 +128,11 @@ def test_a_result_says_what_is_known_of_every_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = tmp_path / "request.json"
-    request.write_text(json.dumps({"result": str(tmp_path / "result.json"), "memory_cap_gib": None}))
+    request.write_text(
+        json.dumps({"result": str(tmp_path / "result.json"), "memory_cap_gib": None, "parent": os.getpid()})
+    )
     monkeypatch.setattr(sys, "argv", ["program", str(request)])
-    monkeypatch.setattr(measuring, "end_with_parent", lambda: None)
+    monkeypatch.setattr(measuring, "end_with_parent", lambda parent: None)
 
     def train(found: Any) -> dict[str, Any]:
         return {"left_out": "is a test", "asked": found["memory_cap_gib"]}
@@ -143,3 +147,16 @@ def test_a_result_says_what_is_known_of_every_process(
     )
     assert result["resident_gib"] > 0.1
     assert result["versions"]["torch"] == torch.__version__
+
+
+def test_a_process_whose_parent_has_ended_before_it_could_ask_for_a_signal_ends_itself(
+    tmp_path: Path,
+) -> None:
+    code = "from measuring import end_with_parent; end_with_parent({}); print('goes on')"
+    for parent, said in ((os.getpid(), "goes on"), (os.getppid(), f"process {os.getppid()}, which asked")):
+        result = subprocess.run(
+            [sys.executable, "-c", code.format(parent)],
+            cwd=Path(measuring.__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert said in result.stdout + result.stderr
+        assert (result.returncode == 0) == (said == "goes on")

@@ -21,6 +21,8 @@ import torch
 
 IGNORED = -100
 GIB = 2**30
+EIGHT_BITS = ("int8", "int8_rows")
+"""What ours calls a base in 8 bits: bitsandbytes' LLM.int8, which is the peers' own way, or int8 rows."""
 CAP_MARGIN_BYTES = 400 * 2**20
 """Kernels are loaded when they are first called, outside of the allocator."""
 LIBRARIES = (
@@ -41,8 +43,8 @@ Result = dict[str, Any]
 
 def run(train: Callable[[Request], Result]) -> None:
     """A contestant's `main`: the request is the file that the first argument names."""
-    end_with_parent()
     request: Request = json.loads(Path(sys.argv[1]).read_bytes())
+    end_with_parent(request["parent"])
     cap_memory(request["memory_cap_gib"])
     torch.manual_seed(0)
     result = train(request)
@@ -60,11 +62,13 @@ def write_result(request: Request, result: Result) -> None:
     Path(request["result"]).write_text(json.dumps(result))
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """However it ends: the kernel sends the signal. Linux alone."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it ended while torch was imported: no signal will come
+            raise SystemExit(f"process {parent}, which asked for this, has ended")
 
 
 def installed_versions() -> dict[str, str]:
@@ -89,7 +93,7 @@ def quantisation(request: Request) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
-    if request["base"] == "int8":
+    if request["base"] in EIGHT_BITS:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     dtype = getattr(torch, request["dtype"])
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

@@ -4,6 +4,7 @@ The attention "varlen" is torch's own kernel for variable lengths, handed to tra
 installed TRL would run packed rows through a mask of all tokens by all tokens.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -138,9 +139,26 @@ def varlen_attention(
         del flags["is_causal"]  # torch 2.10 has the one, later ones have the other
     flags = {name: value for name, value in flags.items() if name in known}
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    if key.shape[1] != query.shape[1] and "enable_gqa" not in known and not takes_fewer_key_heads(kernel):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     borders, longest = cu_seq_lens_q, max_length_q
     attended = kernel(query, key, value, borders, borders, longest, longest, **flags)
     return attended[None], None
+
+
+@functools.cache
+def takes_fewer_key_heads(kernel: Any) -> bool:
+    """A version without a flag for grouped queries may compute them all the same: tried once, gradients too."""
+    query, key = (torch.ones(16, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+    query, key = query.requires_grad_(), key.requires_grad_()
+    borders = torch.tensor([0, 16], dtype=torch.int32, device="cuda")
+    try:
+        with torch.enable_grad():
+            kernel(query, key, key, borders, borders, 16, 16).float().sum().backward()
+    except RuntimeError:
+        return False
+    return key.grad is not None and key.grad.shape == key.shape
 
 
 # The trainer ------------------------------------------------------------------------------------------------

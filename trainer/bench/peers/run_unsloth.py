@@ -3,20 +3,21 @@
 It packs the documents of ours by itself, so a step holds other documents; they are the same over the whole run.
 """
 
+import importlib
 import os
 from typing import Any
 
-from measuring import Documents, Request, Result, Steps, device_of, forward_loss, quiet, run
+from measuring import EIGHT_BITS, Documents, Request, Result, Steps, device_of, forward_loss, quiet, run
 from run_trl import LOGGED_EVERY, PADDED_ROWS, callback, counting
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MOST_ROWS_PER_BIN = 1.5
+"""Its packing fills rows about as well as ours; where it switches packing off, a document is a row."""
 CHECKPOINTING = {"none": False, "unsloth": "unsloth", "full": True}
 
 
 def train(request: Request) -> Result:
     quiet()
-    if device_of(request).type != "cuda":
-        return {"left_out": "needs a GPU"}
     if request["method"] != "lora":
         return {"left_out": f"its benchmark knows lora, asked for is {request['method']}"}
     os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_COMPILE_LOCATION=request["folder"])
@@ -28,15 +29,32 @@ def train(request: Request) -> Result:
     model, tokenizer = load_model(request)
     first_bins = documents.in_bins(0, request["bins_per_step"])
     first_loss = steps.checked(lambda: forward_loss(model, documents, first_bins, device))
-    trainer = make_trainer(request, model, tokenizer, documents, steps)
+    packing = request["variant"]["packing"]
+    trainer = make_trainer(request, model, tokenizer, documents, steps, packing=packing)
+    rows = "packed by itself" if packing else f"{PADDED_ROWS} rows"
+    if packing and len(trainer.train_dataset) > documents.num_bins * MOST_ROWS_PER_BIN:
+        trainer = make_trainer(request, model, tokenizer, documents, steps, packing=False)
+        rows = f"{PADDED_ROWS} rows, since it does not pack here"
     trainer.train()
-    variant = request["variant"]
-    rows = "packed by itself" if variant["packing"] else f"{PADDED_ROWS} rows"
     return {
         "steps": steps.records(),
         "first_loss": first_loss,
-        "kernel": f"{rows}, its own kernels and attention, checkpointing {variant['checkpointing']}",
+        "kernel": f"{rows}, its own kernels, {attention()}, checkpointing {request['variant']['checkpointing']}",
     }
+
+
+def attention() -> str:
+    """What it computes attention with, as far as it tells."""
+    try:
+        dispatch = importlib.import_module("unsloth.utils.attention_dispatch")
+    except ImportError:
+        return "its own attention"
+    kinds = {
+        "HAS_FLASH_ATTENTION": "flash-attn",
+        "HAS_XFORMERS": "xformers",
+        "_TORCH_VARLEN_ATTN": "torch's varlen attention",
+    }
+    return next((kind for name, kind in kinds.items() if getattr(dispatch, name, None)), "its own attention")
 
 
 def load_model(request: Request) -> tuple[Any, Any]:
@@ -48,7 +66,7 @@ def load_model(request: Request) -> tuple[Any, Any]:
         max_seq_length=request["capacity"],
         dtype=getattr(torch, request["dtype"]),
         load_in_4bit=request["base"] == "nf4",
-        load_in_8bit=request["base"] == "int8",
+        load_in_8bit=request["base"] in EIGHT_BITS,
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -62,11 +80,12 @@ def load_model(request: Request) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def make_trainer(request: Request, model: Any, tokenizer: Any, documents: Documents, steps: Steps) -> Any:
+def make_trainer(
+    request: Request, model: Any, tokenizer: Any, documents: Documents, steps: Steps, *, packing: bool
+) -> Any:
     import datasets
     from trl import SFTConfig, SFTTrainer
 
-    packing = request["variant"]["packing"]
     rows = [documents.document(number) for number in range(len(documents))]
     columns = {
         "input_ids": [ids.tolist() for ids, _ in rows],
