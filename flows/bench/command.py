@@ -112,7 +112,6 @@ def train(
     """
     from flows.bench.options import BenchOptions, check_options, numbers_of, pythons_of
 
-
     options = BenchOptions(
         folder=folder.resolve(),
         shape=shape,
