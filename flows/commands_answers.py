@@ -5,13 +5,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from flows.command_options import Flag, Overrides, Several
+from flows.command_options import BaseForm, Flag, Overrides, Several
 
 if TYPE_CHECKING:
     from schemas.pipeline_config import PipelineConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-BaseForm = Literal["plain", "int8", "nf4"]
+AnsweringDevice = Annotated[
+    Device, Parameter(help="auto: model.device, and Apple's GPU where there is no other.")
+]
+Base = Annotated[BaseForm | None, Parameter(help="In what form the base is held; default: train.base.")]
+Temperature = Annotated[float, Parameter(help="0 takes the likeliest token.")]
+TopK = Annotated[int, Parameter(help="Draw from so many of the likeliest tokens; 0 from all.")]
+TopP = Annotated[
+    float, Parameter(help="Draw from the likeliest tokens that have this share of the probability together.")
+]
+Beams = Annotated[int, Parameter(help="Beam search over so many; 1 is none.")]
 Adapter = Annotated[
     str,
     Parameter(
@@ -30,15 +39,15 @@ def generate(
     adapter: Adapter = "promoted",
     before_after: Flag = False,
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    beams: int = 1,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    beams: Beams = 1,
     seed: int = 0,
     batch_size: int = 16,
-    device: Device = "auto",
+    device: AnsweringDevice = "auto",
     processes: int | None = None,
-    base: BaseForm | None = None,
+    base: Base = None,
     overrides: Overrides = (),
 ) -> None:
     """Answer prompts: those given, or a file of them, with the template of training.
@@ -54,28 +63,14 @@ def generate(
         The base model answers too, side by side.
     max_new_tokens
         Default: evaluate.max_new_tokens.
-    temperature
-        0 takes the likeliest token.
-    top_k
-        Draw from so many of the likeliest tokens; 0 from all.
-    top_p
-        Draw from the likeliest tokens that have this share of the probability together.
-    beams
-        Beam search over so many; 1 is none.
     seed
         Of the draws; a line's answer hangs on it and on the line's number alone.
     batch_size
         Lines answered side by side; fewer where memory is too small.
-    device
-        auto: model.device, and Apple's GPU where there is no other.
     processes
         Each takes a share of the lines; default: one for each GPU.
-    base
-        In what form the base is held; default: train.base.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.answer import Sampling
     from trainer.generate import run_generate
 
@@ -101,12 +96,12 @@ def chat(
     *,
     adapter: Adapter = "promoted",
     max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     seed: int = 0,
-    device: Device = "auto",
-    base: BaseForm | None = None,
+    device: AnsweringDevice = "auto",
+    base: Base = None,
     overrides: Overrides = (),
 ) -> None:
     """Talk to a model in the terminal, or through a pipe line by line; /help lists what else can be typed.
@@ -115,22 +110,10 @@ def chat(
     ----------
     max_new_tokens
         Longest answer.
-    temperature
-        0 takes the likeliest token.
-    top_k
-        Draw from so many of the likeliest tokens; 0 from all.
-    top_p
-        Draw from the likeliest tokens that have this share of the probability together.
     seed
         Of the draws.
-    device
-        auto: model.device, and Apple's GPU where there is no other.
-    base
-        In what form the base is held; default: train.base.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.answer import Sampling
     from trainer.chat import chat as talk
 
@@ -175,9 +158,7 @@ def export(
     device
         Where they are compared.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.export import MergeSettings, run_export
 
     merge = MergeSettings(dtype, int(max_shard_gb * 10**9), max_difference, check, device)
@@ -197,8 +178,8 @@ def harness(
     batch_size: int = 8,
     chat_template: bool = True,
     seed: int = 0,
-    device: Device = "auto",
-    base: BaseForm | None = None,
+    device: AnsweringDevice = "auto",
+    base: Base = None,
     overrides: Overrides = (),
 ) -> None:
     """Measure a model under tasks of lm-evaluation-harness, offline; the extra lm-eval installs it.
@@ -220,18 +201,19 @@ def harness(
         Ask with the chat template of training.
     seed
         Of the choice of solved examples.
-    device
-        auto: model.device, and Apple's GPU where there is no other.
-    base
-        In what form the base is held; default: train.base.
     """
-    from trainer.launch import prepare_libraries
-
-    prepare_libraries()
+    _prepare_libraries()
     from trainer.harness import HarnessSettings, run_harness
 
     settings = HarnessSettings(task_folder, limit, fewshot, batch_size, chat_template, seed)
     run_harness(_settings(config, overrides, base), tasks, settings, adapter=adapter, device=device)
+
+
+def _prepare_libraries() -> None:
+    """Before any of them is imported."""
+    from trainer.launch import prepare_libraries
+
+    prepare_libraries()
 
 
 def _settings(config: Path, overrides: tuple[str, ...], base: BaseForm | None) -> "PipelineConfig":

@@ -92,6 +92,8 @@ def checks(question: Question, config: "PipelineConfig | None") -> list[tuple[st
         asked.append(("disk", lambda: check_disk(run_root)))
     else:
         asked.append(("sources", lambda: check_sources(config, stages)))
+        if "dedup" in stages:
+            asked.append(("earlier run", lambda: check_earlier_runs(config)))
         asked.append(("config", lambda: check_config(config, stages)))
     if "train" in stages:
         asked.append(("training", lambda: check_training(config)))
@@ -145,6 +147,22 @@ def check_sources(config: "PipelineConfig", stages: Sequence[str]) -> Iterator[F
         return
     yield Finding("ok", "sources", f"{len(config.sources)}, all there")
     yield from check_disk_for(config, stages, model=_model_folder(config))
+
+
+def check_earlier_runs(config: "PipelineConfig") -> Iterator[Finding]:
+    """Each of earlier_runs is finished, whole and of a kind that our rows can be compared with."""
+    from pipelines.stage import check_earlier_run
+    from schemas.errors import SftPipelineError
+
+    for root in config.earlier_runs:
+        try:
+            num_rows = check_earlier_run(config, root)
+        except SftPipelineError as error:
+            expected = "the run root of another run whose stage dedup is finished, made by this version"
+            remedy = "run that config again up to dedup, or mend earlier_runs; --until filter stops before they are read"
+            yield Finding("fails", "earlier run", str(error), expected, remedy)
+        else:
+            yield Finding("ok", "earlier run", f"{root}, {num_rows:,} rows that are not taken again")
 
 
 def check_config(config: "PipelineConfig", stages: Sequence[str]) -> Iterator[Finding]:

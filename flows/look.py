@@ -80,12 +80,14 @@ def look_at(path: Path) -> FileLook:
 def _first_records(path: Path) -> Iterator[Conversation | Drop]:
     from pipelines.containers import plan_file
     from pipelines.merge import read_part
+    from pipelines.message_trees import with_trees
 
     config = PipelineConfig(run_root=Path(), sources=[SourceConfig(name="look", path=str(path))])
     with tempfile.TemporaryDirectory() as folder:
         head, name, is_cut = _head(path, Path(folder) / "head")
         spool, source = Path(folder) / "spool", config.sources[0]
-        parts = plan_file(head, source=source, file=name, spool_path=spool, config=config.merge, notes=[])
+        planned = plan_file(head, source=source, file=name, spool_path=spool, config=config.merge, notes=[])
+        parts = with_trees(planned, planned[:1], source, config.merge, Path(folder))
         results = (
             row if result is None else result
             for part in parts

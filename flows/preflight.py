@@ -101,10 +101,14 @@ def stage_number(name: str) -> int:
 
 
 def check_before_start(config: PipelineConfig, stages: Sequence[str]) -> None:
-    """Refuse now what would fail hours later: no tokenizer, no torch, settings that can't go together, no disk."""
-    from pipelines.parts import check_free_disk
+    """Refuse now what would fail hours later: no tokenizer, no torch, settings that can't go together, no earlier
+    run, no disk."""
+    from pipelines.limits import check_free_disk
+    from pipelines.stage import check_earlier_run
 
     check_settings(config, stages)
+    for root in config.earlier_runs if "dedup" in stages else ():
+        check_earlier_run(config, root)
     check_free_disk(config)
 
 

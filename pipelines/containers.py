@@ -78,6 +78,13 @@ def iter_parts(
         yield from _plan_member(member, source=source, file=name, spool_path=member_spool, config=config)
 
 
+def plan_lines(lines: Lines, *, source: SourceConfig, file: str, config: MergeConfig) -> Iterator[PartRange]:
+    """The parts of a spool of JSON Lines that stands for a file."""
+    with lines.path.open("rb") as handle:
+        draft = Draft(source.name, file, str(lines.path), "lines", config.part_bytes)
+        yield from _plan_json(draft, handle, lines, config)
+
+
 def _plan_member(
     member: archives.Member, *, source: SourceConfig, file: str, spool_path: Path, config: MergeConfig
 ) -> Iterator[PartRange]:

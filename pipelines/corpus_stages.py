@@ -12,15 +12,8 @@ from pipelines.dedup_files import decide_files, is_again
 from pipelines.earlier_runs import earlier_features, earlier_manifests
 from pipelines.feature_files import feature_files
 from pipelines.leak_parts import benchmark_items, items_digest, leaks_in_parts
-from pipelines.parts import (
-    REPLACED_MANIFEST_NAME,
-    PartTask,
-    StageResult,
-    StageRun,
-    inputs_from,
-    side_files,
-    stage_before,
-)
+from pipelines.part_files import side_files
+from pipelines.parts import REPLACED_MANIFEST_NAME, PartTask, StageResult, StageRun, inputs_from, stage_before
 from pipelines.storage import (
     check_file,
     file_entry,

@@ -54,21 +54,45 @@ def find_remote_files(source: SourceConfig) -> tuple[list[RemoteFile], list[str]
     return known, ignored_note(source, [label for label, _ in visible if label not in names])
 
 
-def download(file: RemoteFile, target: Path, source: SourceConfig) -> None:
-    """Copy a file to this machine. Raises InputError when it can't be had whole."""
+def remote_version(file: RemoteFile, source: SourceConfig) -> str:
+    """What the store calls this state of the file; empty where it does not say, or only nearly. Raises InputError."""
+    try:
+        return _version(file.file_system.info(file.path))
+    except Exception as error:
+        raise _unreachable(source, file.label, error) from error
+
+
+def download(file: RemoteFile, target: Path, source: SourceConfig) -> str:
+    """Copy a file to this machine and return its version. Raises InputError when it can't be had whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = 0
     try:
-        expected = file.file_system.info(file.path).get("size")
+        info = file.file_system.info(file.path)
         with file.file_system.open(file.path, "rb") as remote, target.open("wb") as local:
             while chunk := remote.read(_CHUNK_BYTES):
                 num_bytes += local.write(chunk)
+        # A file is asked for block by block: one that is replaced meanwhile comes as a mixture of its two states.
+        version, version_after = _version(info), _version(file.file_system.info(file.path))
     except Exception as error:
         raise _unreachable(source, file.label, error) from error
+    expected = info.get("size")
     if expected is not None and num_bytes != expected:
         raise InputError(
             f"source {source.name}: {file.label} has {expected} bytes, {num_bytes} came: run again"
         )
+    if version != version_after:
+        raise InputError(f"source {source.name}: {file.label} changed while it was being fetched: run again")
+    return version
+
+
+# HTTP, S3 and Azure; Google; the hub.
+_VERSION_KEYS = ("ETag", "etag", "blob_id")
+
+
+def _version(info: dict[str, Any]) -> str:
+    found = next((info[key] for key in _VERSION_KEYS if info.get(key)), "")
+    # A weak ETag stays when the bytes change in a way that its server takes for none.
+    return found if isinstance(found, str) and not found.startswith("W/") else ""
 
 
 def _listed(url: str) -> tuple[Any, str, list[str]]:
@@ -76,13 +100,22 @@ def _listed(url: str) -> tuple[Any, str, list[str]]:
 
     file_system, root = url_to_fs(url)
     root = root.rstrip("/")
+    file_system.invalidate_cache()  # of listings that an earlier merge of this process has seen
     if glob.has_magic(root):
         found = [path for path in file_system.glob(root) if file_system.isfile(path)]
-    elif file_system.isfile(root):
+    elif _is_file(file_system, root):
         found = [root]
     else:
         found = file_system.find(root)
     return file_system, root, found
+
+
+def _is_file(file_system: Any, path: str) -> bool:
+    """As the store's own isfile; over HTTP that one asks for the whole file."""
+    try:
+        return bool(file_system.info(path)["type"] == "file")
+    except FileNotFoundError:
+        return False
 
 
 def _fixed_part(root: str) -> str:

@@ -42,6 +42,20 @@ def earlier_features(found: list[tuple[Path, Manifest]]) -> list[tuple[Path, Pat
     ]
 
 
+def check_files_are_there(found: list[tuple[Path, Manifest]]) -> None:
+    """Raises InputError for a file of these runs that is missing or cut short; what is in them is read by the stage."""
+    for folder, manifest in found:
+        for part, features in zip(manifest.parts, manifest.files, strict=False):
+            for file in (features, part.kept[0]):
+                path = folder / file.path
+                num_bytes = path.stat().st_size if path.is_file() else 0
+                if num_bytes != file.num_bytes:
+                    raise InputError(
+                        f"{path} has {num_bytes} bytes, its manifest names {file.num_bytes}: run the config of that "
+                        "run again, or take it out of earlier_runs"
+                    )
+
+
 def kept_rows(row_ids: pa.Array | pa.ChunkedArray, part: Path) -> npt.NDArray[np.bool_]:
     """Which of these rows a part holds."""
     kept = pq.read_table(part, columns=["row_id"])["row_id"].cast(pa.large_string())

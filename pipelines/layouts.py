@@ -53,13 +53,13 @@ def spool_lines(
     """The records of such a file as JSON Lines in `target`. `limit` is merge.max_record_bytes."""
     converters: dict[str, Callable[[BinaryIO], Iterator[Line]]] = {
         "arrow": arrow_lines,
-        "csv": lambda file: csv_lines(file, max_record_bytes=limit),
+        "csv": lambda file: csv_lines(file, max_record_bytes=limit, columns=source.columns),
         "keyed": lambda file: keyed_lines(file, text_start(file), max_record_bytes=limit),
         "text": lambda file: _document(file, limit),
         "text_lines": _documents,
     }
     broken: dict[int, tuple[str, str]] = {}
-    written = spool.write(lambda file: _noted(converters[layout](file), broken), plain, target)
+    written = spool.write(lambda file: noted_lines(converters[layout](file), broken), plain, target)
     return Lines(written.path, written.damage, broken)
 
 
@@ -99,7 +99,8 @@ def _json_layout(head: bytes, *, may_be_keyed: bool = False) -> Layout:
     return "values" if newline and not rest.startswith(b'{"') else "lines"
 
 
-def _noted(lines: Iterator[Line], broken: dict[int, tuple[str, str]]) -> Iterator[bytes]:
+def noted_lines(lines: Iterator[Line], broken: dict[int, tuple[str, str]]) -> Iterator[bytes]:
+    """The lines to write; where one that can't be read will begin, and why, goes to `broken`."""
     num_bytes = 0
     for line in lines:
         if isinstance(line, BrokenRow):

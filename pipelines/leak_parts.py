@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 
 from pipelines import leaks
 from pipelines.benchmark_files import ITEMS, read_benchmarks
-from pipelines.parts import PartTask, StageRun, feature_entry, features_name, write_sidecar
+from pipelines.part_files import feature_entry, features_name, write_sidecar
+from pipelines.parts import PartTask, StageRun
 from pipelines.storage import (
     check_file,
     file_entry,

@@ -4,6 +4,7 @@ A record that can't be read becomes a Conversation without messages, with its fi
 Drop that says why; a record of several chats becomes several rows: records + further chats = rows out + drops.
 """
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import NamedTuple
 from pipelines import containers, executors
 from pipelines.downloads import RemoteFile, download, find_remote_files, is_url
 from pipelines.identity import FILE_NAME, write_identity
+from pipelines.kept_downloads import KeptDownloads
+from pipelines.message_trees import with_trees
 from pipelines.part_ranges import PartRange
 from pipelines.records import read_rows
 from pipelines.sources import find_files
@@ -23,7 +26,7 @@ from schemas.errors import InputError
 from schemas.pipeline_config import MergeConfig, PipelineConfig
 from schemas.source_config import SourceConfig
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 def versions(config: PipelineConfig) -> dict[str, str]:
@@ -65,11 +68,15 @@ def plan_sources(
     config: PipelineConfig,
     spool_folder: Path,
     base_folder: Path = Path(),
+    kept: KeptDownloads | None = None,
 ) -> list[SourcePlan]:
-    """As plan_source for each. Where there is much to read, files are planned side by side by the workers."""
+    """As plan_source for each. Where there is much to read, files are planned side by side by the workers.
+
+    `kept`: where copies of files behind URLs may stay; without it they go to `spool_folder`.
+    """
     listed = [_files(source, base_folder, spool_folder) for source in sources]
     tasks = [
-        _file_task(source, label, file, spool_folder, config.merge)
+        _file_task(source, label, file, spool_folder, config.merge, kept)
         for source, (files, _) in zip(sources, listed, strict=True)
         for label, file in files
     ]
@@ -85,22 +92,28 @@ def plan_sources(
 
 
 def iter_parts(
-    sources: Sequence[SourceConfig], *, config: PipelineConfig, spool_folder: Path
+    sources: Sequence[SourceConfig],
+    *,
+    config: PipelineConfig,
+    spool_folder: Path,
+    kept: KeptDownloads | None = None,
 ) -> Iterator[PartRange]:
-    """As plan_sources, the parts alone; those of a single file while it is being scanned."""
+    """As plan_sources, the parts alone, rows of messages put into trees; those of one file while it is scanned."""
     if len(sources) == 1:
         files, _ = _files(sources[0], Path(), spool_folder)
         if len(files) == 1:
-            task = _file_task(sources[0], *files[0], spool_folder, config.merge)
-            is_empty = True
-            for part in _iter_file(task, []):
-                is_empty = False
-                yield part
-            if is_empty:
+            task = _file_task(sources[0], *files[0], spool_folder, config.merge, kept)
+            coming = _iter_file(task, [])
+            if (first := next(coming, None)) is None:
                 raise _no_records(sources[0], len(files))
+            yield from with_trees(
+                itertools.chain([first], coming), [first], sources[0], config.merge, spool_folder
+            )
             return
-    for plan in plan_sources(sources, config=config, spool_folder=spool_folder):
-        yield from plan.parts
+    plans = plan_sources(sources, config=config, spool_folder=spool_folder, kept=kept)
+    for source, plan in zip(sources, plans, strict=True):
+        firsts = [next(of_file) for _, of_file in itertools.groupby(plan.parts, key=lambda part: part.file)]
+        yield from with_trees(plan.parts, firsts, source, config.merge, spool_folder)
 
 
 class _FileTask(NamedTuple):
@@ -180,10 +193,15 @@ def _no_records(source: SourceConfig, num_files: int) -> InputError:
 
 
 def _file_task(
-    source: SourceConfig, label: str, file: Path | RemoteFile, spool_folder: Path, config: MergeConfig
+    source: SourceConfig,
+    label: str,
+    file: Path | RemoteFile,
+    spool_folder: Path,
+    config: MergeConfig,
+    kept: KeptDownloads | None,
 ) -> _FileTask:
     spool_path = spool_folder / f"{source.name}-{blake2b_128(os.fsencode(label))}"
-    return _FileTask(source, label, _local(file, spool_path, source), spool_path, config)
+    return _FileTask(source, label, _local(file, spool_path, source, kept), spool_path, config)
 
 
 def _files(
@@ -199,10 +217,14 @@ def _files(
     return [(file.label, file) for file in files], notes
 
 
-def _local(file: Path | RemoteFile, spool_path: Path, source: SourceConfig) -> Path:
+def _local(
+    file: Path | RemoteFile, spool_path: Path, source: SourceConfig, kept: KeptDownloads | None
+) -> Path:
     if isinstance(file, Path):
         return file
     copy = Path(f"{spool_path}.download")
+    if kept is not None:
+        return kept.fetch(file, copy, source)
     download(file, copy, source)
     return copy
 

@@ -8,7 +8,6 @@ the folder has no manifest, but one set aside, by which its parts are still know
 """
 
 import os
-import shutil
 import socket
 import time
 from collections import Counter
@@ -17,33 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipelines import executors
+from pipelines.limits import check_free_disk, check_limits
+from pipelines.part_files import all_files, feature_entry, is_whole, read_sidecar, sweep
 from pipelines.storage import (
     check_file,
     check_manifest,
     json_digest,
     read_manifest,
-    read_record,
     sync_folder,
     write_json,
     write_manifest,
-    write_passing_record,
 )
-from schemas.errors import IntegrityError, LimitError
+from schemas.errors import IntegrityError
 from schemas.pipeline_config import PipelineConfig
-from schemas.run import (
-    MANIFEST_NAME,
-    STAGE_FOLDERS,
-    TEMPORARY_PREFIX,
-    TIMING_NAME,
-    FileEntry,
-    Manifest,
-    PartEntry,
-)
+from schemas.run import MANIFEST_NAME, STAGE_FOLDERS, TIMING_NAME, Manifest, PartEntry
 
-GIB = 2**30
 REPLACED_MANIFEST_NAME = ".replaced-manifest.json"
 
 
@@ -285,112 +273,12 @@ def part_label(task: PartTask) -> str:
     return f"{task.stage} {task.label}"
 
 
-def all_files(manifest: Manifest) -> Iterable[FileEntry]:
-    """Every file that a manifest names."""
-    for part in manifest.parts:
-        yield from part.kept
-        if part.dropped is not None:
-            yield part.dropped
-    yield from manifest.files
-
-
-def features_name(key: str) -> str:
-    """Where a part's features lie in the stage's folder."""
-    return f"features/{key[:32]}.arrow"
-
-
-def feature_entry(key: str, label: str, file: FileEntry) -> PartEntry:
-    """Features as a part: taken over from the manifest's files by their name."""
-    rows = file.num_rows
-    return PartEntry(
-        key=key, label=label, kept=(file,), dropped=None, num_rows_in=rows, num_rows_out=rows, drops={}
-    )
-
-
-def sidecar_path(folder: Path, key: str) -> Path:
-    """Where a finished part says so until the manifest does."""
-    return folder / f".entry-{key[:32]}.json"
-
-
-def write_sidecar(folder: Path, entry: PartEntry) -> None:
-    """The last write of a part. Without fsync: the files that it names are checked before anybody believes it."""
-    write_passing_record(sidecar_path(folder, entry.key), entry.model_dump(mode="json"))
-
-
-def read_sidecar(folder: Path, key: str) -> PartEntry | None:
-    """The entry of a part that was finished by a run which ended before its manifest; None for a damaged one."""
-    path = sidecar_path(folder, key)
-    try:
-        return PartEntry.model_validate(read_record(path)) if path.exists() else None
-    except (IntegrityError, ValidationError):
-        return None  # the part is made again
-
-
-def is_whole(folder: Path, entry: PartEntry) -> bool:
-    """Whether all files of a part are on the disk as they were written."""
-    files = (*entry.kept, entry.dropped) if entry.dropped is not None else entry.kept
-    try:
-        for file in files:
-            check_file(folder, file)
-    except IntegrityError:
-        return False
-    return True
-
-
-def sweep(folder: Path, manifest: Manifest) -> None:
-    """Remove everything in a finished folder that its manifest does not name."""
-    named = {entry.path for entry in all_files(manifest)} | {MANIFEST_NAME, TIMING_NAME}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.relative_to(folder).as_posix() not in named:
-            path.unlink(missing_ok=True)
-
-
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what a killed run left half-written; the caller holds the run root."""
-    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink(missing_ok=True)
-
-
-def check_free_disk(config: PipelineConfig) -> None:
-    """Raises LimitError before a stage starts that would fill the disk."""
-    config.run_root.mkdir(parents=True, exist_ok=True)
-    free_gib = shutil.disk_usage(config.run_root).free / GIB
-    if free_gib < config.engine.min_free_gib:
-        raise LimitError(
-            f"{config.run_root} has {free_gib:.2f} GiB free, engine.min_free_gib asks for "
-            f"{config.engine.min_free_gib}: free some space or move run_root"
-        )
-
-
-def check_limits(manifest: Manifest, config: PipelineConfig) -> None:
-    """Raises LimitError when nothing is left, or more was dropped than the config allows."""
-    num_dropped = sum(manifest.drops.values())
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.drops.items())) or "none"
-    if manifest.num_rows_out == 0:
-        raise LimitError(
-            f"{manifest.stage}: no row of {manifest.num_rows_in} is left; drops by reason: {reasons}"
-        )
-    if num_dropped > config.engine.max_drop_share * manifest.num_rows_in:
-        raise LimitError(
-            f"{manifest.stage}: {num_dropped} of {manifest.num_rows_in} rows dropped, engine.max_drop_share "
-            f"allows {config.engine.max_drop_share:.0%}; drops by reason: {reasons}"
-        )
-
-
 def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     """Totals by name, sorted by name."""
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
     return dict(sorted(total.items()))
-
-
-def side_files(entry: PartEntry, side: str) -> list[FileEntry]:
-    """The files of one side of the hold-out."""
-    return [file for file in entry.kept if file.path.startswith(f"{side}/")]
 
 
 def stage_before(run: StageRun) -> tuple[Path, Manifest]:

@@ -7,21 +7,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from pipelines.kept_downloads import KeptDownloads, remove_copies
 from pipelines.part_ranges import PartRange
 from pipelines.parts import PartTask, StageResult, StageRun, inputs_from, stage_before
 from pipelines.storage import json_digest, read_manifest
 from pipelines.work import merge_part, row_ids, step_part
-from schemas.run import SPOOL_FOLDER, PartEntry
+from schemas.run import DOWNLOADS_FOLDER, SPOOL_FOLDER, PartEntry
 
 
 def run_merge(run: StageRun, module: ModuleType) -> StageResult:
     """Sources -> 01_merged."""
+    folder = run.config.run_root / DOWNLOADS_FOLDER
+    kept = KeptDownloads(folder, read_only=run.dry) if run.config.engine.keep_downloads else None
+    result = _merge(run, module, kept)
+    if kept is not None:
+        kept.sweep()
+    elif not run.dry:
+        remove_copies(folder)
+    return result
+
+
+def _merge(run: StageRun, module: ModuleType, kept: KeptDownloads | None) -> StageResult:
     config = run.config
     # A dry run writes nothing into the run root.
     spool = Path(tempfile.mkdtemp()) if run.dry else config.run_root / SPOOL_FOLDER
     try:
         sources = sorted(config.sources, key=lambda source: source.name)
-        coming, parts = module.iter_parts(sources, config=config, spool_folder=spool), list[PartRange]()
+        coming = module.iter_parts(sources, config=config, spool_folder=spool, kept=kept)
+        parts = list[PartRange]()
         tasks: Iterable[PartTask] = (_merge_task(run, part, {}) for part in _noted(coming, parts))
         entries = None
         if run.dry or read_manifest(run.folder) is not None:

@@ -7,15 +7,8 @@ from types import ModuleType
 import numpy as np
 
 from pipelines.formats.document import document_sources
-from pipelines.parts import (
-    PartsToRun,
-    StageResult,
-    StageRun,
-    inputs_from,
-    side_files,
-    stage_before,
-    sum_counts,
-)
+from pipelines.part_files import side_files
+from pipelines.parts import PartsToRun, StageResult, StageRun, inputs_from, stage_before, sum_counts
 from pipelines.plans import Split, plan_split, read_examples
 from pipelines.storage import check_file, check_manifest, file_entry, read_arrow, write_arrow
 from pipelines.work import split_part

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 from pipelines.corpus_stages import run_dedup, run_holdout
-from pipelines.parts import PartsToRun, Progress, StageResult, StageRun, remove_temporary_files
+from pipelines.earlier_runs import check_files_are_there, earlier_manifests
+from pipelines.part_files import remove_temporary_files
+from pipelines.parts import PartsToRun, Progress, StageResult, StageRun
 from pipelines.row_stages import run_merge, run_row_step
 from pipelines.shard_stages import run_pack, run_split
 from schemas.errors import InputError
@@ -51,6 +53,14 @@ def _plan_stage(name: str, config: PipelineConfig) -> str:
     except InputError as error:
         return f"can't be planned: {error}"
     return UNCHANGED
+
+
+def check_earlier_run(config: PipelineConfig, root: str) -> int:
+    """How many rows one of config.earlier_runs kept. Raises InputError where dedup could not take it."""
+    run, _ = _stage_run("dedup", config.model_copy(update={"earlier_runs": [root]}))
+    found = earlier_manifests(run)
+    check_files_are_there(found)
+    return sum(manifest.num_rows_out for _, manifest in found)
 
 
 def _stage_run(

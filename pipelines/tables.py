@@ -2,8 +2,9 @@
 
 import csv
 import json
+from codecs import BOM_UTF8
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
@@ -30,12 +31,14 @@ class BrokenRow(NamedTuple):
 Line = bytes | BrokenRow
 
 
-def csv_lines(file: BinaryIO, *, max_record_bytes: int) -> Iterator[Line]:
-    """Rows by the names in the first one, which also shows the delimiter. Fields are texts."""
+def csv_lines(file: BinaryIO, *, max_record_bytes: int, columns: Sequence[str] = ()) -> Iterator[Line]:
+    """Rows by the names in the first one, or by `columns`. The first also shows the delimiter. Fields are texts."""
     csv.field_size_limit(max(csv.field_size_limit(), max_record_bytes))
+    file.seek(len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0)
     feed = _Feed(file, max_record_bytes)
-    names: list[str] | None = None
-    delimiter = _delimiter(feed)
+    names: list[str] | None = list(columns) or None
+    is_first = True
+    delimiter = _delimiter(feed, len(columns))
     reader = csv.reader(feed, delimiter=delimiter)
     while True:
         try:
@@ -46,20 +49,22 @@ def csv_lines(file: BinaryIO, *, max_record_bytes: int) -> Iterator[Line]:
             reason = "record_too_large" if isinstance(error, _TooLong) else "invalid_csv"
             yield BrokenRow(feed.text(), reason, f"line {feed.first_line}: {error}")
             feed.forget()
-            reader = csv.reader(feed, delimiter=delimiter)
+            reader, is_first = csv.reader(feed, delimiter=delimiter), False
             continue
         if not row:
             feed.forget()
-        elif names is None:
+        elif names is None or (is_first and _different(row) == names):
             names = _different(row)
             feed.forget()
         elif len(row) != len(names):
-            detail = f"line {feed.first_line}: {len(row)} fields, the first row names {len(names)}"
+            told = f"columns names {len(names)}" if columns else f"the first row names {len(names)}"
+            detail = f"line {feed.first_line}: {len(row)} fields, {told}"
             yield BrokenRow(feed.text(), "invalid_csv", detail)
             feed.go_back()
         else:
             yield _json(dict(zip(names, row, strict=True)))
             feed.forget()
+        is_first = is_first and not row
 
 
 def arrow_lines(file: BinaryIO) -> Iterator[Line]:
@@ -149,15 +154,28 @@ class _Feed:
         self.forget()
 
     def peek(self) -> str:
-        """The first line, which stays."""
-        line = self._file.readline(1 << 16)
-        self._file.seek(-len(line), 1)
-        return _text(line)
+        """The first lines, which stay."""
+        head = self._file.read(1 << 16)
+        self._file.seek(-len(head), 1)
+        return _text(head)
 
 
-def _delimiter(feed: _Feed) -> str:
-    counts = Counter(char for char in feed.peek() if char in _DELIMITERS)
-    return max(_DELIMITERS, key=lambda char: counts[char])
+def _delimiter(feed: _Feed, num_columns: int) -> str:
+    """The one that cuts the first row into so many columns, where that is known and one does, or the most frequent."""
+    lines = [f"{line}\n" for line in feed.peek().split("\n")]
+    counts = Counter(char for char in lines[0] if char in _DELIMITERS)
+    by_count = sorted(_DELIMITERS, key=lambda char: -counts[char])
+    if not num_columns:
+        return by_count[0]
+    return next((char for char in by_count if _num_fields(lines, char) == num_columns), by_count[0])
+
+
+def _num_fields(lines: Sequence[str], delimiter: str) -> int:
+    """Of the first row; 0 where it is none."""
+    try:
+        return len(next((row for row in csv.reader(lines, delimiter=delimiter) if row), []))
+    except csv.Error:
+        return 0
 
 
 def _different(names: list[str]) -> list[str]:

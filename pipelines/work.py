@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.parts import PartTask, feature_entry, features_name, write_sidecar
+from pipelines.part_files import feature_entry, features_name, write_sidecar
+from pipelines.parts import PartTask
 from pipelines.storage import (
     check_file,
     durable_file,

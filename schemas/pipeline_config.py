@@ -276,6 +276,8 @@ class EngineConfig(Section):
     """Fail when a stage drops a larger share of its rows."""
     min_free_gib: float = Field(default=0.5, ge=0)
     """Fail before a stage starts when less disk is free."""
+    keep_downloads: bool = True
+    """Leave copies of sources behind URLs in the run root, and fetch a file again only when its ETag is another."""
     secret_env: dict[VariableName, BlockName] = Field(default_factory=dict)
     """Variables for the trainer, each with the Prefect Secret block that has its value: {HF_TOKEN: hf-token}. One
     that is set already where the run works is taken as it is."""

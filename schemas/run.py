@@ -36,6 +36,7 @@ PROMOTED_NAME = "promoted.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 TEMPORARY_PREFIX = ".tmp-"
 SPOOL_FOLDER = ".spool"
+DOWNLOADS_FOLDER = ".downloads"
 
 
 class _Record(BaseModel):

@@ -90,6 +90,19 @@ class IdentityConfig(Section):
     """Names that are not its own (are you X? no); default: well-known assistants."""
 
 
+def checked_columns(columns: list[str], container: str) -> list[str]:
+    """Names of the columns of CSV files, none empty, none twice."""
+    if columns and container not in ("auto", "csv"):
+        raise ValueError(
+            f"columns name those of CSV files, and container is {container}: leave one of them out"
+        )
+    if (
+        worst := next((name for name in columns if not name.strip() or columns.count(name) > 1), None)
+    ) is not None:
+        raise ValueError(f"columns has {worst!r}: name each column once, none of them empty")
+    return columns
+
+
 def checked_name(name: str) -> str:
     """The name of a source or benchmark, which becomes part of ids and of the names of counts."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -104,6 +117,8 @@ class SourceConfig(Section):
     """A file, a folder or a glob, relative to the config file, or a URL such as s3://... or hf://datasets/OWNER/NAME."""
     container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
     """How records lie in a file: auto looks at its bytes; text: a file is one document; text_lines: each line is."""
+    columns: list[str] = Field(default_factory=list)
+    """Names of the columns of CSV files without a first row of names; a first row of just these names is one."""
     encoding: EncodingName = "auto"
     """How text is written: auto knows UTF-8, UTF-16 and UTF-32; name any other. A byte order mark outdoes it."""
     format: FormatName = "auto"
@@ -135,6 +150,11 @@ class SourceConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _columns_are_of_csv(self) -> "SourceConfig":
+        checked_columns(self.columns, self.container)
+        return self
+
+    @model_validator(mode="after")
     def _custom_has_fields(self) -> "SourceConfig":
         if (self.format == "custom") != (self.fields is not None):
             raise ValueError("format: custom and fields belong together: name both or none")
@@ -148,6 +168,8 @@ class BenchmarkConfig(Section):
     """A file, a folder or a glob of the benchmark, in any container that sources may have; or a URL."""
     container: Literal["auto", "json", "csv", "keyed", "text", "text_lines"] = "auto"
     """How records lie in a file, as for sources; a document or a line of text is a record with the field text."""
+    columns: list[str] = Field(default_factory=list)
+    """Names of the columns of CSV files without a first row of names, as for sources."""
     encoding: EncodingName = "auto"
     """How text is written, as for sources."""
     question: list[str] = Field(default_factory=list)
@@ -161,6 +183,11 @@ class BenchmarkConfig(Section):
         return checked_name(name)
 
     @model_validator(mode="after")
+    def _columns_are_of_csv(self) -> "BenchmarkConfig":
+        checked_columns(self.columns, self.container)
+        return self
+
+    @model_validator(mode="after")
     def _names_a_field(self) -> "BenchmarkConfig":
         if not self.question and not self.answer:
             raise ValueError(
@@ -170,4 +197,10 @@ class BenchmarkConfig(Section):
 
     def as_source(self) -> SourceConfig:
         """Its files are found and read as a source's are."""
-        return SourceConfig(name=self.name, path=self.path, container=self.container, encoding=self.encoding)
+        return SourceConfig(
+            name=self.name,
+            path=self.path,
+            container=self.container,
+            columns=self.columns,
+            encoding=self.encoding,
+        )

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from schemas.local_path import LocalPath
+from schemas.section import Section
 
 Method = Literal[
     "lora",
@@ -52,20 +53,14 @@ Checkpointing = Annotated[
 """Also true and false, as which none and full are written: what was written before has the same key."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class RopeScalingConfig(_Section):
+class RopeScalingConfig(Section):
     type: Literal["linear", "dynamic", "yarn", "llama3"]
     """How positions beyond those that the model knows are brought into its range, by the names of transformers."""
     factor: float = Field(gt=1)
     """How many times as many positions."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: LocalPath
     """Folder with a Hugging Face model and tokenizer, or a hub name that is in the local cache."""
     revision: str | None = None
@@ -95,7 +90,7 @@ class ModelConfig(_Section):
     adapter elsewhere gives the same to the base."""
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     rank: int = Field(default=16, gt=0)
     """Inner size of the two matrices beside each layer: more learn more and take more memory."""
     alpha: float = Field(default=32, gt=0)
@@ -124,28 +119,28 @@ class LoraConfig(_Section):
     embed_tokens, norm. A head and an embedding that are one matrix stay one, whichever is named."""
 
 
-class Ia3Config(_Section):
+class Ia3Config(Section):
     targets: list[str] = Field(default_factory=list)
     """Layers whose outputs are scaled, by the ends of their names; none: those of keys and values."""
     feedforward_targets: list[str] = Field(default_factory=list)
     """Layers whose inputs are scaled; none: the last one of each MLP."""
 
 
-class LionConfig(_Section):
+class LionConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Share of the mean of earlier gradients in the sign that a step follows."""
     beta2: float = Field(default=0.99, ge=0, lt=1)
     """Decay of that mean."""
 
 
-class MuonConfig(_Section):
+class MuonConfig(Section):
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the mean of gradients."""
     newton_schulz_steps: int = Field(default=5, gt=0, lt=100)
     """Products that bring its singular values near 1."""
 
 
-class LowRankConfig(_Section):
+class LowRankConfig(Section):
     rank: int = Field(default=128, gt=0)
     """Inner size of the projection; matrices whose shorter side is no longer are left to AdamW."""
     every_updates: int = Field(default=200, gt=0)
@@ -154,7 +149,7 @@ class LowRankConfig(_Section):
     """The projected update is multiplied by it. Default: 0.25 for galore, 1 for apollo."""
 
 
-class FreezeConfig(_Section):
+class FreezeConfig(Section):
     last_layers: int = Field(default=0, ge=0)
     """Train so many decoder layers, counted from the end."""
     parameters: list[str] = Field(default_factory=list)
@@ -165,12 +160,12 @@ class FreezeConfig(_Section):
     """Train the token embedding."""
 
 
-class ExpandConfig(_Section):
+class ExpandConfig(Section):
     new_layers: int = Field(default=4, gt=0)
     """Layers that are added, evenly among those that are there: no more than these."""
 
 
-class VirtualTokensConfig(_Section):
+class VirtualTokensConfig(Section):
     """Of the methods prefix, prompt, p_tuning and llama_adapter."""
 
     count: int = Field(default=32, gt=0)
@@ -184,7 +179,7 @@ class VirtualTokensConfig(_Section):
     """llama_adapter: in how many layers, counted from the head; default: in all."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     method: Method = "lora"
     """What is trained. lora: small matrices beside the frozen weights; full: all weights; freeze: some of the weights;
     expand: layers that are added, and change nothing at first; and virtual tokens before each document, prefix: as keys
@@ -282,8 +277,8 @@ class TrainConfig(_Section):
     mlp_tokens_at_once: int | None = Field(default=None, gt=0)
     """Compute the MLP of a layer over so many tokens at a time, and again in the backward pass: for very long rows."""
     kernels: Literal["auto", "layers", "plain"] = "auto"
-    """layers: decoder layers with LoRA computed as one, of the families and settings that can be; auto: this with
-    compile, or where memory settings need it, else LoRA layers fused and, on CUDA with liger-kernel installed, its
+    """layers: decoder layers with LoRA computed as one, of the families and settings that can be; auto: this on GPUs,
+    with compile, or where memory settings need it, else LoRA layers fused and, on CUDA with liger-kernel installed, its
     kernels; plain: the libraries' own."""
     attention: Literal["auto", "by_document"] = "auto"
     """auto: the variable-length kernel from compute capability 8.0 on, in 16 bits; by_document: as on older cards and
@@ -311,7 +306,7 @@ class TrainConfig(_Section):
     """Stop after so many validations in a row that are no better than the best one; 0: never."""
     evaluate_every_steps: int = Field(default=0, ge=0)
     """Loss on the validation side every so many steps; 0: only at the end."""
-    trackers: list[Tracker] = ["tensorboard"]
+    trackers: list[Tracker] = Field(default=["tensorboard"])
     """Where the numbers of each step go beside metrics.jsonl. wandb: a folder for `wandb sync`, never a network."""
     max_nonfinite_steps: int = Field(default=3, ge=0)
     """Skipped steps (loss or gradient not finite) before training gives up."""
@@ -323,7 +318,7 @@ class TrainConfig(_Section):
     """Steps skipped so before training gives up."""
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     split: Literal["validation", "test"] = "test"
     """Which held-out side the report and the gate use."""
     questions: list[str] = Field(default_factory=list)
@@ -332,7 +327,7 @@ class EvaluateConfig(_Section):
     """Longest answer."""
 
 
-class PromoteConfig(_Section):
+class PromoteConfig(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """One-sided level of the paired bootstrap's lower bound."""
     bootstrap_samples: int = Field(default=2000, gt=0)

@@ -13,7 +13,7 @@ from pipelines.stage import run_stage
 from schemas.config_file import load_config
 from schemas.pipeline_config import PipelineConfig
 from schemas.run import STAGES
-from tests.integration.toy import NOUNS, VERBS, write_tokenizer
+from tests.integration.toy import NOUNS, VERBS, write_model
 
 ROOT = Path(__file__).parent.parent
 NUM_RECORDS = 120
@@ -74,28 +74,14 @@ def run_stages(config: PipelineConfig) -> None:
 
 def toy_model(folder: Path) -> Path:
     """Two layers, 32 wide, with a tokenizer that has a chat template."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     place = folder / "toy-model"
     if place.exists():
         return place
     templates = [path.read_text() for path in (ROOT / "pipelines" / "chat_templates").glob("*.jinja")]
     answers = [record["answer"] for record in records()]
-    vocabulary = write_tokenizer(place, [*templates * 3, *answers])  # else a prompt is longer than a row here
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(place)
+    texts = [*templates * 3, *answers]  # else a prompt is longer than a row here
+    sizes = {"intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    write_model(place, texts, hidden_size=32, **sizes)
     return place
 
 

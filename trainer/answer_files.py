@@ -21,8 +21,9 @@ from pipelines.storage import durable_file, file_sha256, json_digest, write_json
 from schemas.errors import BusyError, ConfigError, InputError, IntegrityError, LimitError
 from schemas.pipeline_config import PipelineConfig
 from trainer.answer import Sampling
+from trainer.dtypes import resolve_dtype
 from trainer.load_trained import Choice, Device
-from trainer.model import load_tokenizer, needed_model, resolve_device, resolve_dtype
+from trainer.model import load_tokenizer, needed_model, resolve_device
 from trainer.prompts import Asked, PromptReader, prompt_reader
 
 WORK_NAME = "work.json"

@@ -258,7 +258,11 @@ def _varlen(
     kernel = _varlen_kernel()
     assert kernel is not None
     varlen_attn, parameters = kernel
-    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    # Rows may lie apart, as parts of one product's output do: the kernel asks for adjacent numbers in a head alone.
+    query, key, value = (
+        tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        for tensor in (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    )
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
         if "enable_gqa" in parameters:  # torch 2.13
@@ -276,16 +280,7 @@ def _varlen(
         options["scale"] = scaling
     elif scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)  # the kernel divides by sqrt(head size)
-    output = varlen_attn(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        **options,
-    )
+    output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     return output.unsqueeze(0)
 
 

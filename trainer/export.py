@@ -23,13 +23,14 @@ from schemas.training_result import TRAINING_RESULT_NAME, TrainingResult
 from trainer.answer import end_token_ids
 from trainer.consolidate import consolidate
 from trainer.data_summary import CARD_NAME, card_front_matter, summarise
+from trainer.dtypes import DTYPES, resolve_dtype
 from trainer.folders import built_aside
 from trainer.harness import read_scores
 from trainer.load_trained import Choice, Device, answering_device, choose
 from trainer.merge_check import LIMITS, Difference, check_difference, merge_difference
 from trainer.merging import check_can_merge, write_merged
 from trainer.metrics import report
-from trainer.model import DTYPES, load_tokenizer, needed_model, resolve_dtype
+from trainer.model import load_tokenizer, needed_model
 from trainer.model_card import CardFacts, card_text
 from trainer.safetensors_writer import MAX_SHARD_BYTES
 from trainer.service import read_evaluation, read_training

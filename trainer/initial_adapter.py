@@ -31,7 +31,7 @@ from trainer.lora_starts import STARTS
 from trainer.lora_targets import target_layers
 from trainer.loss import hidden_states
 from trainer.methods import lora
-from trainer.model import check_model_folder
+from trainer.model_files import check_model_folder
 from trainer.start_adapter import CONFIG_NAME, TENSORS_NAME, adapter_settings, combined, take_off_adapter
 from trainer.weights import WeightFiles, name_in_files
 

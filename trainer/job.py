@@ -16,12 +16,10 @@ from schemas.run import CHECKPOINTS_FOLDER, MANIFEST_NAME, STAGE_FOLDERS
 from schemas.training_config import ModelConfig
 from schemas.training_result import CURRENT_TRAINING_NAME, TRAINING_RESULT_NAME, TrainingResult
 from trainer.data import Plan, check_plan, read_plan
-from trainer.model import (
-    base_digest,
-    needed_model,
-    resolve_device,
-    resolve_dtype,
-)
+from trainer.dtypes import resolve_dtype
+from trainer.metrics import report
+from trainer.model import needed_model, resolve_device
+from trainer.model_files import base_digest
 from trainer.ranks import ALONE, Ranks
 from trainer.service import TRAINING_CURE
 from trainer.setting_rules import FLOAT16_STRATEGIES
@@ -174,6 +172,18 @@ def mark_current(job: Job) -> None:
     line = f"{job.key}\n".encode()
     if not path.exists() or path.read_bytes() != line:
         storage.write_bytes(path, line)
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be ours."""
+    dtype = str(job.dtype).removeprefix("torch.")
+    return {"key": job.key, "num_steps": len(job.steps), "seed": job.config.train.seed, "dtype": dtype}
+
+
+def tell(job: Job, message: str) -> None:
+    """A line for people, once for all ranks."""
+    if job.ranks.is_first:
+        report(message)
 
 
 def _steps(config: PipelineConfig, reader: ShardReader, plans: tuple[Plan, ...]) -> tuple[Step, ...]:

@@ -22,11 +22,12 @@ from trainer.compiling import compiler_backend
 from trainer.fast import pointwise
 from trainer.fast.layer import Manner
 from trainer.fast.offload import CheckpointOffload
+from trainer.fast.pointwise import Pointwise, has_triton
 from trainer.fast.products import member_of
 from trainer.fast.taking import Taken, take_over
 from trainer.int8_rows import Int8RowsLinear, dequantised
 from trainer.nf4 import NF4Linear, unpacked
-from trainer.setting_rules import takes_layers
+from trainer.setting_rules import can_take_layers, takes_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +60,27 @@ def use_fast_kernels(model: torch.nn.Module, train: TrainConfig, *, device: torc
 
 
 def use_fast_layers(model: torch.nn.Module, train: TrainConfig, *, device: torch.device) -> Taken | None:
-    """Compute decoder layers as one where the settings want it and their family can be; None where they don't.
+    """Compute decoder layers as one where their family can be, and the settings ask for it or it is faster; else None.
 
     For a model that has its weights and lies on its device: they move.
     """
-    if not takes_layers(train):
+    if not takes_layers(train) and not (can_take_layers(train) and has_triton(device)):
         return None
     manner = Manner(
-        pointwise=pointwise.compiled(compiler_backend()) if train.compile else pointwise.PLAIN,
+        pointwise=_pointwise(train, device),
         keep=train.gradient_checkpointing,
         mlp_tokens=train.mlp_tokens_at_once,
         offload=CheckpointOffload(device) if train.offload_checkpoints else None,
     )
     return take_over(model, manner)
+
+
+def _pointwise(train: TrainConfig, device: torch.device) -> Pointwise:
+    if has_triton(device):
+        from trainer.fast.triton_pointwise import ON_GPU
+
+        return ON_GPU
+    return pointwise.compiled(compiler_backend()) if train.compile else pointwise.PLAIN
 
 
 # LoRA -------------------------------------------------------------------------------------------------------

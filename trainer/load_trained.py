@@ -18,14 +18,13 @@ from schemas.pipeline_config import PipelineConfig
 from trainer.attention import unwrapped, use_plain_attention
 from trainer.model import (
     as_saved,
-    base_digest,
     load_adapter,
     load_base_model,
     load_tokenizer,
-    model_digest,
     needed_model,
     resolve_device,
 )
+from trainer.model_files import base_digest, model_digest
 from trainer.service import check_trained_model, find_candidate, find_promoted
 from trainer.start_adapter import CONFIG_NAME, TENSORS_NAME, adapter_digest, check_base_of
 

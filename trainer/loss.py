@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from schemas.errors import RefusedError
 from trainer.attention import packing_arguments, unwrapped
 from trainer.data import MicroBatch, Plan
+from trainer.fast.pointwise import has_triton
 from trainer.loss_by_group import LossSums, SplitLoss
 from trainer.padding import computed_batches
 from trainer.ranks import ALONE, Ranks
@@ -24,7 +25,7 @@ from trainer.steps import MicroStep
 from trainer.virtual_tokens import padded_hidden_states
 
 LOGITS_PER_CHUNK = 1 << 26
-"""Most logits in memory at once: 256 MiB in fp32."""
+"""Most logits in memory at once, in fp32: 256 MiB."""
 ROWS_OF_TILE = 128
 
 
@@ -98,14 +99,17 @@ def head_outcomes(
             f"{type(causal_lm).__name__} has no LM head; use a model for causal language modelling"
         )
     adjust = _logit_adjustment(causal_lm.config.get_text_config())
-    num_rows = _rows_per_chunk(causal_lm.config.get_text_config().vocab_size)
+    is_frozen = _is_frozen_linear(head) and adjust is None
+    # With Triton the gradient takes the logits' place, and nothing is there in fp32.
+    most_logits = 2 * LOGITS_PER_CHUNK if is_frozen and has_triton(hidden.device) else LOGITS_PER_CHUNK
+    num_rows = _rows_per_chunk(causal_lm.config.get_text_config().vocab_size, most_logits)
     forward = head.forward
 
     def in_chunks(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         chunks = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
         if not torch.is_grad_enabled():
             found = [_of_chunk(forward, adjust, label_smoothing, rows, ids) for rows, ids in chunks]
-        elif _is_frozen_linear(head) and adjust is None:
+        elif is_frozen:
             found = [
                 _FrozenHeadLoss.apply(rows, head.weight, head.bias, ids, label_smoothing)
                 for rows, ids in chunks
@@ -121,9 +125,9 @@ def head_outcomes(
     return Outcomes(*computed_by(head, in_chunks, hidden, targets))
 
 
-def _rows_per_chunk(vocab_size: int) -> int:
+def _rows_per_chunk(vocab_size: int, most_logits: int) -> int:
     """Whole tiles of a GPU's matrix product: 523 rows cost what 640 do."""
-    most = max(LOGITS_PER_CHUNK // vocab_size, 1)
+    most = max(most_logits // vocab_size, 1)
     return most - most % ROWS_OF_TILE if most > ROWS_OF_TILE else most
 
 
@@ -191,17 +195,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         label_smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = F.linear(hidden, weight, bias).float()
-        is_right = _is_right(logits, targets)
-        log_sums = logits.logsumexp(dim=-1)
-        losses = log_sums - (1.0 - label_smoothing) * logits.gather(1, targets[:, None]).squeeze(1)
-        if label_smoothing:
-            losses -= label_smoothing * logits.mean(dim=-1)
-        gradients = logits.sub_(log_sums[:, None]).exp_()
-        if label_smoothing:
-            gradients -= label_smoothing / logits.shape[1]
-        gradients[torch.arange(len(targets), device=targets.device), targets] -= 1.0 - label_smoothing
-        ctx.save_for_backward(gradients.to(weight.dtype) @ weight)
+        logits = F.linear(hidden, weight, bias)
+        losses, is_right, gradients = _cross_entropy(logits, targets, label_smoothing)
+        ctx.save_for_backward(gradients @ weight)
         ctx.mark_non_differentiable(is_right)
         return losses, is_right
 
@@ -210,6 +206,27 @@ class _FrozenHeadLoss(torch.autograd.Function):
         (unit_gradient,) = ctx.saved_tensors
         scaled = unit_gradient * grad_outputs[0][:, None]
         return scaled.to(unit_gradient.dtype), None, None, None, None
+
+
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses and what was right, float32 [N]; the gradient in the dtype, and it may be in the place, of `logits`."""
+    if has_triton(logits.device):
+        from trainer.fast.triton_loss import cross_entropy
+
+        return *cross_entropy(logits, targets, label_smoothing), logits
+    wide = logits.float()
+    is_right = _is_right(wide, targets)
+    log_sums = wide.logsumexp(dim=-1)
+    losses = log_sums - (1.0 - label_smoothing) * wide.gather(1, targets[:, None]).squeeze(1)
+    if label_smoothing:
+        losses -= label_smoothing * wide.mean(dim=-1)
+    gradients = wide.sub_(log_sums[:, None]).exp_()
+    if label_smoothing:
+        gradients -= label_smoothing / logits.shape[1]
+    gradients[torch.arange(len(targets), device=targets.device), targets] -= 1.0 - label_smoothing
+    return losses, is_right, gradients.to(logits.dtype)
 
 
 def _logit_adjustment(config: Any) -> Adjustment | None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from trainer.attention import unwrapped
+from trainer.experts import NUM_EXPERTS_NAMES
 
 _SAME_INPUT = {
     **dict.fromkeys(
@@ -147,8 +148,8 @@ def _is_product(module: torch.nn.Module) -> bool:
 
 
 def _num_experts(config: Any) -> int:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return next((int(value) for name in names if (value := getattr(config, name, None))), 1)
+    values = (getattr(config, name, None) for name in NUM_EXPERTS_NAMES)
+    return next((int(value) for value in values if value), 1)
 
 
 def _active_share(config: Any, num_experts: int) -> float:

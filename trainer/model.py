@@ -1,7 +1,5 @@
 """Model and tokenizer from a local folder or the local hub cache: safetensors only, no remote code, no network."""
 
-import functools
-import hashlib
 import json
 import logging
 import sys
@@ -16,26 +14,22 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from pipelines.built_in_templates import template_for
+from pipelines.hub_cache import model_folder
 from pipelines.tokenizer_files import add_new_tokens
-from schemas.errors import ConfigError, InputError, RefusedError, TrainingError
+from schemas.errors import ConfigError, InputError, RefusedError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import BaseForm, ModelConfig
 from trainer import int8_rows, nf4
-from trainer.attention import unwrapped, use_packed_attention
+from trainer.attention import use_packed_attention
+from trainer.dtypes import cast, is_scale_vector, resolve_dtype
+from trainer.model_files import check_model_folder, refuse_remote_code
 from trainer.rope import scale_rope
-from trainer.support import model_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 LayOut = Callable[[torch.nn.Module, torch.device, BaseForm], dict[str, torch.device]]
-
-WEIGHTS_NAME = "model.safetensors"
-WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
-"""Compute capabilities from which on tensor cores multiply in that precision."""
 
 
 def load_base_model(
@@ -84,7 +78,7 @@ def load_base_model(
     if base == "int8_rows":
         int8_rows.take_over(loaded, dtype)
     if base != "plain":
-        _cast(loaded, dtype)
+        cast(loaded, dtype)
     use_packed_attention(loaded)
     return _with_new_rows(loaded, model)
 
@@ -147,42 +141,6 @@ def _quantisation(folder: Path, base: BaseForm) -> dict[str, Any]:
     if base in ("int8", "int8_rows"):
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """From a quantised folder transformers takes norms, biases and the head in the dtype that they have there."""
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not _is_own_dtype(
-            model, name
-        ):
-            parameter.data = parameter.data.to(dtype)
-
-
-def check_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """PEFT and bitsandbytes make fp32 of adapters, norms or the head here and there: slower, and no mistake shows.
-
-    Raises TrainingError when a parameter computes in another dtype, unless its family asks for fp32 itself.
-    """
-    causal_lm = unwrapped(model)
-    for name, parameter in model.named_parameters():
-        is_floating = parameter.is_floating_point()
-        if is_floating and parameter.dtype != dtype and not _is_own_dtype(causal_lm, name):
-            raise TrainingError(f"{name} is {parameter.dtype}, expected {dtype}: report this")
-
-
-def _is_own_dtype(model: Any, name: str) -> bool:
-    """Quantised bytes, their scales, and what a model's family computes in fp32 whatever the rest does."""
-    in_fp32 = {
-        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
-        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
-    }
-    is_own = name.endswith((".packed", ".absmax", ".rows", ".scales")) or is_scale_vector(name)
-    return is_own or any(part in in_fp32 for part in name.split("."))
-
-
-def is_scale_vector(name: str) -> bool:
-    """A parameter of IA3 or a magnitude of DoRA, held in fp32: near 1, bf16 knows steps of 1/128 alone."""
-    return ".ia3_l." in name or ".lora_magnitude_vector." in name
 
 
 @contextmanager
@@ -265,7 +223,7 @@ def load_tokenizer(config: PipelineConfig) -> "PreTrainedTokenizerBase":
 def _read_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     name = model.tokenizer if model.tokenizer is not None else model.path
     folder = model_folder(name, model.revision if model.tokenizer is None else None)
-    _refuse_remote_code(folder, ("tokenizer_config.json",))
+    refuse_remote_code(folder, ("tokenizer_config.json",))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -289,118 +247,3 @@ def resolve_device(model: ModelConfig) -> torch.device:
     if model.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def resolve_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware computes in it, float16 where only that has tensor cores, else float32.
-
-    Raises RefusedError where bfloat16 was asked for and is emulated.
-    """
-    capability = _compute_capability(device) if device.type == "cuda" else BFLOAT16_CAPABILITY
-    if model.dtype == "bfloat16" and capability < BFLOAT16_CAPABILITY:
-        raise RefusedError(
-            f"model.dtype is bfloat16 but {torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability}, below 8.0; use dtype: float16 (from 7.0 on) or float32"
-        )
-    if model.dtype != "auto":
-        return DTYPES[model.dtype]
-    if capability >= BFLOAT16_CAPABILITY:
-        return torch.bfloat16
-    return torch.float16 if capability >= FLOAT16_CAPABILITY else torch.float32
-
-
-def _compute_capability(device: torch.device) -> tuple[int, int]:
-    # torch.cuda.is_bf16_supported() says yes below 8.0 too, through emulation.
-    return torch.cuda.get_device_capability(device)
-
-
-# The folder -------------------------------------------------------------------------------------------------
-
-
-def check_model_folder(model: ModelConfig) -> Path:
-    """The model's folder, once it holds a config and every safetensors file that is needed. Raises InputError."""
-    folder = model_folder(model.path, model.revision)
-    _refuse_remote_code(folder, ("config.json",))
-    if model.init == "files":
-        weight_files(folder)
-    return folder
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model's weights. Raises InputError when one is missing."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME]
-    index = folder / WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-            path.name for path in folder.glob("*.pt*")
-        )
-        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
-        raise InputError(
-            f"{folder}: found {found}; expected {WEIGHTS_NAME} or {WEIGHTS_INDEX_NAME}: save the model with "
-            "save_pretrained of a recent transformers"
-        )
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{folder}: {missing[0]} of {len(names)} weight files is missing; download it again")
-    return [folder / name for name in names]
-
-
-def _refuse_remote_code(folder: Path, names: tuple[str, ...]) -> None:
-    for name in names:
-        path = folder / name
-        settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-        unsafe = sorted(key for key in settings if key == "auto_map" or key.endswith("_internal"))
-        if unsafe:
-            raise InputError(
-                f"{path} has {unsafe[0]!r}, which makes transformers run code from the model's folder; "
-                "use a model that transformers knows itself"
-            )
-
-
-# Identity ---------------------------------------------------------------------------------------------------
-
-FULLY_READ_BYTES = 256 * 2**20
-NUM_SAMPLED_BLOCKS = 256
-SAMPLED_BLOCK_BYTES = 64 * 2**10
-
-
-def base_digest(model: ModelConfig) -> str:
-    """Of the model as the settings have it: drawn weights hang on its config alone."""
-    folder = check_model_folder(model)
-    return model_digest(folder) if model.init == "files" else _digest(_states([folder / "config.json"]))
-
-
-def model_digest(folder: Path) -> str:
-    """32 hex digits over config.json and the weights; computed once per process and file state.
-
-    Files up to 256 MiB are read whole. Of larger ones the size, the header and 256 evenly spaced blocks count:
-    it names a model (another fine-tune differs all over), it does not prove that no bit has flipped.
-    """
-    return _digest(_states([folder / "config.json", *weight_files(folder)]))
-
-
-def _states(files: list[Path]) -> tuple[tuple[Path, int, int], ...]:
-    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-
-
-@functools.cache
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for path, num_bytes, _ in files:
-        digest.update(f"{path.name}:{num_bytes}:".encode())
-        with path.open("rb") as file:
-            for first, count in _blocks(num_bytes):
-                file.seek(first)
-                digest.update(file.read(count))
-    return digest.hexdigest()
-
-
-def _blocks(num_bytes: int) -> list[tuple[int, int]]:
-    if num_bytes <= FULLY_READ_BYTES:
-        step = 1 << 24
-        return [(first, step) for first in range(0, num_bytes, step)]
-    last = num_bytes - SAMPLED_BLOCK_BYTES
-    spaced = [last * block // NUM_SAMPLED_BLOCKS for block in range(1, NUM_SAMPLED_BLOCKS + 1)]
-    return [(0, 1 << 20), *((first, SAMPLED_BLOCK_BYTES) for first in spaced)]

@@ -17,7 +17,7 @@ from trainer.averaging import MovingAverage
 from trainer.pieces import Piece, ReadPiece, Shapes, own_names, stored_bytes
 from trainer.ranks import ALONE, Ranks
 from trainer.updates import UPDATES, Kind
-from trainer.updates.parts import State, Weight
+from trainer.updates.parts import ByTorch, State, Weight
 from trainer.updates.schedule_free import computing_weight
 
 ComputeLoss = Callable[[], torch.Tensor]
@@ -138,8 +138,10 @@ class MasterOptimizer:
             for master in self.masters.values():
                 if master.grad is not None:
                     master.grad /= loss_scale
-        # One wait for the device a step, here: the update depends on both numbers.
         numbers = torch.cat([summed.reshape(1), self.clip().reshape(1), num_gradients])
+        if self._can_skip_on_device():
+            return self._update_or_skip(numbers, learning_rate, limits)
+        # One wait for the device a step, here: the update depends on both numbers.
         loss_value, grad_norm, *counts = numbers.tolist()
         for master, count in zip(self.masters.values(), counts, strict=False):
             master.grad = master.grad if count else None
@@ -148,6 +150,29 @@ class MasterOptimizer:
         else:
             self.drop_gradients()
         return loss_value, grad_norm
+
+    def _can_skip_on_device(self) -> bool:
+        can = isinstance(self._update, ByTorch) and self._update.can_skip
+        return can and self._ranks.count == 1 and self._average is None
+
+    @torch.no_grad()
+    def _update_or_skip(
+        self, numbers: torch.Tensor, learning_rate: float, limits: Limits
+    ) -> tuple[float, float]:
+        """The device itself skips what the limits forbid: all is queued before its numbers are known here.
+
+        Otherwise a GPU has nothing to do while Python prepares the update: 6 of 448 ms on an H200.
+        """
+        arrived = begin_reading(numbers)
+        highest = (min(limit, torch.finfo(torch.float32).max) for limit in limits)  # it is finite
+        is_allowed = [number <= limit for number, limit in zip(numbers, highest, strict=True)]
+        assert isinstance(self._update, ByTorch)
+        self._update.step(learning_rate, skip=1.0 - (is_allowed[0] & is_allowed[1]).float())
+        self._write_back()
+        self.drop_gradients()
+        loss, grad_norm = arrived()
+        self.num_updates += limits.allow(loss, grad_norm)
+        return loss, grad_norm
 
     def _sum_over_ranks(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step's loss, and how many ranks have a gradient of each weight: what none has, is not updated."""
@@ -267,6 +292,21 @@ class MasterOptimizer:
                     tensor.copy_(_saved(read, kind, name, tensor))
         self.num_updates = num_updates
         self._write_back()
+
+
+def begin_reading(numbers: torch.Tensor) -> Callable[[], list[float]]:
+    """Ask a device for numbers; what is returned waits for them, and for nothing that is queued from now on."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    on_host = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+    have_arrived = torch.cuda.Event()
+    have_arrived.record()
+
+    def wait() -> list[float]:
+        have_arrived.synchronize()
+        return on_host.tolist()
+
+    return wait
 
 
 def _saved(read: ReadPiece, kind: str, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from trainer.job import Job
 from trainer.metrics import report
 from trainer.optimizers import Limits, Optimizer
 from trainer.rank_processes import MICRO_STEP_VARIABLE, OUT_OF_MEMORY_EXIT_CODE, smaller
-from trainer.stepping import MicroStepError, StepOutcome, is_out_of_memory, run_step
+from trainer.stepping import BatchesAhead, MicroStepError, StepOutcome, is_out_of_memory, run_step
 from trainer.steps import Step
 from trainer.strategies import STRATEGIES
 
@@ -56,6 +56,7 @@ class Stepper:
         self._model = model
         self._optimizer = optimizer
         self.bins_at_once = job.config.train.bins_per_micro_step
+        self._ahead = BatchesAhead(job)
 
     def run(self, step: Step, limits: Limits, *, loss_scale: float = 1.0) -> StepOutcome:
         """Raises OutOfMemoryError when even one bin, or the update, is too much."""
@@ -79,6 +80,7 @@ class Stepper:
                 limits=limits,
                 bins_at_once=self.bins_at_once,
                 loss_scale=loss_scale,
+                ahead=self._ahead,
             )
             return outcome, ""
         except MicroStepError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.pipeline_config import PipelineConfig
+from trainer.experts import has_experts
 from trainer.rope import scaled_positions
 
 Find = Callable[[PipelineConfig, dict[str, Any]], str | None]
@@ -91,8 +92,7 @@ def _attention_sinks(config: PipelineConfig, architecture: dict[str, Any]) -> st
 
 
 def _experts_under_zero3(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if config.train.strategy != "zero3" or not any(architecture.get(name) for name in names):
+    if config.train.strategy != "zero3" or not has_experts(architecture):
         return None
     return f"train.strategy is zero3, model type {architecture.get('model_type')!r} has experts"
 

@@ -13,7 +13,7 @@ import torch
 
 from pipelines.storage import write_json
 from schemas.errors import TrainingError
-from trainer.model import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from trainer.model_files import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from trainer.weights import DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9

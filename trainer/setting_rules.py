@@ -21,17 +21,20 @@ FLOAT16_STRATEGIES = ("single", "ddp", "fsdp2", "pipeline")
 
 
 def takes_layers(train: TrainConfig) -> bool:
-    """Whether decoder layers are to be computed as one, where their family can be (trainer/fast)."""
+    """Whether the settings ask for decoder layers that are computed as one, where their family can be (trainer/fast).
+
+    GPUs with Triton do it unasked.
+    """
     is_wanted = (
         train.kernels == "layers"
         or train.compile
         or train.gradient_checkpointing == "selective"
         or _long_row_settings(train)
     )
-    return bool(is_wanted) and _can_take_layers(train)
+    return bool(is_wanted) and can_take_layers(train)
 
 
-def _can_take_layers(train: TrainConfig) -> bool:
+def can_take_layers(train: TrainConfig) -> bool:
     return (
         train.method == "lora"
         and train.batches != "unpacked"
@@ -131,7 +134,7 @@ def _saved_and_target(config: PipelineConfig, architecture: dict[str, Any]) -> s
 def _no_layers(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     train = config.train
     asked = _long_row_settings(train) + (["train.kernels is layers"] if train.kernels == "layers" else [])
-    if not asked or _can_take_layers(train):
+    if not asked or can_take_layers(train):
         return None
     return (
         f"{', '.join(asked)}, train.method {train.method}, strategy {train.strategy}, base {train.base}, batches "

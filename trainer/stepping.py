@@ -13,7 +13,7 @@ from trainer.job import Job
 from trainer.loss import summed_loss
 from trainer.loss_scale import is_overflow
 from trainer.noise import NoisyBin, noise_for
-from trainer.optimizers import NO_LIMITS, Limits, Optimizer
+from trainer.optimizers import NO_LIMITS, Limits, Optimizer, begin_reading
 from trainer.padding import computed_batches
 from trainer.schedules import learning_rate
 from trainer.steps import MicroStep, Step, micro_steps
@@ -58,6 +58,7 @@ def run_step(
     limits: Limits = NO_LIMITS,
     bins_at_once: int | None = None,
     loss_scale: float = 1.0,
+    ahead: "BatchesAhead | None" = None,
 ) -> StepOutcome:
     """The step's loss is the weighted mean over its trained tokens, on whichever rank they are; its divisor is
     known from the plan. Weights change if the limits allow its loss and gradient.
@@ -67,18 +68,20 @@ def run_step(
     rate = learning_rate(job.config.train, step.number, len(job.steps))
     if step.weight_sum <= 0:
         return StepOutcome(loss=0.0, grad_norm=0.0, learning_rate=rate)
+    ahead = ahead or BatchesAhead(job)
     try:
-        total, counts = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale)
+        total, counts = _accumulate(job, model, optimizer, step, bins_at_once, loss_scale, ahead)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise MicroStepError from error
     job.ranks.pulse.mark(f"updating in step {step.number + 1}")
-    counts_on_host = _on_host(job.ranks.add_up(counts))
+    arrived = begin_reading(job.ranks.add_up(counts))
+    ahead.make(step.number + 1, bins_at_once)
     loss, grad_norm = optimizer.update(total / loss_scale, rate, limits, loss_scale=loss_scale)
     is_spike = NO_LIMITS.allow(loss, grad_norm) and not limits.allow(loss, grad_norm)
     overflowed = is_overflow(loss, grad_norm, loss_scale)
-    num_right, num_trained = counts_on_host.tolist()  # there since the update, which waits for the device
+    num_right, num_trained = arrived()
     return StepOutcome(
         loss,
         grad_norm,
@@ -87,13 +90,6 @@ def run_step(
         is_overflow=overflowed,
         is_spike=is_spike,
     )
-
-
-def _on_host(counts: torch.Tensor) -> torch.Tensor:
-    """A copy that is on its way."""
-    if not counts.is_cuda:
-        return counts
-    return torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -110,18 +106,68 @@ def _accumulate(
     step: Step,
     bins_at_once: int | None,
     loss_scale: float,
+    ahead: "BatchesAhead",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's part of the loss, and of the tokens that were predicted right and that were trained."""
     total = torch.zeros((), device=job.device)
     counts = torch.zeros(2, dtype=torch.int64, device=job.device)
-    own = [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
+    own = _own_parts(job, step, bins_at_once)
     for number, micro_step in enumerate(own, 1):
         job.ranks.pulse.move()
         factor = (0.0 if micro_step.is_filler else 1.0) * loss_scale / step.weight_sum
+        batches = ahead.take(step, micro_step)
         total += _run_micro_step(
-            job, model, optimizer, step, micro_step, counts, factor=factor, is_last=number == len(own)
+            job,
+            model,
+            optimizer,
+            step,
+            micro_step,
+            batches,
+            counts,
+            factor=factor,
+            is_last=number == len(own),
         )
     return total, counts
+
+
+class BatchesAhead:
+    """The first batches of the next step, made while the GPU is still busy with this one."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._made: tuple[tuple[int, MicroStep], list[MicroBatch]] | None = None
+
+    def make(self, step_number: int, bins_at_once: int | None) -> None:
+        """Those of this step, if there is one. On a CPU they would be ready no sooner."""
+        job = self._job
+        if job.device.type == "cpu" or step_number >= len(job.steps):
+            return
+        step = job.steps[step_number]
+        for first in _own_parts(job, step, bins_at_once)[:1]:
+            self._made = (step.number, first), _batches(job, step, first)
+
+    def take(self, step: Step, micro_step: MicroStep) -> list[MicroBatch]:
+        made, self._made = self._made, None
+        if made is not None and made[0] == (step.number, micro_step):
+            return made[1]
+        return _batches(self._job, step, micro_step)
+
+
+def _batches(job: Job, step: Step, micro_step: MicroStep) -> list[MicroBatch]:
+    """On the job's device; padded, a micro-step may be several."""
+    batches = computed_batches(
+        job.plans[step.epoch],
+        job.reader,
+        micro_step.first_bin,
+        micro_step.end_bin,
+        tokens_per_bin=job.padded_tokens_per_bin,
+        pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
+    )
+    return [batch.to(job.device) for batch in batches]
+
+
+def _own_parts(job: Job, step: Step, bins_at_once: int | None) -> list[MicroStep]:
+    return [part for micro_step in _own_micro_steps(job, step) for part in _cut(micro_step, bins_at_once)]
 
 
 def _cut(micro_step: MicroStep, bins_at_once: int | None) -> list[MicroStep]:
@@ -149,23 +195,14 @@ def _run_micro_step(
     optimizer: Optimizer,
     step: Step,
     micro_step: MicroStep,
+    batches: list[MicroBatch],
     counts: torch.Tensor,
     *,
     factor: float,
     is_last: bool,
 ) -> torch.Tensor:
-    """The sum of its losses; padded, it may be several batches, one backward pass after the other."""
+    """The sum of its losses; of several batches, one backward pass after the other."""
     total = torch.zeros((), device=job.device)
-    batches = list(
-        computed_batches(
-            job.plans[step.epoch],
-            job.reader,
-            micro_step.first_bin,
-            micro_step.end_bin,
-            tokens_per_bin=job.padded_tokens_per_bin,
-            pad_multiple=CUDA_PAD_MULTIPLE if job.device.type == "cuda" else None,
-        )
-    )
     for number, batch in enumerate(batches, 1):
         rows = _rows(job, step, micro_step, batch)
         # Tokens that a method puts before each padded document are no embeddings of the table.
@@ -178,7 +215,7 @@ def _run_micro_step(
                     _scaled_loss,
                     job,
                     model,
-                    batch.to(job.device),
+                    batch,
                     factor,
                     None if micro_step.is_filler else counts,
                 ),

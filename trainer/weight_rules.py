@@ -1,7 +1,7 @@
 """Rules that look into the headers of the model's and the adapter's files: names and shapes, and no weight is loaded.
 
 What does not fit is refused here, before the first stage, in place of an hour later with the weights in memory.
-Light: no torch, but where an adapter of ours says over which base it was trained.
+Light: no torch.
 """
 
 import difflib
@@ -16,14 +16,14 @@ from pipelines.hub_cache import model_folder
 from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import ModelConfig
+from trainer.experts import has_experts
 from trainer.memory import Shapes, is_linear, read_shapes, shapes_in
+from trainer.model_files import check_model_folder, model_digest
 from trainer.rules import Rule
 from trainer.start_adapter import TENSORS_NAME, adapter_folder, check_base_of
 from trainer.tensor_headers import same_bytes
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Layers of experts lie in the files under other names than in the model."""
 FOREIGN_TENSORS = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "codebooks": "AQLM"}
 """What other quantisers leave in the place of a weight, by the end of its name."""
 
@@ -71,7 +71,7 @@ def _two_heads(config: PipelineConfig, architecture: dict[str, Any]) -> str | No
 
 def _no_such_target(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     targets, names = config.train.lora.targets, [*_linear_layers(config), "lm_head"]
-    if len(names) == 1 or targets == "all-linear" or not _is_fresh_lora(config) or _has_experts(architecture):
+    if len(names) == 1 or targets == "all-linear" or not _is_fresh_lora(config) or has_experts(architecture):
         return None
     for pattern in [targets] if isinstance(targets, str) else targets:
         if not any(_is_meant(name, pattern, is_pattern=isinstance(targets, str)) for name in names):
@@ -98,10 +98,6 @@ def _is_fresh_lora(config: PipelineConfig) -> bool:
     model = config.model
     continued = model is not None and model.adapter is not None and model.adapter_use == "continue"
     return config.train.method == "lora" and not continued
-
-
-def _has_experts(architecture: dict[str, Any]) -> bool:
-    return any(architecture.get(name) for name in EXPERTS)
 
 
 def _linear_layers(config: PipelineConfig) -> Shapes:
@@ -150,8 +146,6 @@ def _adapter_of_another_base(config: PipelineConfig, architecture: dict[str, Any
     if folder is None or config.model is None or not _shapes(config):
         return None
     if (folder.parent / "training.json").is_file():
-        from trainer.model import check_model_folder, model_digest  # it brings torch
-
         try:
             check_base_of(folder, model_digest(check_model_folder(config.model)))
         except InputError as error:
@@ -161,7 +155,7 @@ def _adapter_of_another_base(config: PipelineConfig, architecture: dict[str, Any
 
 def _adapter_that_does_not_fit(config: PipelineConfig, architecture: dict[str, Any]) -> str | None:
     folder, shapes = _readable_adapter(config.model), _shapes(config)
-    if folder is None or not shapes or _has_experts(architecture):
+    if folder is None or not shapes or has_experts(architecture):
         return None
     adapter = shapes_in(folder / TENSORS_NAME)
     for name, (_, num_in) in _pairs(adapter, "lora_A"):

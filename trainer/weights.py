@@ -23,7 +23,8 @@ from schemas.errors import InputError, TrainingError
 from schemas.training_config import BaseForm, ModelConfig
 from trainer import nf4
 from trainer.attention import use_packed_attention
-from trainer.model import check_model_folder, read_config, weight_files
+from trainer.model import read_config
+from trainer.model_files import check_model_folder, weight_files
 from trainer.stand_ins import change_parameters, stand_in
 
 DTYPES = {

@@ -1,9 +1,12 @@
 """`sft-pipeline bench ...`: reads arguments and calls one function. Imports are made inside, as in cli.py."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
+
+if TYPE_CHECKING:
+    from flows.bench.options import BenchOptions
 
 Flag = Annotated[bool, Parameter(negative="")]
 Several = Annotated[tuple[str, ...], Parameter(negative="")]
@@ -107,12 +110,7 @@ def train(
     json
         Write all numbers of all runs into this file, anew after each process.
     """
-    from flows.bench.contest import run_bench
-    from flows.bench.making import make
     from flows.bench.options import BenchOptions, check_options, numbers_of, pythons_of
-    from flows.bench.table import markdown, record
-    from pipelines.storage import write_json
-    from schemas.errors import TrainingError
 
     options = BenchOptions(
         folder=folder.resolve(),
@@ -145,9 +143,24 @@ def train(
     )
     check_options(options)
     if make_only:
-        make(options, weights=False)
-        print(options.data_folder)
-        return
+        _make(options)
+    else:
+        _measure(options, json)
+
+
+def _make(options: "BenchOptions") -> None:
+    from flows.bench.making import make
+
+    make(options, weights=False)
+    print(options.data_folder)
+
+
+def _measure(options: "BenchOptions", json: Path | None) -> None:
+    from flows.bench.contest import run_bench
+    from flows.bench.table import markdown, record
+    from pipelines.storage import write_json
+    from schemas.errors import TrainingError
+
     note = None if json is None else lambda found: write_json(json, record(options, found))
     entries = run_bench(options, note)
     print(markdown(options, entries), end="")

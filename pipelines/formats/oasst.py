@@ -1,4 +1,4 @@
-"""OpenAssistant's trees: {"message_tree_id": ..., "prompt": {"text", "role", "replies": [...]}}.
+"""OpenAssistant's trees: {"message_tree_id": ..., "prompt": {"text", "role", "replies": [...]}}, or their flat rows.
 
 All paths, or (`tree_paths: best`) the one that takes the best-ranked reply at each step. Deleted messages are left
 out with all that answers them.
@@ -6,6 +6,7 @@ out with all that answers them.
 
 from typing import Any
 
+from pipelines.formats.message_rows import is_message_row, is_rows_of_a_tree, lone_row, nested
 from pipelines.formats.tree import Node, all_paths, count_leaves, one_path
 from pipelines.formats.turns import Reading, read_text
 from schemas.conversation import Drop, Message, Role
@@ -16,16 +17,23 @@ _NO_RANK = 1 << 30
 
 
 def matches(record: dict[str, Any]) -> bool:
-    """Whether a prompt carries its replies."""
+    """Whether a prompt carries its replies, or rows are messages that answer each other."""
     prompt = record.get("prompt")
-    return isinstance(prompt, dict) and "text" in prompt and isinstance(prompt.get("replies"), list)
+    is_tree = isinstance(prompt, dict) and "text" in prompt and isinstance(prompt.get("replies"), list)
+    return is_tree or is_rows_of_a_tree(record) or is_message_row(record)
 
 
 def read(record: dict[str, Any], source: SourceConfig) -> Reading:
     """The chats of the tree."""
-    root, num_deleted = _tree(record["prompt"])
+    if is_rows_of_a_tree(record):
+        tree = nested(record)
+        return tree if isinstance(tree, Drop) else read(tree, source)
+    if is_message_row(record):
+        return lone_row()
+    root, num_deleted, num_behind = _tree(record["prompt"])
     if root is None:
-        return Drop("no_messages", "the tree's first message is deleted")
+        detail = "the tree's first message is deleted"
+        return Drop("no_messages", f"{detail}, and with it {num_behind} behind it" if num_behind else detail)
     if source.tree_paths == "best":
         leaf = root
         while leaf.children:
@@ -37,14 +45,16 @@ def read(record: dict[str, Any], source: SourceConfig) -> Reading:
         chats.meta["id"] = record["message_tree_id"]
     if num_deleted:
         chats.meta.setdefault("repairs", {})["deleted_messages"] = num_deleted
+    if num_behind:
+        chats.meta["repairs"]["behind_deleted_messages"] = num_behind
     return chats
 
 
-def _tree(prompt: dict[str, Any]) -> tuple[Node | None, int]:
-    """The root, children in the order of their ranks, and how many branches were deleted."""
+def _tree(prompt: dict[str, Any]) -> tuple[Node | None, int, int]:
+    """The root, children in the order of their ranks, how many were deleted, and how many are lost behind those."""
     if prompt.get("deleted"):
-        return None, 1
-    root, num_deleted = _node(prompt, None), 0
+        return None, 1, _num_behind(prompt)
+    root, num_deleted, num_behind = _node(prompt, None), 0, 0
     stack = [(root, prompt)]
     while stack:
         parent, message = stack.pop()
@@ -52,12 +62,24 @@ def _tree(prompt: dict[str, Any]) -> tuple[Node | None, int]:
         for reply in sorted(replies if isinstance(replies, list) else [], key=_rank):
             if isinstance(reply, dict) and reply.get("deleted"):
                 num_deleted += 1
+                num_behind += _num_behind(reply)
                 continue
             node = _node(reply, parent)
             parent.children.append(node)
             if isinstance(reply, dict):
                 stack.append((node, reply))
-    return root, num_deleted
+    return root, num_deleted, num_behind
+
+
+def _num_behind(message: dict[str, Any]) -> int:
+    """How many messages answer one, directly or not."""
+    count, stack = 0, [message]
+    while stack:
+        replies = stack.pop().get("replies")
+        found = replies if isinstance(replies, list) else []
+        count += len(found)
+        stack += [reply for reply in found if isinstance(reply, dict)]
+    return count
 
 
 def _rank(reply: Any) -> float:

@@ -5,13 +5,16 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from flows import command_options
 from flows.packages import OUR_PACKAGES, foreign_package
 from flows.preflight import ALL_STAGES, chosen_stages
 from schemas.errors import ConfigError
 from schemas.run import STAGE_FOLDERS, STAGES
+from schemas.training_config import BaseForm
 from tests.integration import toy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -133,6 +136,12 @@ def test_a_foreign_package_in_place_of_ours_is_named_and_refused(
     assert result.returncode == 2
     assert result.stderr.startswith(f"sft-pipeline: error: package {package!r} is imported from {intruder}")
     assert result.stderr.count("\n") == 1
+
+
+def test_choices_of_the_command_line_are_those_of_the_config() -> None:
+    assert get_args(command_options.BaseForm) == get_args(BaseForm)
+    assert get_args(command_options.DataStage) == STAGES
+    assert get_args(command_options.Stage) == ALL_STAGES
 
 
 def test_our_own_packages_lie_side_by_side() -> None:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,16 @@ from flows.distributions import (
     problems_with,
     requirements,
 )
-from flows.doctor import Question, examine, finding_lines, guarded
+from flows.doctor import Question, check_earlier_runs, examine, finding_lines, guarded
 from flows.machine import Finding, check_disk, check_lock, excludes_others, file_system, size_text
 from flows.prefect_checks import Settings, check_home
+from flows.preflight import check_before_start
+from pipelines.storage import read_manifest, write_manifest
+from schemas.config_file import load_config
+from schemas.errors import InputError
 from schemas.pipeline_config import PipelineConfig
 from tests.integration import toy
+from tests.pipelines.test_dedup_stage import run_to_dedup, write_project
 
 ROOT = Path(__file__).parent.parent.parent
 GIB = 2**30
@@ -89,6 +97,59 @@ def test_a_config_that_could_not_run_is_found_with_its_reasons(tmp_path: Path) -
     assert any("no-benchmark.json" in line for line in failures)
     assert any(str(tmp_path / "absent") in line for line in failures)
     assert "would not run: 3" in result.stdout
+
+
+def break_features(root: Path) -> None:
+    file = next((root / "04_deduplicated" / "features").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def make_older(root: Path) -> None:
+    manifest = read_manifest(root / "04_deduplicated")
+    assert manifest is not None
+    write_manifest(root / "04_deduplicated", manifest.model_copy(update={"stage_version": 0}))
+
+
+EARLIER: dict[str, tuple[Callable[[Path], object], str]] = {
+    "absent": (shutil.rmtree, "is not finished: run the stage 'dedup' first"),
+    "stopped before dedup": (lambda root: shutil.rmtree(root / "04_deduplicated"), "is not finished"),
+    "of another version": (make_older, "was made by version 0"),
+    "cut short": (break_features, "bytes, its manifest names"),
+    "without kept rows": (
+        lambda root: next((root / "04_deduplicated").glob("part-*")).unlink(),
+        "has 0 bytes, its manifest names",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_an_earlier_run_that_can_not_be_taken_is_found_before_hours_of_work(
+    name: str, tmp_path: Path
+) -> None:
+    run_to_dedup(write_project(tmp_path, [("one", "two"), ("three", "four")], "other"))
+    path = write_project(tmp_path, [("five", "six")])
+    config = load_config(path, ["earlier_runs=[other]"])
+    stages = ["merge", "clean", "filter", "dedup"]
+    (finding,) = check_earlier_runs(config)
+    assert (finding.level, finding.found) == ("ok", f"{tmp_path}/other, 2 rows that are not taken again")
+    check_before_start(config, stages)
+
+    damage, said = EARLIER[name]
+    damage(tmp_path / "other")
+    (finding,) = check_earlier_runs(config)
+    assert finding.level == "fails"
+    assert said in finding.found
+    with pytest.raises(InputError, match=re.escape(said)):
+        check_before_start(config, stages)
+    check_before_start(config, stages[:-1])
+
+
+def test_doctor_asks_for_earlier_runs_where_dedup_is_to_run(tmp_path: Path) -> None:
+    path = write_project(tmp_path, [("five", "six")])
+    for until, levels in (("dedup", ["fails", "fails"]), ("filter", [])):
+        question = Question(path, (f"earlier_runs=[{tmp_path}/run, {tmp_path}/absent]",), until=until)
+        found = [finding for finding in examine(question) if finding.subject == "earlier run"]
+        assert [finding.level for finding in found] == levels
 
 
 @pytest.mark.parametrize(

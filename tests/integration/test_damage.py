@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines import storage
-from pipelines.parts import read_sidecar, write_sidecar
+from pipelines.part_files import read_sidecar, write_sidecar
 from pipelines.stage import run_stage
 from schemas.config_file import load_config
 from schemas.errors import InputError, IntegrityError
@@ -301,8 +301,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
     config: PipelineConfig, number: int, name: str
 ) -> None:
     from trainer.checkpoint import read_newest, step_folders
-    from trainer.job import plan_job
-    from trainer.train import facts
+    from trainer.job import facts, plan_job
 
     job = plan_job(config)
     newest, before = step_folders(job.folder)[:2]

@@ -103,24 +103,22 @@ def write_tokenizer(folder: Path, texts: Iterable[str] = ()) -> int:
     return len(fast)
 
 
-def write_model(folder: Path) -> None:
-    """A two-layer Llama beside its tokenizer."""
+def write_model(folder: Path, texts: Iterable[str] = (), **sizes: int) -> None:
+    """A two-layer Llama beside its tokenizer, which knows the words of `texts` too."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocab_size = write_tokenizer(folder)
+    vocab_size = write_tokenizer(folder, texts)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+    config = LlamaConfig(vocab_size=vocab_size, eos_token_id=1, pad_token_id=2, **shape | sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 

@@ -18,6 +18,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipelines import archives, arrow_batches
 from pipelines.containers import plan_file, read_range
@@ -26,7 +27,7 @@ from pipelines.part_ranges import PartRange
 from schemas.conversation import Conversation, Drop
 from schemas.errors import InputError
 from schemas.pipeline_config import MergeConfig, PipelineConfig
-from schemas.source_config import SourceConfig
+from schemas.source_config import BenchmarkConfig, SourceConfig
 from tests.pipelines.test_containers import drops, plan, read, values
 
 RECORDS = [
@@ -156,6 +157,60 @@ def test_every_line_of_any_csv_is_in_a_record_or_a_drop(
     shown = "".join(record.raw.decode() for record in found)
     for letter in "ab":
         assert shown.count(letter) >= body.count(letter) or any(r.reason == "record_too_large" for r in found)
+
+
+NAMED = SourceConfig(name="s", path="x", columns=["instruction", "input", "output"])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_csv_without_names_is_read_by_columns(delimiter: str, encoding: str, tmp_path: Path) -> None:
+    body = csv_text(RECORDS, delimiter).partition("\n")[2]
+    (tmp_path / "a.csv").write_bytes(body.encode(encoding))
+    assert values(plan(tmp_path / "a.csv", source=NAMED)) == RECORDS
+    (tmp_path / "a.csv").write_bytes(csv_text(RECORDS, delimiter).encode(encoding))
+    assert values(plan(tmp_path / "a.csv", source=NAMED)) == RECORDS, "a first row of names is one"
+
+
+def test_columns_find_the_delimiter_that_is_rarer_in_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a, b, c, d;e, f;g\n\nh;i;j\nk;l\ninstruction;input;output\n")
+    records = read(plan(tmp_path / "a.csv", source=NAMED))
+    assert [list(json.loads(r.raw).values()) for r in records if not r.reason] == [
+        ["a, b, c, d", "e, f", "g"],
+        ["h", "i", "j"],
+        ["instruction", "input", "output"],
+    ]
+    assert [r.detail for r in records if r.reason] == ["line 4: 2 fields, columns names 3"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), min_size=1, max_size=12))
+def test_what_a_csv_writer_writes_is_read_by_columns(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=csv.QUOTE_ALL).writerows(rows)
+    (tmp_path / "a.csv").write_bytes(text.getvalue().encode())
+    source = SourceConfig(name="s", path="x", columns=["left", "right"], container="csv")
+    assert [(r["left"], r["right"]) for r in values(plan(tmp_path / "a.csv", source=source))] == rows
+
+
+def test_quoted_names_behind_a_byte_order_mark_are_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes('"prompt","completion"\na,b\n'.encode("utf-8-sig"))
+    assert values(plan(tmp_path / "a.csv")) == [{"prompt": "a", "completion": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("settings_", "told"),
+    [
+        ({"columns": ["a", "a"]}, "name each column once"),
+        ({"columns": ["a", " "]}, "none of them empty"),
+        ({"columns": ["a"], "container": "json"}, "container is json"),
+    ],
+)
+def test_columns_that_make_no_sense_are_refused(settings_: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        SourceConfig(name="s", path="x", **settings_)
+    with pytest.raises(ValidationError, match=told):
+        BenchmarkConfig(name="s", path="x", question=["a"], **settings_)
 
 
 def test_a_csv_row_without_end_is_too_large_and_the_next_rows_are_read(tmp_path: Path) -> None:

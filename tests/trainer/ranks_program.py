@@ -19,8 +19,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from schemas.pipeline_config import PipelineConfig
-from trainer import compiling, out_of_memory, stepping
-from trainer import train as training
+from trainer import building, compiling, out_of_memory, stepping
 from trainer.draws import draw_seed
 from trainer.job import plan_job
 from trainer.launch import _silence_libraries, read_config
@@ -79,7 +78,7 @@ def measure(config: PipelineConfig) -> None:
         (config.run_root / f"bytes-{job.ranks.number}.json").write_text(json.dumps(found))
         return outcome
 
-    out_of_memory.run_step, training.WeightFiles = measured, CountedFiles  # type: ignore[misc]
+    out_of_memory.run_step, building.WeightFiles = measured, CountedFiles  # type: ignore[misc]
 
 
 @contextmanager
@@ -154,7 +153,7 @@ def main(paths: list[str]) -> None:
     if backend := os.environ.get(BACKEND_VARIABLE):
         compiling.BACKEND = backend
     configs = [read_config(Path(path)) for path in paths]
-    original, originals = stepping.summed_loss, (out_of_memory.run_step, training.WeightFiles)
+    original, originals = stepping.summed_loss, (out_of_memory.run_step, building.WeightFiles)
     gc.freeze()  # alive_tensors() asks the collector: without the libraries' own million objects
     with joined_ranks(configs[0]) as ranks:
         for config in configs:
@@ -164,7 +163,7 @@ def main(paths: list[str]) -> None:
                 measure(config)
             train_job(plan_job(config, ranks))
             stepping.summed_loss = original
-            out_of_memory.run_step, training.WeightFiles = originals  # type: ignore[misc]
+            out_of_memory.run_step, building.WeightFiles = originals  # type: ignore[misc]
 
 
 if __name__ == "__main__":

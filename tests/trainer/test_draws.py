@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.trainer.tiny_models import tiny_model, tiny_run
+from trainer.building import apply_method, build_optimizer, load_model, place, use_draws
 from trainer.draws import BinDropout, drawing_for, use_bin_dropout
 from trainer.job import plan_job
 from trainer.stepping import run_step
-from trainer.train import apply_method, build_optimizer, load_model, place, use_draws
 
 BINS = ((11, 7), (12, 5), (13, 9))
 

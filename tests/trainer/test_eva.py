@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from schemas.errors import TrainingError
 from schemas.pipeline_config import PipelineConfig
 from tests.trainer.tiny_models import learnable_documents, tiny_run
+from trainer.building import load_model
 from trainer.data import micro_batch
 from trainer.eva import leading_directions, shared_ranks
 from trainer.job import plan_job
 from trainer.lora_targets import target_layers
 from trainer.loss import hidden_states
-from trainer.train import load_model
 
 NUM_DOCUMENTS, NUM_DIRECTIONS = 24, 6
 

@@ -356,7 +356,7 @@ def test_a_model_whose_loss_is_no_number_fails_and_is_named(tmp_path: Path) -> N
 
 
 def forge_base(config: PipelineConfig) -> None:
-    from trainer.model import model_digest
+    from trainer.model_files import model_digest
 
     assert config.model is not None
     path = (

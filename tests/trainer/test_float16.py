@@ -16,9 +16,9 @@ from schemas.training_result import TrainingResult
 from tests.trainer.tiny_models import tiny_run
 from trainer import loss_scale
 from trainer.checkpoint import Progress
+from trainer.dtypes import resolve_dtype
 from trainer.job import plan_job
 from trainer.loss_scale import INITIAL_SCALE, MAX_SCALE, MIN_SCALE, after_step, is_overflow
-from trainer.model import resolve_dtype
 from trainer.train import train
 
 STEPS = {"max_steps": 8, "checkpoint_every_steps": 4, "keep_checkpoints": 9}

@@ -21,13 +21,14 @@ from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from tests.trainer.tiny_models import learnable_documents, tiny_run, write_model
 from trainer.attention import use_plain_attention
+from trainer.building import apply_method, build_optimizer, load_model, place
 from trainer.checkpoint import step_name
 from trainer.consolidate import consolidate
 from trainer.initial_adapter import FOLDER_NAME, OVER_UNQUANTISED_BASE
 from trainer.job import plan_job
 from trainer.load_trained import load_with_adapter
 from trainer.model import load_base_model
-from trainer.train import apply_method, build_optimizer, load_model, place, restore, train
+from trainer.train import restore, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 IDS = torch.tensor([learnable_documents(1)[0].ids])

@@ -14,7 +14,7 @@ from schemas.errors import RefusedError, TrainingError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_config import TrainConfig
 from tests.trainer.tiny_models import tiny_run, write_model
-from trainer import judging, stepping
+from trainer import judging, loop, stepping
 from trainer import train as train_module
 from trainer.checkpoint import Progress, read_checkpoint
 from trainer.job import plan_job
@@ -94,7 +94,7 @@ def run_of(folder: Path, **settings: Any) -> PipelineConfig:
 
 def made_up_validations(monkeypatch: pytest.MonkeyPatch, by_step: list[float]) -> None:
     """In place of losses on held-out text: a tiny model gets better for ever. One is heard every two steps."""
-    original = train_module.split_loss
+    original = loop.split_loss
     heard: list[Any] = []
 
     def made_up(*arguments: Any, **named: Any) -> SplitLoss:
@@ -102,7 +102,7 @@ def made_up_validations(monkeypatch: pytest.MonkeyPatch, by_step: list[float]) -
         value = by_step[min(len(heard), len(by_step)) - 1]
         return dataclasses.replace(original(*arguments, **named), loss=value, bits_per_byte=value)
 
-    monkeypatch.setattr(train_module, "split_loss", made_up)
+    monkeypatch.setattr(loop, "split_loss", made_up)
 
 
 class Crash(BaseException):
@@ -146,14 +146,14 @@ def test_a_spike_is_skipped_in_a_training_and_again_after_a_kill(
     assert (expected.num_steps, expected.num_updates) == (12, 10)
     broken = run_of(tmp_path / "broken", max_loss_spike=3.0, max_steps=12)
     with monkeypatch.context() as patch:
-        original = train_module.validate
+        original = loop.validate
 
         def crash(job: Any, model: Any, metrics: Any, progress: Progress) -> Progress:
             if progress.num_steps == 8:
                 raise Crash
             return original(job, model, metrics, progress)
 
-        patch.setattr(train_module, "validate", crash)
+        patch.setattr(loop, "validate", crash)
         with pytest.raises(Crash):
             train(broken)
     assert train(broken) == expected

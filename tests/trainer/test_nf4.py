@@ -30,12 +30,13 @@ from tests.trainer.tiny_models import tiny_lora, tiny_model, tiny_run, write_mod
 from trainer import nf4
 from trainer.attention import use_plain_attention
 from trainer.data import micro_batch
+from trainer.dtypes import check_dtypes
 from trainer.job import plan_job
 from trainer.kernels import use_fast_kernels
 from trainer.load_trained import load_with_adapter
 from trainer.memory import memory_need, num_trained_weights, read_shapes
 from trainer.methods import lora
-from trainer.model import check_dtypes, load_base_model
+from trainer.model import load_base_model
 from trainer.nf4 import NF4Linear
 from trainer.optimizers import MasterOptimizer
 from trainer.output import num_trainable_weights

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from schemas.errors import TrainingError
 from schemas.training_config import TrainConfig
-from trainer.optimizers import MasterOptimizer
+from trainer.optimizers import Limits, MasterOptimizer
 from trainer.pieces import ReadPiece
 from trainer.ranks import Ranks
+from trainer.updates import adamw
 
 SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "adam_beta2": 0.99, "max_grad_norm": 0.5}
 
@@ -129,3 +131,37 @@ def test_each_rank_hands_over_its_share_of_the_tensors_that_all_hold() -> None:
 def test_nothing_trainable_is_an_error() -> None:
     with pytest.raises(TrainingError, match="nothing is trainable"):
         MasterOptimizer([], TrainConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_device_skips_what_the_host_would_have_skipped(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's fused kernel stands for that of a GPU: it is told to skip before anyone has seen the numbers."""
+    train = TrainConfig(learning_rate=0.1, weight_decay=0.1)
+    options = adamw._options
+    monkeypatch.setattr(adamw, "_options", lambda *more: options(*more) | {"fused": True})
+    by_host, by_device = ({"w": torch.nn.Parameter(torch.ones(3, 2, dtype=dtype))} for _ in range(2))
+    waiting, queued = (MasterOptimizer(weights.items(), train) for weights in (by_host, by_device))
+    monkeypatch.setattr(waiting, "_can_skip_on_device", lambda: False)
+    limits = Limits(loss=5.0, grad_norm=50.0)
+    for factor, loss in [
+        (1.0, 1.0),
+        (float("nan"), 1.0),
+        (2.0, 6.0),
+        (100.0, 1.0),
+        (float("inf"), 1.0),
+        (3.0, 2.0),
+    ]:
+        for optimizer, weights in ((waiting, by_host), (queued, by_device)):
+            (weight,) = weights.values()
+            weight.grad = torch.full_like(weight, factor)
+            optimizer.collect_gradients()
+        found = [o.update(torch.tensor(loss), 0.1, limits) for o in (waiting, queued)]
+        assert found[0][0] == found[1][0] == loss
+        np.testing.assert_equal(found[0][1], found[1][1])
+        assert torch.equal(by_host["w"], by_device["w"])
+        assert waiting.num_updates == queued.num_updates
+    assert queued.num_updates == 2
+    for ours, expected in zip(queued.pieces(), waiting.pieces(), strict=True):
+        assert torch.equal(ours.values, expected.values)

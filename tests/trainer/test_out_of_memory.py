@@ -137,7 +137,7 @@ def test_a_model_that_does_not_fit_is_told_before_the_first_step(
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("trainer.train.load_base_model", fail)
+    monkeypatch.setattr("trainer.building.load_base_model", fail)
     with pytest.raises(OutOfMemoryError, match=r"before the first step \(CUDA .*; set train.base: int8"):
         train(run_of(tmp_path / "run"))
 

@@ -15,12 +15,13 @@ from schemas.errors import RefusedError
 from schemas.pipeline_config import PipelineConfig
 from schemas.training_result import TrainingResult
 from tests.trainer.tiny_models import learnable_documents, tiny_run
+from trainer.building import load_model
 from trainer.evaluation import evaluate
 from trainer.job import plan_job
 from trainer.model import load_adapter, load_base_model
 from trainer.start_adapter import merge_into
 from trainer.support import refusals
-from trainer.train import load_model, train
+from trainer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 IDS = torch.tensor([learnable_documents(1)[0].ids])

@@ -28,7 +28,8 @@ from trainer import train as train_module
 from trainer.attention import use_plain_attention
 from trainer.draws import draw_seed
 from trainer.job import plan_job
-from trainer.model import load_adapter, load_base_model, model_digest
+from trainer.model import load_adapter, load_base_model
+from trainer.model_files import model_digest
 from trainer.stepping import StepOutcome
 from trainer.train import train
 

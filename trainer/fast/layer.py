@@ -66,6 +66,8 @@ class FastLayer:
     after_mlp: Norm | None = None
     of_queries: Norm | None = None
     of_keys: Norm | None = None
+    also_refreshed: list[Group] = field(default_factory=list)
+    """Of the first layer: the groups of all others, so that their adapters are copied in at once."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -97,8 +99,7 @@ class Row(NamedTuple):
 
 def run_layer(layer: FastLayer, manner: Manner, hidden: torch.Tensor, row: Row) -> torch.Tensor:
     """[T, K] -> [T, K], differentiable in `hidden` and in the layer's adapters."""
-    for group in layer.groups:
-        refresh(group)
+    refresh((*layer.groups, *layer.also_refreshed))
     if not torch.is_grad_enabled():
         mid, _ = attention_half(layer, manner, hidden, row, "full")
         return mlp_half(layer, manner, mid, "full")[0]
@@ -199,15 +200,15 @@ def _normed(
 
 
 def _mid(layer: FastLayer, manner: Manner, hidden: torch.Tensor, attended: Attended) -> torch.Tensor:
-    wide = _wide_of_output(layer, attended)
+    wide = _wide_of_output(layer, manner, attended)
     if layer.after_attention is None:
         return product(layer.o, wide, residual=hidden)
     return _normed_sum(manner, product(layer.o, wide), layer.after_attention, hidden)
 
 
-def _wide_of_output(layer: FastLayer, attended: Attended) -> torch.Tensor:
+def _wide_of_output(layer: FastLayer, manner: Manner, attended: Attended) -> torch.Tensor:
     wide = room_for_input(layer.o, len(attended.output))
-    wide[:, : layer.o.num_in].copy_(attended.output.detach())
+    manner.pointwise.copy_into(wide[:, : layer.o.num_in], attended.output.detach())
     return fill_low(layer.o, wide)
 
 
@@ -220,19 +221,28 @@ def _normed_sum(manner: Manner, output: torch.Tensor, norm: Norm, residual: torc
 def _rotated_heads(
     layer: FastLayer, manner: Manner, raw: torch.Tensor, row: Row
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v [T, heads, size], each in a piece of its own: so attention copies none of them."""
+    """q, k, v [T, heads, size]. Where nothing else reads `raw`, they are turned in their places in it."""
     queries, keys, values = _split_heads(layer.heads, raw)
+    turned = [_heads_of(raw, 0, layer.heads.queries + layer.heads.keys, layer.heads.size)]
     if layer.of_queries is not None and layer.of_keys is not None:
         queries = _normed_heads(manner, queries, layer.of_queries)
         keys = _normed_heads(manner, keys, layer.of_keys)
-    rotate = manner.pointwise.rotate
-    return rotate(queries, row.cos, row.sin), rotate(keys, row.cos, row.sin), values.contiguous()
+        turned = [queries, keys]
+    for heads in turned:
+        manner.pointwise.rotate_into(heads, heads, row.cos, row.sin)
+    return queries, keys, values
 
 
 def _split_heads(heads: Heads, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
     counts = (heads.queries, heads.keys, heads.keys)
-    parts = raw.split([count * heads.size for count in counts], dim=1)
-    return tuple(part.unflatten(1, (count, heads.size)) for part, count in zip(parts, counts, strict=True))
+    starts = (0, heads.queries, heads.queries + heads.keys)
+    return tuple(
+        _heads_of(raw, start, count, heads.size) for start, count in zip(starts, counts, strict=True)
+    )
+
+
+def _heads_of(raw: torch.Tensor, start: int, count: int, size: int) -> torch.Tensor:
+    return raw[:, start * size : (start + count) * size].unflatten(1, (count, size))
 
 
 def _normed_heads(manner: Manner, heads: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -277,8 +287,10 @@ def attention_backward(
     if of_normed is None:
         return None, [*of_qkv, *of_o]
     norm = layer.before_attention
-    of_hidden = manner.pointwise.norm_backward(
-        of_normed, hidden, reciprocal, norm.weight, norm.is_offset, mid_gradient
+    # The layer before this one, most likely of the same form, needs it with room for its `down`.
+    of_hidden = room_for_gradient(layer.down, len(hidden))[:, : layer.down.num_out]
+    manner.pointwise.norm_backward_into(
+        of_hidden, of_normed, hidden, reciprocal, norm.weight, norm.is_offset, mid_gradient
     )
     return of_hidden, [*of_qkv, *of_o]
 
@@ -288,9 +300,10 @@ def _output_backward(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     gradient, x = mid_gradient, attended.output.detach()
     if layer.after_attention is not None:
-        output = product(layer.o, _wide_of_output(layer, attended))
+        output = product(layer.o, _wide_of_output(layer, manner, attended))
         gradient = _normed_sum_backward(manner, output, layer.after_attention, mid_gradient)
-    of_output, of_adapters = gradients(layer.o, _with_room(layer.o, gradient), x, x @ layer.o.down.T)
+    room = _with_room(manner, layer.o, gradient)
+    of_output, of_adapters = gradients(layer.o, room, x, x @ layer.o.down.T)
     assert of_output is not None
     return of_output, of_adapters
 
@@ -299,12 +312,19 @@ def _normed_sum_backward(
     manner: Manner, output: torch.Tensor, norm: Norm, gradient: torch.Tensor
 ) -> torch.Tensor:
     reciprocal = manner.pointwise.norm_into(torch.empty_like(output), output, *norm)
-    return manner.pointwise.norm_backward(gradient, output, reciprocal, norm.weight, norm.is_offset)
+    found = torch.empty_like(output)
+    manner.pointwise.norm_backward_into(found, gradient, output, reciprocal, norm.weight, norm.is_offset)
+    return found
 
 
-def _with_room(group: Group, gradient: torch.Tensor) -> torch.Tensor:
+def _with_room(manner: Manner, group: Group, gradient: torch.Tensor) -> torch.Tensor:
+    """`gradient` with room beside it: the room that it was written into, or a copy."""
+    whole = gradient._base
+    shape = (len(gradient), group.num_out + group.num_columns)
+    if whole is not None and whole.shape == shape and gradient.data_ptr() == whole.data_ptr():
+        return whole
     room = room_for_gradient(group, len(gradient))
-    room[:, : group.num_out].copy_(gradient)
+    manner.pointwise.copy_into(room[:, : group.num_out], gradient)
     return room
 
 
@@ -318,26 +338,25 @@ def _unrotated(
     """Gradients of q, k and v as the product gave them, with room beside them."""
     room = room_for_gradient(layer.qkv, len(of_heads[0]))
     places = _split_heads(layer.heads, room[:, : layer.qkv.num_out])
-    turned = [manner.pointwise.unrotate(part, row.cos, row.sin) for part in of_heads[:2]]
-    if layer.of_queries is not None and layer.of_keys is not None:
-        assert raw is not None
-        before = _split_heads(layer.heads, raw)
-        norms = (layer.of_queries, layer.of_keys)
-        turned = [
-            _normed_heads_backward(manner, gradient, heads, norm)
-            for gradient, heads, norm in zip(turned, before[:2], norms, strict=True)
-        ]
-    for place, gradient in zip(places, (*turned, of_heads[2]), strict=True):
-        place.copy_(gradient)
+    before = (None,) * 2 if raw is None else _split_heads(layer.heads, raw)[:2]
+    norms = (layer.of_queries, layer.of_keys)
+    for place, gradient, heads, norm in zip(places, of_heads[:2], before, norms, strict=False):
+        if norm is None:
+            manner.pointwise.unrotate_into(place, gradient, row.cos, row.sin)
+        else:
+            assert heads is not None
+            manner.pointwise.unrotate_into(gradient, gradient, row.cos, row.sin)
+            _normed_heads_backward(manner, place, gradient, heads, norm)
+    manner.pointwise.copy_into(places[2].flatten(1), of_heads[2].flatten(1))
     return room
 
 
 def _normed_heads_backward(
-    manner: Manner, gradient: torch.Tensor, heads: torch.Tensor, norm: Norm
-) -> torch.Tensor:
+    manner: Manner, out: torch.Tensor, gradient: torch.Tensor, heads: torch.Tensor, norm: Norm
+) -> None:
     normed = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     reciprocal = manner.pointwise.norm_into(normed, heads, *norm)
-    return manner.pointwise.norm_backward(gradient, heads, reciprocal, norm.weight, norm.is_offset)
+    manner.pointwise.norm_backward_into(out, gradient, heads, reciprocal, norm.weight, norm.is_offset)
 
 
 # The attention function with a graph of its own ---------------------------------------------------------------
@@ -476,21 +495,26 @@ def _activated(layer: FastLayer, manner: Manner, gate_up: torch.Tensor) -> torch
 def mlp_backward(
     layer: FastLayer, manner: Manner, mid: torch.Tensor, mlp: Mlp | None, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Gradient of `mid`, and of the adapters of gate, up and down."""
+    """Gradient of `mid`, with room beside it for `o`; and of the adapters of gate, up and down."""
+    of_mid = room_for_gradient(layer.o, len(mid))[:, : layer.o.num_out]
     if mlp is not None or manner.mlp_tokens is None:
-        return _mlp_tile_backward(layer, manner, mid, mlp, gradient)
-    sums, parts = _Sums(), []
-    pairs = zip(mid.split(manner.mlp_tokens), gradient.split(manner.mlp_tokens), strict=True)
-    for part, of_part in pairs:
-        of_mid, of_adapters = _mlp_tile_backward(layer, manner, part, None, of_part)
-        parts.append(of_mid)
-        sums.add(of_adapters)
-    return torch.cat(parts), sums.tensors
+        return of_mid, _mlp_tile_backward(layer, manner, of_mid, mid, mlp, gradient)
+    sums = _Sums()
+    tiles = (tensor.split(manner.mlp_tokens) for tensor in (of_mid, mid, gradient))
+    for of_part, part, gradient_of_part in zip(*tiles, strict=True):
+        sums.add(_mlp_tile_backward(layer, manner, of_part, part, None, gradient_of_part))
+    return of_mid, sums.tensors
 
 
 def _mlp_tile_backward(
-    layer: FastLayer, manner: Manner, mid: torch.Tensor, mlp: Mlp | None, gradient: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    layer: FastLayer,
+    manner: Manner,
+    of_mid: torch.Tensor,
+    mid: torch.Tensor,
+    mlp: Mlp | None,
+    gradient: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Writes the gradient of `mid` into `of_mid`; the gradients of the adapters."""
     mlp = _gate_and_up(layer, manner, mid) if mlp is None else mlp
     of_active, of_down = _down_backward(layer, manner, mlp, gradient)
     room = room_for_gradient(layer.gate_up, len(mid))
@@ -503,8 +527,10 @@ def _mlp_tile_backward(
         wide, reciprocal = _normed(manner, layer.gate_up, layer.before_mlp, mid)
     of_normed, of_gate_up = gradients(layer.gate_up, room, *halves(layer.gate_up, wide))
     norm = layer.before_mlp
-    of_mid = manner.pointwise.norm_backward(of_normed, mid, reciprocal, norm.weight, norm.is_offset, gradient)
-    return of_mid, [*of_gate_up, *of_down]
+    manner.pointwise.norm_backward_into(
+        of_mid, of_normed, mid, reciprocal, norm.weight, norm.is_offset, gradient
+    )
+    return [*of_gate_up, *of_down]
 
 
 def _down_backward(
@@ -514,7 +540,7 @@ def _down_backward(
     if layer.after_mlp is not None:
         gradient = _normed_sum_backward(manner, product(layer.down, wide), layer.after_mlp, gradient)
     of_active, of_adapters = gradients(
-        layer.down, _with_room(layer.down, gradient), *halves(layer.down, wide)
+        layer.down, _with_room(manner, layer.down, gradient), *halves(layer.down, wide)
     )
     assert of_active is not None
     return of_active, of_adapters

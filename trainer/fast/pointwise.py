@@ -1,9 +1,12 @@
 """Norms, rotations and activations of a decoder layer, forwards and backwards: sums of single numbers.
 
 Each writes where it is told to, so that what a product reads lies side by side without a copy. As they stand, torch
-runs them operation by operation; compiled, each is one kernel. All compute in fp32 and round once, at the end.
+runs them operation by operation; compiled, or in triton_pointwise.py, each is one kernel. All compute in fp32 and round
+once, at the end.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -19,11 +22,12 @@ class Pointwise(NamedTuple):
     """The functions of this file, as they stand or compiled."""
 
     norm_into: Callable[..., torch.Tensor]
-    norm_backward: Callable[..., torch.Tensor]
-    rotate: Callable[..., torch.Tensor]
-    unrotate: Callable[..., torch.Tensor]
+    norm_backward_into: Callable[..., None]
+    rotate_into: Callable[..., None]
+    unrotate_into: Callable[..., None]
     gate_into: Callable[..., None]
     gate_backward_into: Callable[..., None]
+    copy_into: Callable[..., None]
 
 
 def norm_into(
@@ -39,35 +43,36 @@ def norm_into(
     return reciprocal
 
 
-def norm_backward(
+def norm_backward_into(
+    out: torch.Tensor,
     gradient: torch.Tensor,
     x: torch.Tensor,
     reciprocal: torch.Tensor,
     weight: torch.Tensor,
     is_offset: bool,
     beside: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Gradient of x, and of what went past the norm (`beside`) added to it."""
+) -> None:
+    """Write the gradient of x, with that of what went past the norm (`beside`) added to it."""
     scaled = gradient.float() * _wide_weight(weight, is_offset)
     normed = x.float() * reciprocal
     result = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * reciprocal
-    return (result if beside is None else result + beside.float()).to(x.dtype)
+    out.copy_(result if beside is None else result + beside.float())
 
 
 def _wide_weight(weight: torch.Tensor, is_offset: bool) -> torch.Tensor:
     return weight.float() + 1.0 if is_offset else weight.float()
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: heads [T, heads, size], cos and sin [T, size], whose halves are equal. A new tensor."""
+def rotate_into(out: torch.Tensor, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotary positions: heads [T, heads, size], cos and sin [T, size], whose halves are equal. `out` may be `heads`."""
     wide = heads.float()
-    return (wide * cos[:, None].float() + _half_turn(wide) * sin[:, None].float()).to(heads.dtype)
+    out.copy_(wide * cos[:, None].float() + _half_turn(wide) * sin[:, None].float())
 
 
-def unrotate(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def unrotate_into(out: torch.Tensor, gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """The gradient of what was rotated: turned back."""
     wide = gradient.float()
-    return (wide * cos[:, None].float() - _half_turn(wide) * sin[:, None].float()).to(gradient.dtype)
+    out.copy_(wide * cos[:, None].float() - _half_turn(wide) * sin[:, None].float())
 
 
 def _half_turn(heads: torch.Tensor) -> torch.Tensor:
@@ -106,7 +111,20 @@ def _gelu_tanh(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.5 * x * (1.0 + bend), 0.5 * (1.0 + bend) + 0.5 * x * (1.0 - bend**2) * slope
 
 
-PLAIN = Pointwise(norm_into, norm_backward, rotate, unrotate, gate_into, gate_backward_into)
+def copy_into(out: torch.Tensor, x: torch.Tensor) -> None:
+    """Of rows that lie apart."""
+    out.copy_(x)
+
+
+PLAIN = Pointwise(
+    norm_into, norm_backward_into, rotate_into, unrotate_into, gate_into, gate_backward_into, copy_into
+)
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels of this folder run there."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def compiled(backend: Any) -> Pointwise:

@@ -9,18 +9,18 @@ With x [T, in], frozen W [out, in], and for LoRA A [rank, in], B [out, rank] and
 Both right sides lie in one matrix, [[W, s B], [A, 0]], which holds the only copy of W: the layers' own weights become
 views of it. Layers of one input stand one below the other; their adapters have columns of their own. The adapters
 stay PEFT's parameters, and `refresh` copies them in after each update.
-Quantised weights are unpacked for each product and never kept; A and B then lie by themselves.
+Quantised weights are unpacked into such a matrix for each product and never kept; A and B then lie by themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLayer
 
-from trainer.frozen_weights import dense_weight, is_quantised
+from trainer.fast.pointwise import has_triton
+from trainer.frozen_weights import dense_weight_into, is_quantised
 
 WIDE, WIDE_MULTIPLE, NARROW_MULTIPLE = 2048, 64, 8
 """Columns of all adapters together: a whole tile of the tensor cores' inner loop where the input is wide."""
@@ -108,18 +108,11 @@ def halves(group: Group, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def product(group: Group, wide: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
     """y [T, N] of [x | x A'], with `residual` added."""
-    if group.matrix is None:
-        return _product_over_bits(group, wide, residual)
-    right = group.matrix[: group.num_out].T
+    matrix = _beside_up(group, wide.dtype) if group.matrix is None else group.matrix
+    right = matrix[: group.num_out].T
     beside = group.bias if residual is None else residual
     output = torch.mm(wide, right) if beside is None else torch.addmm(beside, wide, right)
     return output.add_(group.bias) if residual is not None and group.bias is not None else output
-
-
-def _product_over_bits(group: Group, wide: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    x, low = halves(group, wide)
-    output = F.linear(x, _unpacked(group, wide.dtype), group.bias).addmm_(low, group.up.T)
-    return output if residual is None else output.add_(residual)
 
 
 def gradients(
@@ -138,39 +131,61 @@ def gradients(
 
 
 def _gradient_of_up(place: Place, of_output: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    return (of_output[:, place.rows].T @ low[:, place.columns]).mul_(place.adapter.scaling)
+    left, right = of_output[:, place.rows].T, low[:, place.columns]
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=place.adapter.scaling)
 
 
 def _gradient_of_input(group: Group, gradient: torch.Tensor) -> torch.Tensor:
-    if group.matrix is not None:
-        return gradient @ group.matrix[:, : group.num_in]
-    of_output, of_low = gradient[:, : group.num_out], gradient[:, group.num_out :]
-    return (of_output @ _unpacked(group, gradient.dtype)).addmm_(of_low, group.down)
+    matrix = _over_down(group, gradient.dtype) if group.matrix is None else group.matrix
+    return gradient @ matrix[:, : group.num_in]
 
 
-def _unpacked(group: Group, dtype: torch.dtype) -> torch.Tensor:
+def _beside_up(group: Group, dtype: torch.dtype) -> torch.Tensor:
+    """[W | s B] out of quantised weights."""
+    matrix = group.down.new_empty(group.num_out, group.num_in + group.num_columns, dtype=dtype)
+    _unpack_into(group, matrix[:, : group.num_in])
+    matrix[:, group.num_in :].copy_(group.up)
+    return matrix
+
+
+def _over_down(group: Group, dtype: torch.dtype) -> torch.Tensor:
+    """[W ; A] out of quantised weights."""
+    matrix = group.down.new_empty(group.num_out + group.num_columns, group.num_in, dtype=dtype)
+    _unpack_into(group, matrix[: group.num_out])
+    matrix[group.num_out :].copy_(group.down)
+    return matrix
+
+
+def _unpack_into(group: Group, whole: torch.Tensor) -> None:
     """W of all members [N, K]."""
-    if len(group.members) == 1:
-        return dense_weight(group.members[0].base, dtype)
-    whole = group.down.new_empty(group.num_out, group.num_in, dtype=dtype)
     start = 0
     for member in group.members:
         end = start + member.base.out_features
-        dense_weight(member.base, dtype, out=whole[start:end])
+        dense_weight_into(whole[start:end], member.base)
         start = end
-    return whole
 
 
 @torch.no_grad()
-def refresh(group: Group) -> None:
-    """Copy the adapters in, if they have changed since."""
-    now = [(weight._version, weight.data_ptr()) for weight in group.adapters()]
-    if now == group.seen:
+def refresh(groups: Iterable[Group]) -> None:
+    """Copy the adapters in that have changed since. At once: two kernels an adapter kept a GPU waiting for Python."""
+    copies: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+    for group in groups:
+        now = [(weight._version, weight.data_ptr()) for weight in group.adapters()]
+        if now == group.seen:
+            continue
+        for adapter, rows, columns in group.places:
+            copies.append((adapter.down, group.down[columns], 1.0))
+            copies.append((adapter.up, group.up[rows, columns], adapter.scaling))
+        group.seen = now
+    if not copies:
         return
-    for adapter, rows, columns in group.places:
-        group.down[columns].copy_(adapter.down)
-        torch.mul(adapter.up, adapter.scaling, out=group.up[rows, columns])
-    group.seen = now
+    if has_triton(copies[0][0].device):
+        from trainer.fast.triton_products import copy_all, copy_of
+
+        copy_all(tuple(copy_of(*copy) for copy in copies), copies[0][0])
+        return
+    for source, target, factor in copies:
+        torch.mul(source, factor, out=target)
 
 
 # Building ---------------------------------------------------------------------------------------------------
@@ -236,7 +251,7 @@ def build(members: Sequence[Member]) -> Group:
         down, up = matrix[num_out:, :num_in], matrix[:num_out, num_in:]
         _move_weights(members, matrix[:num_out, :num_in])
     group = Group(tuple(members), places, matrix, down, up, _bias(members, device))
-    refresh(group)
+    refresh([group])
     return group
 
 

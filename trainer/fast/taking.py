@@ -87,12 +87,17 @@ def take_over(model: torch.nn.Module, manner: Manner) -> Taken:
     """Take over the layers that can be. The model is on its device; its weights move into groups, layer by layer."""
     _, layers = decoder_layers(model)
     taken = Taken(len(layers), manner)
+    first: FastLayer | None = None
     for number, layer in enumerate(layers):
         parts = parts_of(layer)
         if isinstance(parts, str):
             taken.reasons[parts] += 1
             continue
         fast = _fast_layer(number, layer, parts)
+        if first is None:
+            first = fast
+        else:
+            first.also_refreshed.extend(fast.groups)
         taken.layers[number] = layer
         layer.gradient_checkpointing = False  # type: ignore[assignment]  # `manner` says what is kept
         layer.forward = functools.partial(_forward, layer, fast, manner)  # type: ignore[method-assign]
@@ -124,7 +129,8 @@ def _forward(
     row = _row(layer, fast, hidden_states, others, options)
     if row is None:
         return type(layer).forward(layer, hidden_states, *others, **options)
-    return run_layer(fast, manner, hidden_states[0], row)[None]
+    # The gradient of hidden_states[0] would be zeros with a copy in them.
+    return run_layer(fast, manner, hidden_states.squeeze(0), row)[None]
 
 
 def _row(

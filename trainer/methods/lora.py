@@ -16,8 +16,9 @@ from pipelines import storage
 from schemas.errors import ConfigError, InputError
 from schemas.training_config import ModelConfig, TrainConfig
 from trainer.dora import begin_at_own_length, compute_in_float32
+from trainer.dtypes import is_scale_vector
 from trainer.lora_targets import check_targets, targets_for_peft
-from trainer.model import is_scale_vector, outdated_names_allowed
+from trainer.model import outdated_names_allowed
 from trainer.new_tokens import compute_rows_apart, trained_rows
 from trainer.start_adapter import adapter_folder, adapter_settings, adapter_tensors, combined
 from trainer.weights import check_weights, whole_shape

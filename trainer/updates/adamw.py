@@ -16,7 +16,11 @@ from trainer.weights import whole_shape
 def build(weights: Sequence[Weight], train: TrainConfig, ranks: Ranks) -> ByTorch:
     optimizer = torch.optim.AdamW(groups(weights), **_options([w.parameter for w in weights], train))
     return ByTorch(
-        optimizer, {kind: kind for kind in MOMENTS}, empty=empty_moments, begin=partial(_begin, optimizer)
+        optimizer,
+        {kind: kind for kind in MOMENTS},
+        empty=empty_moments,
+        begin=partial(_begin, optimizer),
+        can_skip=optimizer.defaults["fused"],
     )
 
 

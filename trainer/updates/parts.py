@@ -95,7 +95,8 @@ class ByFormula:
 class ByTorch:
     """An Update by a torch.optim.Optimizer over `groups`, which keeps the tensor of a kind under that key.
 
-    `begin` makes the optimiser's state of a weight that was updated so often.
+    `begin` makes the optimiser's state of a weight that was updated so often. With `can_skip` the optimiser's kernels
+    themselves leave everything as it is where a tensor on their device says 1.
     """
 
     def __init__(
@@ -105,15 +106,20 @@ class ByTorch:
         *,
         empty: Callable[[torch.Tensor], State],
         begin: Callable[[torch.nn.Parameter, int], None],
+        can_skip: bool = False,
     ) -> None:
+        self.can_skip = can_skip
         self._optimizer = optimizer
         self._keys = keys
         self._empty = empty
         self._begin = begin
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, *, skip: torch.Tensor | None = None) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
+        if self.can_skip:
+            # What torch's fused kernels are told by its GradScaler.
+            self._optimizer.found_inf = skip  # type: ignore[attr-defined]
         self._optimizer.step()
 
     def state(self, weight: Weight) -> State:

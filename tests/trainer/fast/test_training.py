@@ -149,8 +149,8 @@ def test_layers_that_are_right_are_kept_and_the_adapters_untouched() -> None:
         assert parameter.grad is None
 
 
-def wrong_sign(gradient: torch.Tensor, *others: Any) -> torch.Tensor:
-    return -PLAIN.unrotate(gradient, *others)
+def wrong_sign(out: torch.Tensor, gradient: torch.Tensor, *others: Any) -> None:
+    PLAIN.unrotate_into(out, -gradient, *others)
 
 
 def broken(*others: Any) -> torch.Tensor:
@@ -158,12 +158,12 @@ def broken(*others: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("unrotate", "words"),
+    ("unrotate_into", "words"),
     [(wrong_sign, "gradients by .* of their norm"), (broken, "RuntimeError: no such kernel on")],
 )
-def test_layers_that_are_wrong_or_break_are_given_back(unrotate: Any, words: str) -> None:
+def test_layers_that_are_wrong_or_break_are_given_back(unrotate_into: Any, words: str) -> None:
     model = adapted("llama")
-    taken = take_over(model, Manner(PLAIN._replace(unrotate=unrotate)))
+    taken = take_over(model, Manner(PLAIN._replace(unrotate_into=unrotate_into)))
     problem = keep_if_right(model, taken, device=CPU, dtype=torch.float32)
     assert problem is not None
     assert re.search(words, problem)
