@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 _MAX_READ_GRAMS = 2**20  # a block of rows that is looked at at a time, by each thread
 _MAX_PASS_ENTRIES = 2**24  # about 30 bytes each while a pass works
 _MAX_BUCKET_BITS = 26
+_CLASSED_AT_ONCE = 2**20
 _HASH_BITS = np.uint64(2**56 - 1)
 _NOT_ALONE = np.uint64(2 << 56)  # from the class on of buckets with two grams or more
 
@@ -78,7 +79,11 @@ def _survey(sets: StoredSets, sizes: Ints, num_threads: int) -> _Survey:
         counts[buckets] = np.minimum(counts[buckets] + number, 2**16 - 1)
     number = np.arange(2**16)
     classes = np.where(number < 128, number, 72 + 8 * np.log2(np.maximum(number, 1))).astype(np.uint8)
-    return _Survey(signature, classes[counts], shift)
+    frequency_class = np.empty(len(counts), np.uint8)
+    # At once they would become places of 8 bytes each.
+    for start in range(0, len(counts), _CLASSED_AT_ONCE):
+        frequency_class[start : start + _CLASSED_AT_ONCE] = classes[counts[start : start + _CLASSED_AT_ONCE]]
+    return _Survey(signature, frequency_class, shift)
 
 
 def _pass(
