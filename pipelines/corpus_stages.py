@@ -1,5 +1,6 @@
 """Stages 4 and 5: every row is judged beside all others, from features, then parts are cut to the verdicts."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +20,12 @@ from pipelines.part_files import side_files
 from pipelines.parts import REPLACED_MANIFEST_NAME, PartTask, StageResult, StageRun, inputs_from, stage_before
 from pipelines.storage import (
     check_file,
+    durable_file,
     file_entry,
     file_sha256,
     parquet_file,
     read_manifest,
     read_table,
-    write_bytes,
 )
 from pipelines.work import features_part, holdout_features_part, packed_drops, rows_digest, verdict_part
 from schemas.conversation import Drop
@@ -173,7 +174,9 @@ def _publish_ledger(run: StageRun, ledger_file: FileEntry, ledger_path: Path) ->
         cure = (
             f"bring a copy of {ledger_path} back, or delete {run.folder} to draw the sides of all rows anew"
         )
-        write_bytes(ledger_path, check_file(run.folder, ledger_file, cure=cure).read_bytes())
+        grown = check_file(run.folder, ledger_file, cure=cure)
+        with durable_file(ledger_path) as temporary:
+            shutil.copyfile(grown, temporary)
 
 
 def _feature_entries(run: StageRun, folder: Path, before: Manifest) -> list[PartEntry]:

@@ -160,13 +160,17 @@ def _prefixes(sets: GramSets, length: Ints, survey: _Survey) -> tuple[Hashes, In
 
 
 def _by_row(found: list[Entries]) -> Entries:
+    """Empties `found`: a column at a time stands in memory twice."""
     if len(found) == 1:
         return found[0]
-    rows = np.concatenate([entries.row for entries in found])
-    order = np.argsort(rows, kind="stable")
-    grams = np.concatenate([entries.gram for entries in found])[order]
-    positions = np.concatenate([entries.position for entries in found])[order]
-    return Entries(rows[order], grams, positions, np.concatenate([entries.counts for entries in found]))
+    rows, grams = [entries.row for entries in found], [entries.gram for entries in found]
+    positions = [entries.position for entries in found]
+    counts = np.concatenate([entries.counts for entries in found])
+    found.clear()
+    row = _drained(rows)
+    order = np.argsort(row, kind="stable")
+    row = row[order]
+    return Entries(row, _drained(grams)[order], _drained(positions)[order], counts)
 
 
 def _in_threads(
