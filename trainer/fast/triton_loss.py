@@ -3,6 +3,9 @@
 Operation by operation it takes an fp32 copy of the logits and seven passes over it: 15 of 484 ms of an 8B step.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Kernels are typed by what they are called with.
+
 import torch
 import triton
 import triton.language as tl

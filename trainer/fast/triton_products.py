@@ -3,6 +3,9 @@
 Each writes rows that lie apart, so that a weight and its adapters stand side by side in one matrix.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Kernels are typed by what they are called with.
+
 import functools
 from typing import NamedTuple
 
@@ -32,7 +35,8 @@ class Copy(NamedTuple):
 def copy_of(source: torch.Tensor, target: torch.Tensor, factor: float) -> Copy:
     assert source.is_contiguous()
     assert target.stride(1) == 1
-    return Copy(source.data_ptr(), target.data_ptr(), *target.shape, target.stride(0), factor)
+    num_rows, num_columns = target.shape
+    return Copy(source.data_ptr(), target.data_ptr(), num_rows, num_columns, target.stride(0), factor)
 
 
 def copy_all(copies: tuple[Copy, ...], like: torch.Tensor) -> None:
