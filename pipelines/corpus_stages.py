@@ -1,33 +1,39 @@
 """Stages 4 and 5: every row is judged beside all others, from features, then parts are cut to the verdicts."""
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.cluster_report import write_clusters
-from pipelines.dedup_files import decide_files, is_again
+from pipelines.dedup_files import MANY_ROWS, decide_files, is_again
 from pipelines.earlier_runs import earlier_features, earlier_manifests
+from pipelines.executors import close_workers
 from pipelines.feature_files import feature_files
 from pipelines.leak_parts import benchmark_items, items_digest, leaks_in_parts
 from pipelines.part_files import side_files
 from pipelines.parts import REPLACED_MANIFEST_NAME, PartTask, StageResult, StageRun, inputs_from, stage_before
 from pipelines.storage import (
     check_file,
+    durable_file,
     file_entry,
     file_sha256,
     parquet_file,
     read_manifest,
     read_table,
-    write_bytes,
 )
 from pipelines.work import features_part, holdout_features_part, packed_drops, rows_digest, verdict_part
 from schemas.conversation import Drop
 from schemas.dataset import SPLITS
 from schemas.errors import IntegrityError
 from schemas.run import HOLDOUT_LEDGER_NAME, FileEntry, Manifest, PartEntry
+
+_SIDE_OR_NONE = (*SPLITS, None)  # by place in SPLITS; -1, the last, is no side
 
 
 def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
@@ -66,12 +72,6 @@ def run_dedup(run: StageRun, module: ModuleType) -> StageResult:
     )
 
 
-def _drops_of(verdicts: pa.Table) -> dict[str, Drop]:
-    return {
-        row["row_id"]: Drop(row["reason"], row["detail"], row["survivor"]) for row in verdicts.to_pylist()
-    }
-
-
 def _cluster_counts(clusters: list[dict[str, Any]]) -> dict[str, int]:
     return {
         f"cluster_{number:02}_rows": cluster["num_rows_dropped"] + 1
@@ -91,20 +91,14 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
         _publish_ledger(run, _ledger_entry(result.manifest), ledger_path)
         return result
     feature_entries = _holdout_feature_entries(run, folder, before)
-    paths = [check_file(run.folder, entry.kept[0]) for entry in feature_entries]
-    features = feature_files(module.FEATURES, paths)
-    ids = features.column("row_id")
-    ledger = _read_ledger(ledger_path) if ledger_path.exists() else module.LEDGER.empty_table()
-    decision = module.decide_rows(features, ledger, run.config, present=~is_again(ids))
-    sides = dict(zip(*(decision.sides[name].to_pylist() for name in ("row_id", "side")), strict=True))
-    drops = _drops_of(decision.drops)
+    decided, num_rows = _decided_holdout(run, module, feature_entries, ledger_path)
     tasks = [
-        _verdict_task(run, folder, part, [sides.get(i) for i in part_ids], _drops_by_row(part_ids, drops))
-        for part, part_ids in zip(before.parts, _ids_by_part(ids, features.num_rows), strict=True)
+        _verdict_task(run, folder, part, sides, drops)
+        for part, (sides, drops) in zip(before.parts, decided.of_parts(num_rows), strict=True)
     ]
     entries = run.run_parts(verdict_part, tasks, passes_rows=False)
     run.unpublish()
-    ledger_file = _write_ledger(run, decision.ledger)
+    ledger_file = _write_ledger(run, decided.ledger)
     counts = {
         f"{side}_rows": sum(f.num_rows for e in entries for f in side_files(e, side)) for side in SPLITS
     }
@@ -117,6 +111,18 @@ def run_holdout(run: StageRun, module: ModuleType) -> StageResult:
     )
     _publish_ledger(run, ledger_file, ledger_path)
     return result
+
+
+def _decided_holdout(
+    run: StageRun, module: ModuleType, entries: Sequence[PartEntry], ledger_path: Path
+) -> tuple[Any, Sequence[int]]:
+    """The module's verdicts on the rows of all parts, and how many rows each part has."""
+    features = feature_files(module.FEATURES, [check_file(run.folder, entry.kept[0]) for entry in entries])
+    if len(features) > MANY_ROWS:
+        close_workers()
+    present = ~is_again(features.column("row_id"))
+    ledger = _read_ledger(ledger_path) if ledger_path.exists() else module.LEDGER.empty_table()
+    return module.decide_rows(features, ledger, run.config, present=present), features.num_rows
 
 
 def _given_ledger(run: StageRun, rows_key: str, made: Manifest | None, ledger_path: Path) -> str:
@@ -168,11 +174,9 @@ def _publish_ledger(run: StageRun, ledger_file: FileEntry, ledger_path: Path) ->
         cure = (
             f"bring a copy of {ledger_path} back, or delete {run.folder} to draw the sides of all rows anew"
         )
-        write_bytes(ledger_path, check_file(run.folder, ledger_file, cure=cure).read_bytes())
-
-
-def _drops_by_row(ids: list[str], drops: dict[str, Drop]) -> dict[int, Drop]:
-    return {number: drops[row_id] for number, row_id in enumerate(ids) if row_id in drops}
+        grown = check_file(run.folder, ledger_file, cure=cure)
+        with durable_file(ledger_path) as temporary:
+            shutil.copyfile(grown, temporary)
 
 
 def _feature_entries(run: StageRun, folder: Path, before: Manifest) -> list[PartEntry]:
@@ -192,16 +196,14 @@ def _holdout_feature_entries(run: StageRun, folder: Path, before: Manifest) -> l
     return run.run_parts(holdout_features_part, tasks)
 
 
-def _ids_by_part(ids: pa.ChunkedArray, num_rows: Sequence[int]) -> Iterator[list[str]]:
-    start = 0
-    for number in num_rows:
-        yield ids.slice(start, number).to_pylist()
-        start += number
-
-
 def _verdict_task(
-    run: StageRun, folder: Path, part: PartEntry, sides: list[str | None] | None, drops: dict[int, Drop]
+    run: StageRun,
+    folder: Path,
+    part: PartEntry,
+    sides: npt.NDArray[np.int8] | None,
+    drops: dict[int, Drop],
 ) -> PartTask:
     file = part.kept[0]
-    verdicts = rows_digest([*(sides or ()), *sorted(drops.items())])
+    names = [] if sides is None else [_SIDE_OR_NONE[side] for side in sides.tolist()]
+    verdicts = rows_digest([*names, *sorted(drops.items())])
     return run.task(run.key(file.sha256, verdicts), part.label, (folder, file, sides, packed_drops(drops)))

@@ -22,7 +22,7 @@ from pipelines.overlap import Bools
 from pipelines.parts import StageRun
 from schemas.conversation import Drop
 
-_MANY_ROWS = 1_000_000  # worth the second in which workers start again: until then their memory is free
+MANY_ROWS = 1_000_000  # worth the second in which workers start again: until then their memory is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def decide_files(
     features = feature_files(module.FEATURES, [*paths, *(path for path, _ in earlier)])
     starts = np.concatenate([[0], np.cumsum(features.num_rows, dtype=np.int64)])
     num_ours = int(starts[len(paths)])
-    if num_ours > _MANY_ROWS:
+    if num_ours > MANY_ROWS:
         close_workers()
     ids = features.column("row_id")
     ours = ids.slice(0, num_ours)

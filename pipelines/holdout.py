@@ -21,29 +21,28 @@ stays, no row that was kept changes sides or is dropped in a later run, whatever
 """
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.feature_files import Features, FeatureTable
 from pipelines.grams import (
-    GRAMS_TYPE,
-    GramSets,
+    Hashes,
     Ints,
     JoinedSets,
     StoredSets,
-    compared_text,
     from_column,
-    gram_sets,
     set_digests,
-    spoken,
-    taken,
-    to_column,
 )
+from pipelines.holdout_features import FEATURES as FEATURES
+from pipelines.holdout_features import features as features
+from pipelines.holdout_features import features_by_dedup as features_by_dedup
+from pipelines.holdout_ledger import LEDGER as LEDGER
+from pipelines.holdout_ledger import checked, dense_ranks, grown, side_names, sides_in_splits
 from pipelines.holdout_sides import (
     FREE,
     TEST,
@@ -56,32 +55,12 @@ from pipelines.holdout_sides import (
 )
 from pipelines.overlap import Bools
 from pipelines.prefix_index import Pairs, PrefixIndex
-from schemas.conversation import Conversation
+from schemas.conversation import Drop
 from schemas.dataset import SPLITS
-from schemas.errors import InputError, IntegrityError
 from schemas.pipeline_config import PipelineConfig
 
 STAGE_VERSION = 1
-
-FEATURES = pa.schema(
-    [
-        pa.field("row_id", pa.large_string(), nullable=False),
-        pa.field("holdout_key", pa.large_string(), nullable=False),
-        pa.field("train_only", pa.bool_(), nullable=False),
-        pa.field("grams", GRAMS_TYPE, nullable=False),
-    ]
-)
-
-LEDGER = pa.schema(
-    [
-        pa.field("holdout_key", pa.large_string(), nullable=False),
-        pa.field("side", pa.large_string(), nullable=False),
-        # Null in the one line that each key has; else a row held out under that key, with its grams.
-        pa.field("row_id", pa.large_string(), nullable=True),
-        pa.field("grams", GRAMS_TYPE, nullable=False),
-    ]
-)
-"""<run root>/holdout.parquet, by (holdout_key, row_id)."""
+NO_SIDE = -1
 
 SIDES = pa.schema(
     [
@@ -111,209 +90,203 @@ class HoldoutDecision:
     ledger: pa.Table
 
 
+@dataclass(frozen=True, slots=True)
+class DecidedRows:
+    """The same by the numbers of the rows; rows that share an id share what was decided."""
+
+    sides: npt.NDArray[np.int8]  # of each row its place in SPLITS, NO_SIDE where it is not kept
+    drops: pa.Table
+    ledger: pa.Table
+    _drop_rows: Ints  # of each drop the number of its row, ascending
+    _drop_lines: Ints  # and its line
+
+    def of_parts(self, num_rows: Iterable[int]) -> Iterator[tuple[npt.NDArray[np.int8], dict[int, Drop]]]:
+        """For parts of so many rows the sides of their rows, and their drops by row number in the part."""
+        start = 0
+        for number in num_rows:
+            yield self.sides[start : start + number], self._drops_between(start, start + number)
+            start += number
+
+    def _drops_between(self, start: int, end: int) -> dict[int, Drop]:
+        first, last = np.searchsorted(self._drop_rows, [start, end]).tolist()
+        lines = self.drops.take(pa.array(self._drop_lines[first:last]))
+        columns = (lines[name].to_pylist() for name in ("reason", "detail", "survivor"))
+        numbers = (self._drop_rows[first:last] - start).tolist()
+        return {number: Drop(*told) for number, *told in zip(numbers, *columns, strict=True)}
+
+
 def versions(config: PipelineConfig) -> dict[str, str]:
     """Lower case, NFC and white space come from Python's Unicode tables."""
     return {"unicode": unicodedata.unidata_version}
 
 
-def features(rows: Iterable[Conversation], config: PipelineConfig) -> pa.Table:
-    """What `decide` needs of each row, in the order of the rows; schema FEATURES."""
-    ids, metas, texts = [], [], []
-    for row in rows:
-        ids.append(row.row_id)
-        metas.append(row.meta)
-        texts.append(compared_text((message.role, spoken(message)) for message in row.messages))
-    return _features(ids, metas, gram_sets(texts))
-
-
-def features_by_dedup(
-    ids: Sequence[str], metas: Sequence[dict[str, Any]], dedup: pa.Table, config: PipelineConfig
-) -> pa.Table | None:
-    """As features, without a look at the messages: `dedup` has the same gram sets of these rows among others.
-
-    None where it has not: near-duplicates were not looked for, or not among some of the rows.
-    """
-    if not config.dedup.near or any(meta.get("near_exempt") is True for meta in metas):
-        return None
-    places = pc.index_in(pa.array(ids, pa.large_string()), value_set=dedup["row_id"])
-    return _features(ids, metas, taken(from_column(dedup["grams"]), places.to_numpy()))
-
-
-def _features(ids: Sequence[str], metas: Sequence[dict[str, Any]], sets: GramSets) -> pa.Table:
-    columns = {
-        "row_id": pa.array(ids, pa.large_string()),
-        "holdout_key": pa.array(map(_holdout_key, ids, metas), pa.large_string()),
-        "train_only": pa.array([meta.get("set") == "train" for meta in metas], pa.bool_()),
-        "grams": to_column(sets.starts, sets.hashes),
-    }
-    return pa.table(columns, schema=FEATURES)
-
-
 def decide(features: pa.Table, ledger: pa.Table, config: PipelineConfig) -> HoldoutDecision:
     """As decide_rows, of features in memory."""
     assert pc.count_distinct(features["row_id"]).as_py() == len(features), "row ids must be different"
-    return decide_rows(FeatureTable(features), ledger, config)
+    decided = decide_rows(FeatureTable(features), ledger, config)
+    return HoldoutDecision(sides_by_id(features["row_id"], decided.sides), decided.drops, decided.ledger)
+
+
+def sides_by_id(row_ids: pa.ChunkedArray, sides: npt.NDArray[np.int8]) -> pa.Table:
+    """SIDES of rows with these ids."""
+    kept = np.flatnonzero(sides != NO_SIDE)
+    columns = {"row_id": row_ids.take(pa.array(kept)), "side": side_names(sides[kept].astype(np.int64))}
+    return pa.table(columns, schema=SIDES).sort_by("row_id")
 
 
 def decide_rows(
     features: Features, ledger: pa.Table, config: PipelineConfig, *, present: Bools | None = None
-) -> HoldoutDecision:
+) -> DecidedRows:
     """Side or drop of each row that is present, and the ledger with what was new. Their ids must be different.
 
     `ledger` is LEDGER.empty_table() at the first run. Raises IntegrityError when it is none of ours.
     """
+    ledger = checked(ledger)
     with features.sets("grams") as sets:
-        nodes, ledger_sides = _nodes(features, sets, _checked(ledger))
+        nodes, ledger_sides = _nodes(features, sets, ledger)
+        # Arrow keeps what it has freed: a hundred bytes of each row by now.
+        pa.default_memory_pool().release_unused()
         absent = np.zeros(len(nodes.key), bool)
         if present is not None:
             absent[: len(features)] = ~present
         barred = nodes.train_only & np.isin(ledger_sides[nodes.key], (VALIDATION, TEST)) & ~absent
-        index = PrefixIndex(
-            nodes.sets, threshold=config.holdout.near_threshold, num_threads=config.engine.workers or 1
-        )
-        key_sides = sides_of_keys(index, nodes, ledger_sides, ~(barred | absent), config.holdout)
-        side = np.where(barred, TRAIN, key_sides[nodes.key])
-        conflicts = conflicts_between_sides(index, side, ~(barred | absent))
+        key_sides, side, conflicts = _sides(nodes, ledger_sides, barred, absent, config)
         kept = kept_nodes(nodes, side, conflicts) & ~barred & ~absent
-        return HoldoutDecision(
-            sides=_sides_table(nodes, side, kept),
-            drops=_drops_table(nodes, key_sides, side, kept, barred, conflicts),
-            ledger=_grown(ledger, nodes, key_sides, ledger_sides, kept),
+        by_row = _near_drops(nodes, side, kept, conflicts) | _barred_drops(nodes, key_sides, kept, barred)
+        dropped = np.array(sorted(by_row, key=lambda row: int(nodes.id_rank[row])), np.int64)
+        drop_rows, drop_lines = _rows_of_ids(nodes, dropped)
+        return DecidedRows(
+            sides=_sides_of_rows(nodes, side, kept),
+            drops=_drops_table(nodes, dropped, by_row),
+            ledger=grown(ledger, nodes, key_sides, ledger_sides, kept),
+            _drop_rows=drop_rows,
+            _drop_lines=drop_lines,
         )
 
 
-def _holdout_key(row_id: str, meta: dict[str, Any]) -> str:
-    key = meta.get("holdout_key")
-    if not key:
-        raise InputError(
-            f"row {row_id} has no meta.holdout_key, expected the one that merge writes: run the stages again from merge"
-        )
-    return str(key)
+def _sides(
+    nodes: Nodes, ledger_sides: Ints, barred: Bools, absent: Bools, config: PipelineConfig
+) -> tuple[Ints, Ints, Pairs]:
+    """Sides of keys and of nodes, and near pairs across. The index ends here: it is the largest thing in memory."""
+    present = ~(barred | absent)
+    index = PrefixIndex(
+        nodes.sets, threshold=config.holdout.near_threshold, num_threads=config.engine.workers or 1
+    )
+    key_sides = sides_of_keys(index, nodes, ledger_sides, present, config.holdout)
+    side = np.where(barred, TRAIN, key_sides[nodes.key])
+    return key_sides, side, conflicts_between_sides(index, side, present)
 
 
 # --- nodes: rows of this run, then lines of the ledger that hold a row out ------------------------------------------
 
 
-def _checked(ledger: pa.Table) -> pa.Table:
-    missing = [name for name in LEDGER.names if name not in ledger.column_names]
-    if missing:
-        raise IntegrityError(
-            f"hold-out ledger has no column {missing[0]!r}, expected {LEDGER.names}: restore holdout.parquet"
-        )
-    side_of: dict[str, str] = {}
-    for key, side in zip(ledger["holdout_key"].to_pylist(), ledger["side"].to_pylist(), strict=True):
-        if side not in SPLITS or side_of.setdefault(key, side) != side:
-            raise IntegrityError(
-                f"hold-out ledger has key {key} on side {side!r} and {side_of.get(key)!r}, expected one of "
-                f"{', '.join(SPLITS)}: restore holdout.parquet"
-            )
-    return ledger.select(LEDGER.names).cast(LEDGER)
-
-
 def _nodes(features: Features, sets: StoredSets, ledger: pa.Table) -> tuple[Nodes, Ints]:
     """All nodes, and the side of each key by the ledger (FREE where it has none)."""
-    lines = ledger.filter(pc.is_valid(ledger["row_id"]))
-    row_ids = features.column("row_id").to_pylist() + lines["row_id"].to_pylist()
-    keys = features.column("holdout_key").to_pylist() + lines["holdout_key"].to_pylist()
-    key_names = sorted({*keys, *ledger["holdout_key"].to_pylist()})
-    place = {name: number for number, name in enumerate(key_names)}
-    rank = {row_id: number for number, row_id in enumerate(sorted(set(row_ids)))}
-    key = np.array([place[name] for name in keys], np.int64)
+    is_line = ledger["row_id"].is_valid().to_numpy()
+    lines = ledger.filter(pa.array(is_line))
+
+    def row_ids() -> pa.ChunkedArray:
+        return _both(features.column("row_id"), lines["row_id"])
+
+    def keys() -> pa.ChunkedArray:
+        return _both(features.column("holdout_key"), ledger["holdout_key"])
+
+    # Of rows and of all lines of the ledger, not of the nodes alone.
+    key = dense_ranks(keys())
+    _, place_of_key = np.unique(key, return_index=True)
+    of_rows, of_ledger = key[: len(features)], key[len(features) :]
+    ledger_sides = np.full(len(place_of_key), FREE)
+    ledger_sides[of_ledger] = sides_in_splits(ledger["side"])
     all_sets = JoinedSets(sets, from_column(lines["grams"]))
-    in_ledger = np.arange(len(row_ids)) >= len(features)
-    ledger_sides = np.full(len(key_names), FREE)
-    for name, side in zip(ledger["holdout_key"].to_pylist(), ledger["side"].to_pylist(), strict=True):
-        ledger_sides[place[name]] = SPLITS.index(side)
-    train_only = features.column("train_only").to_numpy()
+    key = np.append(of_rows, of_ledger[is_line])
+    in_ledger = np.arange(len(key)) >= len(features)
     digests = set_digests(all_sets)
-    content = list(zip(key.tolist(), digests.tolist(), strict=True))
-    known = {content[node] for node in np.flatnonzero(in_ledger).tolist()}
+    train_only = np.zeros(len(key), bool)
+    train_only[: len(features)] = features.column("train_only").to_numpy()
     nodes = Nodes(
-        row_ids=np.array(row_ids, dtype=object),
-        id_rank=np.array([rank[row_id] for row_id in row_ids], np.int64),
+        row_ids=lambda chosen: row_ids().take(pa.array(chosen, pa.int64())),
+        id_rank=dense_ranks(row_ids()),
         key=key,
-        key_names=key_names,
-        train_only=np.append(train_only, np.zeros(len(lines), bool)).astype(bool),
+        key_names=lambda chosen: keys().take(pa.array(place_of_key[chosen], pa.int64())),
+        ledger_key=of_ledger.copy(),
+        train_only=train_only,
         in_ledger=in_ledger,
-        held_out_before=np.array([pair in known for pair in content], bool),
+        held_out_before=_as_in_ledger(key, digests, in_ledger),
         sets=all_sets,
         digests=digests,
     )
     return nodes, ledger_sides
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+def _both(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([*first.chunks, *second.chunks], pa.large_string())
 
 
-def _sides_table(nodes: Nodes, side: Ints, kept: Bools) -> pa.Table:
-    rows = nodes.by_id(kept & ~nodes.in_ledger)
-    sides = [SPLITS[number] for number in side[rows].tolist()]
-    return pa.table({"row_id": nodes.row_ids[rows].tolist(), "side": sides}, schema=SIDES)
+def _as_in_ledger(key: Ints, digests: Hashes, in_ledger: Bools) -> Bools:
+    """Nodes with the key and the digest of one in the ledger, as those themselves are."""
+    known = set(zip(key[in_ledger].tolist(), digests[in_ledger].tolist(), strict=True))
+    found = np.flatnonzero(np.isin(digests, digests[in_ledger]))
+    pairs = zip(key[found].tolist(), digests[found].tolist(), strict=True)
+    same = np.zeros(len(key), bool)
+    same[found] = [pair in known for pair in pairs]
+    return same
 
 
-def _drops_table(
-    nodes: Nodes, key_sides: Ints, side: Ints, kept: Bools, barred: Bools, conflicts: Pairs
-) -> pa.Table:
-    by_row = _near_drops(nodes, side, kept, conflicts) | _barred_drops(nodes, key_sides, kept, barred)
-    rows = sorted(by_row, key=lambda row: int(nodes.id_rank[row]))
+# --- what was decided -----------------------------------------------------------------------------------------------
+
+
+def _sides_of_rows(nodes: Nodes, side: Ints, kept: Bools) -> npt.NDArray[np.int8]:
+    chosen = np.flatnonzero(kept & ~nodes.in_ledger)
+    by_rank = np.full(len(nodes.id_rank), NO_SIDE, np.int8)
+    by_rank[nodes.id_rank[chosen]] = side[chosen]
+    return by_rank[nodes.id_rank[~nodes.in_ledger]]
+
+
+def _rows_of_ids(nodes: Nodes, dropped: Ints) -> tuple[Ints, Ints]:
+    """All rows with the id of a dropped one, ascending, and the place of that one in `dropped`."""
+    line = np.full(len(nodes.id_rank), -1)
+    line[nodes.id_rank[dropped]] = np.arange(len(dropped))
+    lines = line[nodes.id_rank[~nodes.in_ledger]]
+    rows = np.flatnonzero(lines >= 0)
+    return rows, lines[rows]
+
+
+def _drops_table(nodes: Nodes, dropped: Ints, by_row: dict[int, tuple[str, int | None]]) -> pa.Table:
+    details, survivors = zip(*(by_row[row] for row in dropped.tolist()), strict=True) if by_row else ((), ())
+    named = np.array(sorted({survivor for survivor in survivors if survivor is not None}), np.int64)
+    name = dict(zip(named.tolist(), nodes.row_ids(named).to_pylist(), strict=True))
     columns = {
-        "row_id": nodes.row_ids[rows].tolist(),
-        "reason": ["near_holdout"] * len(rows),
-        "detail": [by_row[row][0] for row in rows],
-        "survivor": [by_row[row][1] for row in rows],
+        "row_id": nodes.row_ids(dropped),
+        "reason": ["near_holdout"] * len(dropped),
+        "detail": details,
+        "survivor": [None if survivor is None else name[survivor] for survivor in survivors],
     }
     return pa.table(columns, schema=DROPPED)
 
 
-def _near_drops(nodes: Nodes, side: Ints, kept: Bools, conflicts: Pairs) -> dict[int, tuple[str, str | None]]:
+def _near_drops(nodes: Nodes, side: Ints, kept: Bools, conflicts: Pairs) -> dict[int, tuple[str, int | None]]:
     """Row -> detail and survivor."""
-    drops: dict[int, tuple[str, str | None]] = {}
+    drops: dict[int, tuple[str, int | None]] = {}
     telling = np.flatnonzero(~kept[conflicts.left] & ~nodes.in_ledger[conflicts.left] & kept[conflicts.right])
     right = conflicts.right[telling]
     for i in telling[np.lexsort((nodes.in_ledger[right], nodes.id_rank[right]))].tolist():
-        other = conflicts.right[i]
+        other = int(conflicts.right[i])
         detail = f"Jaccard {conflicts.jaccard[i]:.3f} with a {SPLITS[side[other]]} row"
-        drops.setdefault(int(conflicts.left[i]), (detail, str(nodes.row_ids[other])))
+        drops.setdefault(int(conflicts.left[i]), (detail, other))
     return drops
 
 
 def _barred_drops(
     nodes: Nodes, key_sides: Ints, kept: Bools, barred: Bools
-) -> dict[int, tuple[str, str | None]]:
-    rows = np.flatnonzero(barred).tolist()
-    keys = {int(nodes.key[row]) for row in rows}
-    lowest: dict[int, str] = {}
-    for node in np.flatnonzero(kept & np.isin(nodes.key, sorted(keys))).tolist():
-        key = int(nodes.key[node])
-        lowest[key] = min(lowest.get(key, nodes.row_ids[node]), nodes.row_ids[node])
+) -> dict[int, tuple[str, int | None]]:
+    rows = np.flatnonzero(barred)
+    lowest: dict[int, int] = {}
+    for node in nodes.by_id(kept & np.isin(nodes.key, nodes.key[rows])).tolist():
+        lowest.setdefault(int(nodes.key[node]), node)
     return {
         row: (
             f"set: train, but its first user turn is held out for {SPLITS[key_sides[nodes.key[row]]]}",
             lowest.get(int(nodes.key[row])),
         )
-        for row in rows
+        for row in rows.tolist()
     }
-
-
-def _grown(ledger: pa.Table, nodes: Nodes, key_sides: Ints, ledger_sides: Ints, kept: Bools) -> pa.Table:
-    """The old lines, one for each new key, one for each row newly held out (of equal ones the lowest row id)."""
-    held_out = kept & ~nodes.held_out_before & (key_sides[nodes.key] != TRAIN) & (nodes.sets.sizes > 0)
-    rows = nodes.by_id(held_out)
-    _, first = np.unique(
-        np.stack([nodes.key[rows].astype(np.uint64), nodes.digests[rows]]), axis=1, return_index=True
-    )
-    rows = rows[np.sort(first)]
-    new_keys = np.flatnonzero(ledger_sides == FREE)
-    keys = np.append(new_keys, nodes.key[rows])
-    sets = nodes.sets.of_rows(rows)
-    starts = np.append(np.zeros(len(new_keys), np.int64), sets.starts)
-    lines = {
-        "holdout_key": [nodes.key_names[key] for key in keys.tolist()],
-        "side": [SPLITS[side] for side in key_sides[keys].tolist()],
-        "row_id": [None] * len(new_keys) + nodes.row_ids[rows].tolist(),
-        "grams": to_column(starts, sets.hashes),
-    }
-    grown = pa.concat_tables([_checked(ledger), pa.table(lines, schema=LEDGER)])
-    order = grown.append_column("digest", pa.array(set_digests(from_column(grown["grams"]))))
-    by = [("holdout_key", "ascending"), ("row_id", "ascending"), ("digest", "ascending")]
-    return grown.take(pc.sort_indices(order, sort_keys=by)).combine_chunks()

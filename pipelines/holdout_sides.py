@@ -4,9 +4,11 @@ pipelines/holdout.py states them in words; here they are arrays. Nodes are rows 
 side is its place in SPLITS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.grams import Hashes, Ints, StoredSets
 from pipelines.near_duplicates import greedy_survivors, joined, near_pairs, pairs_between
@@ -20,21 +22,27 @@ TRAIN, VALIDATION, TEST = range(3)  # places in SPLITS
 FREE = 3  # a key without a side so far
 _ABSENT = -1
 _LARGE_STAR = 64
+_MAX_DRAWN = 2**16  # keys that stand in memory as Python strings
 
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
     """Rows as they lie in their files, then lines of the ledger. What is decided hangs on row ids, not on places."""
 
-    row_ids: np.ndarray  # of str
-    id_rank: Ints  # equal for equal row ids
-    key: Ints  # place in key_names
-    key_names: list[str]  # ascending
+    row_ids: Callable[[Ints], pa.ChunkedArray]  # of these nodes; read where they are asked for
+    id_rank: Ints  # places in the order of row ids; equal for equal ones
+    key: Ints  # place in the order of all keys, those of rows and those of the ledger
+    key_names: Callable[[Ints], pa.ChunkedArray]
+    ledger_key: Ints  # of each line of the ledger, also of those that hold no row out
     train_only: Bools
     in_ledger: Bools  # the node is a line of the ledger
     held_out_before: Bools  # ... or a row with the key and the grams of one
     sets: StoredSets
     digests: Hashes  # of the sets
+
+    @property
+    def num_keys(self) -> int:
+        return int(max(self.key.max(initial=-1), self.ledger_key.max(initial=-1))) + 1
 
     def by_id(self, chosen: Bools) -> Ints:
         """The chosen nodes in the order of their row ids."""
@@ -54,21 +62,28 @@ def sides_of_keys(
     touched = np.stack([_touched(index, nodes, label, side) for side in range(len(SPLITS))], axis=1)
     component_touched = np.zeros_like(touched)
     np.logical_or.at(component_touched, component, touched)
-    num_touched = component_touched.sum(axis=1)
-    for key in np.flatnonzero(sides == FREE).tolist():
-        of_component = component_touched[component[key]]
-        if num_touched[component[key]] == 0:
-            sides[key] = SPLITS.index(draw_side(nodes.key_names[component[key]], config))
-        elif num_touched[component[key]] == 1:
-            sides[key] = np.argmax(of_component)
-        else:
-            sides[key] = next((side for side in (VALIDATION, TEST) if touched[key, side]), TRAIN)
+    free = np.flatnonzero(sides == FREE)
+    of_component = component_touched[component[free]]
+    own = np.where(touched[free, VALIDATION], VALIDATION, np.where(touched[free, TEST], TEST, TRAIN))
+    num_touched = of_component.sum(axis=1)
+    sides[free] = np.where(num_touched == 1, np.argmax(of_component, axis=1), own)
+    drawn = free[num_touched == 0]
+    lowest, number = np.unique(component[drawn], return_inverse=True)
+    sides[drawn] = _drawn_sides(nodes, lowest, config)[number]
+    return sides
+
+
+def _drawn_sides(nodes: Nodes, keys: Ints, config: HoldoutConfig) -> Ints:
+    names, sides = nodes.key_names(keys), np.empty(len(keys), np.int64)
+    for start in range(0, len(keys), _MAX_DRAWN):
+        block = names.slice(start, _MAX_DRAWN).to_pylist()
+        sides[start : start + len(block)] = [SPLITS.index(draw_side(name, config)) for name in block]
     return sides
 
 
 def _components(index: PrefixIndex, nodes: Nodes, free: Ints) -> Ints:
     """Per key the lowest key of those that it hangs together with by these rows; most often itself."""
-    component = np.arange(len(nodes.key_names))
+    component = np.arange(nodes.num_keys)
 
     def apart(left: Ints, right: Ints) -> Bools:
         return component[nodes.key[left]] != component[nodes.key[right]]
@@ -86,7 +101,7 @@ def _components(index: PrefixIndex, nodes: Nodes, free: Ints) -> Ints:
 
 def _touched(index: PrefixIndex, nodes: Nodes, label: Ints, side: int) -> Bools:
     """Per key: whether one of its free rows is near a row that is on this side for certain."""
-    touched = np.zeros(len(nodes.key_names), bool)
+    touched = np.zeros(nodes.num_keys, bool)
     free, fixed = np.flatnonzero(label == FREE), np.flatnonzero(label == side)
 
     def untouched(left: Ints, right: Ints) -> Bools:

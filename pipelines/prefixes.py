@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 _MAX_READ_GRAMS = 2**20  # a block of rows that is looked at at a time, by each thread
 _MAX_PASS_ENTRIES = 2**24  # about 30 bytes each while a pass works
 _MAX_BUCKET_BITS = 26
+_CLASSED_AT_ONCE = 2**20
 _HASH_BITS = np.uint64(2**56 - 1)
 _NOT_ALONE = np.uint64(2 << 56)  # from the class on of buckets with two grams or more
 
@@ -78,7 +79,11 @@ def _survey(sets: StoredSets, sizes: Ints, num_threads: int) -> _Survey:
         counts[buckets] = np.minimum(counts[buckets] + number, 2**16 - 1)
     number = np.arange(2**16)
     classes = np.where(number < 128, number, 72 + 8 * np.log2(np.maximum(number, 1))).astype(np.uint8)
-    return _Survey(signature, classes[counts], shift)
+    frequency_class = np.empty(len(counts), np.uint8)
+    # At once they would become places of 8 bytes each.
+    for start in range(0, len(counts), _CLASSED_AT_ONCE):
+        frequency_class[start : start + _CLASSED_AT_ONCE] = classes[counts[start : start + _CLASSED_AT_ONCE]]
+    return _Survey(signature, frequency_class, shift)
 
 
 def _pass(
@@ -155,13 +160,17 @@ def _prefixes(sets: GramSets, length: Ints, survey: _Survey) -> tuple[Hashes, In
 
 
 def _by_row(found: list[Entries]) -> Entries:
+    """Empties `found`: a column at a time stands in memory twice."""
     if len(found) == 1:
         return found[0]
-    rows = np.concatenate([entries.row for entries in found])
-    order = np.argsort(rows, kind="stable")
-    grams = np.concatenate([entries.gram for entries in found])[order]
-    positions = np.concatenate([entries.position for entries in found])[order]
-    return Entries(rows[order], grams, positions, np.concatenate([entries.counts for entries in found]))
+    rows, grams = [entries.row for entries in found], [entries.gram for entries in found]
+    positions = [entries.position for entries in found]
+    counts = np.concatenate([entries.counts for entries in found])
+    found.clear()
+    row = _drained(rows)
+    order = np.argsort(row, kind="stable")
+    row = row[order]
+    return Entries(row, _drained(grams)[order], _drained(positions)[order], counts)
 
 
 def _in_threads(

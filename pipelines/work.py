@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -82,12 +84,12 @@ def _write_features(task: PartTask, table: pa.Table) -> PartEntry:
 def verdict_part(task: PartTask) -> PartEntry:
     """Rows -> sides and drops. Payload: (input folder, FileEntry, sides, packed_drops).
 
-    `sides` is None (all stay) or one side a row, None where dropped; no row is parsed on the way.
+    `sides` is None (all stay) or for each row its place in SPLITS, below 0 where dropped; no row is parsed on the way.
     """
     folder, entry, sides, packed = task.payload
     path, drops = check_file(folder, entry), _unpacked_drops(packed)
-    if not drops and (sides is None or (len(set(sides)) == 1 and sides[0] in SPLITS)):
-        kept_whole = (_copied(task, path, entry, "" if sides is None else sides[0]),)
+    if not drops and (sides is None or (len(sides) and sides[0] >= 0 and (sides == sides[0]).all())):
+        kept_whole = (_copied(task, path, entry, "" if sides is None else SPLITS[sides[0]]),)
         return _entry(task, kept_whole, None, entry.num_rows, {})
     table = read_table(path)
     kept = tuple(
@@ -240,10 +242,11 @@ def _entry(
 
 
 def _on_side(
-    table: pa.Table, sides: list[str | None] | None, drops: Mapping[int, Drop], side: str
+    table: pa.Table, sides: npt.NDArray[np.int8] | None, drops: Mapping[int, Drop], side: str
 ) -> pa.Table:
-    keep = [row not in drops and (sides is None or sides[row] == side) for row in range(table.num_rows)]
-    return table.filter(pa.array(keep, pa.bool_()))
+    keep = np.ones(table.num_rows, bool) if sides is None else sides == SPLITS.index(side)
+    keep[list(drops)] = False
+    return table.filter(pa.array(keep))
 
 
 def _copied(task: PartTask, path: Path, entry: FileEntry, side: str) -> FileEntry:

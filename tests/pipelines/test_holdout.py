@@ -1,6 +1,7 @@
 """No chat on two sides, nothing old moves, and neither order nor repetition changes a verdict."""
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 from unittest import mock
@@ -508,7 +509,20 @@ def test_neither_order_nor_parts_matter(
     again = shuffler.sample(range(len(rows)), len(rows) // 2)
     with_copies = FeatureTable(pa.concat_tables([features, features.take(pa.array(again, pa.int64()))]))
     present = np.arange(len(with_copies)) < len(rows)
-    assert same(holdout.decide_rows(with_copies, ledger, config, present=present), expected)
+    decided = holdout.decide_rows(with_copies, ledger, config, present=present)
+    sides = holdout.sides_by_id(features["row_id"], decided.sides[: len(rows)])
+    assert same(HoldoutDecision(sides, decided.drops, decided.ledger), expected)
+    assert decided.sides[len(rows) :].tolist() == decided.sides[again].tolist(), "copies go with their row"
+    parts = list(decided.of_parts([cut, len(with_copies) - cut]))
+    assert np.concatenate([sides for sides, _ in parts]).tolist() == decided.sides.tolist()
+    told = parts[0][1] | {cut + number: drop for number, drop in parts[1][1].items()}
+    lines = {line["row_id"]: line for line in expected.drops.to_pylist()}
+    ids = with_copies.column("row_id").to_pylist()
+    dropped = {number: lines[row_id] for number, row_id in enumerate(ids) if row_id in lines}
+    assert {number: asdict(drop) for number, drop in told.items()} == {
+        number: {name: line[name] for name in ("reason", "detail", "survivor")}
+        for number, line in dropped.items()
+    }
 
 
 @given(any_rows("a"), any_rows("b"), any_settings, any_settings)
