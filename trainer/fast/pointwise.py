@@ -13,9 +13,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from trainer.metrics import report
+
 Activation = Literal["silu", "gelu_tanh"]
 GELU_FACTOR, GELU_CUBE = 0.7978845608028654, 0.044715
 """gelu's tanh form: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+
+
+OLDEST_CAPABILITY = (8, 0)
+"""On older cards the kernels were never run."""
 
 
 class Pointwise(NamedTuple):
@@ -123,8 +129,23 @@ PLAIN = Pointwise(
 
 @functools.cache
 def has_triton(device: torch.device) -> bool:
-    """Whether the Triton kernels of this folder run there."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether the Triton kernels of this folder run there: one is tried, since they need a C compiler, too."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY and _runs(device)
+
+
+def _runs(device: torch.device) -> bool:
+    from trainer.fast.triton_pointwise import copy_into
+
+    x = torch.arange(8.0, device=device)[None]
+    out = torch.zeros_like(x)
+    try:
+        copy_into(out, x)
+    except Exception as error:  # noqa: BLE001 - a compiler's or a driver's: torch's own way is there
+        report(f"no Triton kernels: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return False
+    return torch.equal(out, x)
 
 
 def compiled(backend: Any) -> Pointwise:
