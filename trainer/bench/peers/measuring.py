@@ -187,6 +187,10 @@ def forward_loss(
 # Steps ------------------------------------------------------------------------------------------------------
 
 
+MOST_BATCHES_AHEAD = 4
+"""Data loaders make some before they are asked for."""
+
+
 class Steps:
     """When each step ended. A GPU is waited for only where a time that counts is taken: at the marked steps."""
 
@@ -221,6 +225,12 @@ class Steps:
         self.counts.append((num_tokens, int((labels != IGNORED).sum())))
 
     def records(self, *, batches_per_step: int = 1) -> list[dict[str, Any]]:
+        """Raises ValueError where steps held more batches than they were told to: their tokens would not be counted."""
+        num_expected = len(self._times) * batches_per_step
+        if len(self.counts) > num_expected + MOST_BATCHES_AHEAD:
+            raise ValueError(
+                f"{len(self.counts)} batches were made for {len(self._times)} steps, expected {num_expected}"
+            )
         return list(self._records(batches_per_step))
 
     def _records(self, batches_per_step: int) -> Iterator[dict[str, Any]]:

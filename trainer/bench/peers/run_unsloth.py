@@ -94,6 +94,7 @@ def make_trainer(
     settings = SFTConfig(
         output_dir=request["folder"],
         per_device_train_batch_size=request["bins_per_step"] if packing else PADDED_ROWS,
+        gradient_accumulation_steps=1,  # Unsloth's own default is 2
         packing=packing,
         max_length=request["capacity"],
         max_steps=request["num_steps"],
