@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 from pipelines.dedup_features import FEATURES as FEATURES
 from pipelines.dedup_features import features as features
 from pipelines.feature_files import Features, FeatureTable
+from pipelines.freed_memory import give_back_freed
 from pipelines.grams import GramSets, Hashes, Ints, StoredSets, concatenated, from_column, ragged, taken
 from pipelines.near_duplicates import greedy_survivors
 from pipelines.overlap import Bools, Floats
@@ -95,8 +96,7 @@ def decide_rows(
         jaccard=np.zeros(len(order)),
     )
     _drop_copies(chats, taken(from_column(features.column("turn_keys")), order), config)
-    # Arrow keeps what it has freed: a hundred bytes of each row by now.
-    pa.default_memory_pool().release_unused()
+    give_back_freed()
     counts = {}
     if config.dedup.near:
         counts["near_largest_bucket_rows"] = _drop_near(chats, features, order, config)

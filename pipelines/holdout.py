@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.feature_files import Features, FeatureTable
+from pipelines.freed_memory import give_back_freed
 from pipelines.grams import (
     Hashes,
     Ints,
@@ -144,8 +145,7 @@ def decide_rows(
     ledger = checked(ledger)
     with features.sets("grams") as sets:
         nodes, ledger_sides = _nodes(features, sets, ledger)
-        # Arrow keeps what it has freed: a hundred bytes of each row by now.
-        pa.default_memory_pool().release_unused()
+        give_back_freed()
         absent = np.zeros(len(nodes.key), bool)
         if present is not None:
             absent[: len(features)] = ~present
@@ -173,6 +173,7 @@ def _sides(
         nodes.sets, threshold=config.holdout.near_threshold, num_threads=config.engine.workers or 1
     )
     key_sides = sides_of_keys(index, nodes, ledger_sides, present, config.holdout)
+    give_back_freed()
     side = np.where(barred, TRAIN, key_sides[nodes.key])
     return key_sides, side, conflicts_between_sides(index, side, present)
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.freed_memory import give_back_freed
 from pipelines.grams import GramSets, Hashes, Ints, StoredSets, ragged
 from pipelines.overlap import Bools, signatures, sorted_lines
 
@@ -53,6 +54,7 @@ def shared_entries(
     """Entries of all rows, or those `among`, and the signatures of all (pipelines/overlap.py)."""
     sizes = sets.sizes
     survey = _survey(sets, sizes, num_threads)
+    give_back_freed()
     length = np.where(sizes > 0, sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1, 0)
     length = length if among is None else np.where(among, length, 0)
     num_passes = max(1, -(-int(length.sum()) // _MAX_PASS_ENTRIES))
@@ -60,6 +62,7 @@ def shared_entries(
     for number in range(num_passes):
         first_gram = sum(len(entries.counts) for entries in found)
         found.append(_pass(sets, length, survey, (number, num_passes), first_gram, num_threads))
+        give_back_freed()
     return _by_row(found), survey.signatures
 
 
