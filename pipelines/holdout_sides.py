@@ -22,7 +22,7 @@ TRAIN, VALIDATION, TEST = range(3)  # places in SPLITS
 FREE = 3  # a key without a side so far
 _ABSENT = -1
 _LARGE_STAR = 64
-_MAX_DRAWN = 2**16  # keys that stand in memory as Python strings
+_MAX_DRAWN = 2**18  # keys that stand in memory as Python strings
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,10 @@ def sides_of_keys(
 
 
 def _drawn_sides(nodes: Nodes, keys: Ints, config: HoldoutConfig) -> Ints:
-    names, sides = nodes.key_names(keys), np.empty(len(keys), np.int64)
+    sides = np.empty(len(keys), np.int64)
     for start in range(0, len(keys), _MAX_DRAWN):
-        block = names.slice(start, _MAX_DRAWN).to_pylist()
-        sides[start : start + len(block)] = [SPLITS.index(draw_side(name, config)) for name in block]
+        names = nodes.key_names(keys[start : start + _MAX_DRAWN]).to_pylist()
+        sides[start : start + len(names)] = [SPLITS.index(draw_side(name, config)) for name in names]
     return sides
 
 
