@@ -210,12 +210,12 @@ def test_a_ledger_from_elsewhere_is_refused_or_read_as_it_was_written(
 ) -> None:
     """A new run root has no manifest that knows its digest: the checksums of its pages must do."""
     from pipelines.corpus_stages import _read_ledger
-    from pipelines.holdout import LEDGER, _checked
+    from pipelines.holdout_ledger import LEDGER, checked
 
     path = config.run_root / "holdout.parquet"
 
     def read() -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = _checked(_read_ledger(path)).select(LEDGER.names).to_pylist()
+        rows: list[dict[str, Any]] = checked(_read_ledger(path)).select(LEDGER.names).to_pylist()
         return rows
 
     check_refused(path, read, number, harmless=read())
